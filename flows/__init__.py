@@ -1,0 +1,1 @@
+"""Prefect: what runs, in which order, where."""

@@ -1,0 +1,1 @@
+"""Weights on disk: the arithmetic of slices, safetensors files read and written slice by slice."""

@@ -1,0 +1,1 @@
+"""Tokenized data: Megatron's files, samples, order."""

@@ -1,0 +1,1 @@
+"""The layers of the model, on plain local tensors with explicit collectives."""

@@ -1,0 +1,1 @@
+"""The transformer, and one short module per family."""

@@ -1,0 +1,1 @@
+"""Everything that several processes do together around the model."""

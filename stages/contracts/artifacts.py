@@ -1,0 +1,282 @@
+"""What stages hand to each other: one typed, self-describing record per result, `artifact.json` in the result's own folder.
+
+An artifact names its files with size and SHA-256, what it was made from, and the *facts* that later stages need: they are
+never given a second time as a flag. Paths are relative, so an artifact is valid on the host and inside a container alike.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, TypeAdapter
+
+from stages.contracts.config import Frozen
+
+SCHEMA_VERSION = 1
+ARTIFACT_FILE = "artifact.json"
+
+
+class FileRecord(Frozen):
+    """A file of an artifact. Volatile files (logs, curves) are kept but are no part of the fingerprint."""
+
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    volatile: bool = False
+
+
+class TokenizerFacts(Frozen):
+    """What identifies a tokenizer. Two stages that disagree on one of these must not meet."""
+
+    kind: Literal["sentencepiece", "huggingface"]
+    vocab_size: int  # ids 0 … vocab_size-1 can occur in data
+    eod_id: int | None  # ends a document: the tokenizer's EOS
+    bos_id: int | None
+    fingerprint: str  # sha256 over the files that define it
+
+
+class ModelFacts(Frozen):
+    """What identifies a model's architecture: the fields of `megatron_core_impl.config.ModelConfig`, and its precision."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    dtype: Literal["float32", "bfloat16", "float16"]  # of the stored weights
+    parameters: int
+
+    def config_fields(self) -> dict[str, Any]:
+        """The fields of `ModelConfig`, to build one."""
+        return self.model_dump(exclude={"dtype", "parameters"})
+
+
+class Versions(Frozen):
+    """Of what made an artifact."""
+
+    package: str
+    python: str
+    torch: str | None = None
+    image: str | None = None  # digest of the container image, None for a plain process
+
+
+class Artifact(Frozen):
+    """The common part of every result. Fields of subclasses are facts, and part of the fingerprint."""
+
+    kind: str
+    schema_version: Literal[1] = SCHEMA_VERSION
+    stage: str
+    key: str
+    path: str  # of the folder, relative to the workspace: <stage>/<key>
+    files: dict[str, FileRecord]
+    fingerprint: str  # of the content: kind, files that are not volatile, facts
+    inputs: dict[str, str]  # input name -> fingerprint
+    spec: dict[str, Any]  # what it was made from
+    versions: Versions
+    figure: str  # the one figure that matters, as a person reads it
+    metrics: dict[str, Any] = {}  # further figures, for reports
+    wall_seconds: float
+    created: str  # ISO 8601, UTC
+
+    COMMON: ClassVar[frozenset[str]] = frozenset()  # set below: names of the fields that are no facts
+
+    def folder(self, workspace: Path) -> Path:
+        """Absolute path of the artifact's files."""
+        return workspace / self.path
+
+    def facts(self) -> dict[str, Any]:
+        """The fields that a subclass adds, as JSON values."""
+        return {k: v for k, v in self.model_dump(mode="json").items() if k not in Artifact.COMMON}
+
+
+Artifact.COMMON = frozenset(Artifact.model_fields)
+
+
+class ModelArtifact(Artifact):
+    """A Hugging Face folder: config, tokenizer files, weights. Under `files/` in the artifact's folder."""
+
+    kind: Literal["model"] = "model"
+    model: ModelFacts
+    tokenizer_files: tuple[str, ...]  # relative to `files/`
+    license: str | None = None
+    source: str
+    revision: str | None  # commit, for a Hub id
+
+
+class RawDataArtifact(Artifact):
+    """`data.jsonl`, one `{"id": …, "text": …}` per line."""
+
+    kind: Literal["raw-data"] = "raw-data"
+    documents: int
+    source: str
+    revision: str | None
+    text_bytes: int
+
+
+class DatasetArtifact(Artifact):
+    """`data.bin` and `data.idx`, Megatron's format, and `malformed.jsonl` where lines were refused."""
+
+    kind: Literal["dataset"] = "dataset"
+    tokenizer: TokenizerFacts
+    dtype: Literal["uint16", "int32"]
+    documents: int
+    empty_documents: int
+    malformed_lines: int
+    tokens: int
+    append_eod: bool
+
+
+class WeightsArtifact(Artifact):
+    """Tensors of a model, canonical (layout 1·1) or sharded: safetensors and `index.json`."""
+
+    kind: Literal["weights"] = "weights"
+    model: ModelFacts
+    tp: int
+    pp: int
+    tensors: int
+    bytes: int
+    trained_steps: int = 0
+
+
+class VerificationArtifact(Artifact):
+    """`verification.json`: what was compared, the figures, the gates."""
+
+    kind: Literal["verification"] = "verification"
+    mean_error: float
+    max_error: float
+    loss_difference: float
+    argmax_agreement: float
+    allowed_mean_error: float
+    precision: Literal["fp32", "bf16"]
+
+
+class CheckpointArtifact(Artifact):
+    """`checkpoints/step-N`: the last training checkpoint, with metrics.jsonl and TensorBoard files beside it."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    model: ModelFacts
+    tokenizer: TokenizerFacts
+    checkpoint: str  # folder of the last one, relative to the artifact's folder
+    step: int
+    consumed_samples: int
+    consumed_tokens: int
+    tp: int
+    pp: int
+    dp: int
+    loss_before: float  # on the valid split
+    loss_after: float
+
+
+class ExportArtifact(Artifact):
+    """`model/`: what `from_pretrained` loads. `comparison.json`, `samples.json` beside it."""
+
+    kind: Literal["export"] = "export"
+    model: ModelFacts
+    loss_before: float | None
+    loss_after: float | None
+    mean_error: float  # exported folder, loaded by transformers, against our model
+    license: str | None = None
+    source: str
+    source_revision: str | None
+
+
+class PushArtifact(Artifact):
+    """`receipt.json` and the model card: what was published where. Local targets are checked on reuse."""
+
+    kind: Literal["push"] = "push"
+    to: Literal["dry-run", "folder", "hub"]
+    target: str  # URL or path
+    commit: str | None = None
+    published: dict[str, FileRecord] = {}
+
+
+AnyArtifact = Annotated[
+    ModelArtifact | RawDataArtifact | DatasetArtifact | WeightsArtifact | VerificationArtifact
+    | CheckpointArtifact | ExportArtifact | PushArtifact,
+    Field(discriminator="kind"),
+]  # fmt: skip
+_ANY: TypeAdapter[AnyArtifact] = TypeAdapter(AnyArtifact)
+
+
+class DamagedArtifact(ValueError):
+    """An artifact whose files are not what it says. The message names the file and what to do."""
+
+
+def parse_artifact(data: bytes | str) -> AnyArtifact:
+    """Read an artifact of any kind from JSON. Raises pydantic.ValidationError when it is none."""
+    return _ANY.validate_json(data)
+
+
+def fingerprint_of(kind: str, files: dict[str, FileRecord], facts: dict[str, Any]) -> str:
+    """Hash of an artifact's content: the same bits and facts give the same fingerprint, whenever and wherever made."""
+    content = {
+        "kind": kind,
+        "files": {name: record.sha256 for name, record in sorted(files.items()) if not record.volatile},
+        "facts": {name: value for name, value in facts.items() if name != "kind"},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load_artifact(folder: Path) -> AnyArtifact:
+    """Read the artifact of a folder.
+
+    Raises:
+        DamagedArtifact: there is no readable `artifact.json`.
+    """
+    file = folder / ARTIFACT_FILE
+    try:
+        return parse_artifact(file.read_bytes())
+    except FileNotFoundError:
+        raise DamagedArtifact(f"{folder}: no {ARTIFACT_FILE} in it, so no finished result of a stage") from None
+    except ValueError as error:
+        raise DamagedArtifact(f"{file}: not a readable artifact ({error}). Remove {folder} and run again") from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_files(folder: Path, artifact: Artifact, *, thorough: bool) -> None:
+    """Compare the files of an artifact with its records.
+
+    Sizes are always compared. Contents are hashed when `thorough`, and otherwise only for files changed since the artifact
+    was written.
+
+    Raises:
+        DamagedArtifact: naming the first file that is missing or differs.
+    """
+    written = (folder / ARTIFACT_FILE).stat().st_mtime_ns
+    mend = f"Remove {folder} and run again, or: finetune rerun RUN --stage {artifact.stage}"
+    for name, record in artifact.files.items():
+        path = folder / name
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            raise DamagedArtifact(f"{path}: missing. {mend}") from None
+        if stat.st_size != record.size:
+            raise DamagedArtifact(f"{path}: has {stat.st_size:,} bytes, its artifact says {record.size:,}. {mend}")
+        if (thorough or stat.st_mtime_ns > written) and file_sha256(path) != record.sha256:
+            raise DamagedArtifact(f"{path}: its SHA-256 is not the one its artifact records: it was changed. {mend}")
+
+
+def find_intact(folder: Path) -> AnyArtifact | None:
+    """The artifact of a folder, if there is one and its files are as recorded, else None."""
+    try:
+        artifact = load_artifact(folder)
+        check_files(folder, artifact, thorough=False)
+        if isinstance(artifact, PushArtifact) and artifact.to == "folder":
+            for name, record in artifact.published.items():
+                if (Path(artifact.target) / name).stat().st_size != record.size:
+                    return None
+    except (DamagedArtifact, OSError):
+        return None
+    return artifact

@@ -1,0 +1,193 @@
+"""The pipeline's configuration: what a person writes in YAML, typed and checked before anything starts.
+
+Every field's description is what `finetune run --help`, the web UI's form and the error messages show. Settings of a stage are
+part of that stage's key (see `specs.py`), except those marked with `NOT_IN_KEY`, which change how a result is made but not
+the result.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+NOT_IN_KEY: dict[str, Any] = {"not_in_key": True}  # json_schema_extra of settings that do not change a stage's result
+
+
+class Frozen(BaseModel):
+    """Base of everything here: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSettings(Frozen):
+    """Where the base model comes from."""
+
+    source: str = Field(min_length=1, description="Hub id such as meta-llama/Llama-2-7b-hf, or a local Hugging Face folder")
+    revision: str = Field("main", min_length=1, description="branch, tag or commit of a Hub id; a commit is reproducible")
+    allow_pickle: bool = Field(False, description="accept pickled weights (.bin) where a model has no safetensors")
+
+
+class DataSettings(Frozen):
+    """Where the text comes from."""
+
+    source: str = Field(min_length=1, description="Hub dataset id, a local .jsonl file, or a folder of source files")
+    revision: str = Field("main", min_length=1, description="branch, tag or commit of a Hub dataset")
+    subset: str | None = Field(None, description="configuration name of a Hub dataset")
+    data_dir: str | None = Field(None, description="folder inside a Hub dataset, e.g. julia")
+    split: str = Field("train", description="split of a Hub dataset")
+    text_column: str = Field("text", description="column of a Hub dataset, or key of a .jsonl line, that holds the text")
+    include: tuple[str, ...] = Field(("**/*",), min_length=1, description="folder: glob patterns of the files to read")
+    exclude: tuple[str, ...] = Field((), description="folder: glob patterns of the files to leave out")
+
+
+class PreprocessSettings(Frozen):
+    """Text to token ids."""
+
+    tokenizer: Literal["auto", "sentencepiece", "huggingface"] = Field(
+        "auto", description="which tokenizer of the model's folder: auto takes tokenizer.model if there, else tokenizer.json"
+    )
+    append_eod: bool = Field(True, description="end every document with the end-of-text token")
+    max_malformed: float = Field(0.0, ge=0.0, le=1.0, description="largest share of malformed lines that does not fail")
+    workers: int = Field(2, ge=1, le=256, description="processes that tokenize", json_schema_extra=NOT_IN_KEY)
+
+
+class VerifySettings(Frozen):
+    """The gate between conversion and training: our model against transformers on the same tokens."""
+
+    batches: int = Field(2, ge=1, description="batches compared")
+    batch_size: int = Field(2, ge=1, description="sequences per batch")
+    sequence_length: int = Field(256, ge=2, description="tokens per sequence")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="precision both models compute in")
+    max_mean_error: float | None = Field(
+        None,
+        gt=0,
+        description="largest mean |Δlogit| that passes; default 1e-4 in fp32 and 5e-2 in bf16 (the guide: 1e-2, 1e-1)",
+    )
+    max_loss_difference: float | None = Field(None, gt=0, description="largest |Δloss|; default 1e-4 in fp32, 5e-2 in bf16")
+    min_argmax_agreement: float | None = Field(
+        None, ge=0, le=1, description="smallest share of positions with the same best token; default 0.999 in fp32, 0.9 in bf16"
+    )
+
+
+class LayoutSettings(Frozen):
+    """How many processes share the model and the data. Processes = tp × pp × dp."""
+
+    tp: int = Field(1, ge=1, description="tensor parallel: processes that share each layer")
+    pp: Literal[1] = Field(1, description="pipeline parallel: 1 in this version")
+    dp: int = Field(1, ge=1, description="data parallel: replicas that share each batch")
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+class TrainSettings(Frozen):
+    """Training, in optimizer steps."""
+
+    steps: int = Field(ge=1, description="optimizer updates")
+    sequence_length: int = Field(1024, ge=2, description="tokens per sample")
+    micro_batch_size: int = Field(1, ge=1, description="samples per forward pass of one replica")
+    global_batch_size: int = Field(8, ge=1, description="samples per optimizer update, over all replicas")
+    optimizer: Literal["adamw"] = Field("adamw", description="AdamW with decoupled weight decay, none on 1-D parameters")
+    lr: float = Field(3e-4, gt=0, description="highest learning rate")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the decay")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape of the decay")
+    decay_steps: int | None = Field(None, ge=1, description="step at which min_lr is reached; default: steps")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of AdamW's second moment")
+    eps: float = Field(1e-5, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay")
+    clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0 does not clip")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 keeps fp32 master weights and gradients")
+    seed: int = Field(1234, ge=0, lt=2**32, description="of the order of data")
+    split: str = Field("969,30,1", description="shares of train, valid, test documents")
+    eval_interval: int = Field(100, ge=1, description="steps between evaluations on the valid split")
+    eval_batches: int = Field(4, ge=1, description="global batches per evaluation, the same ones each time")
+    checkpoint_interval: int = Field(100, ge=1, description="steps between checkpoints", json_schema_extra=NOT_IN_KEY)
+    keep_checkpoints: int = Field(2, ge=2, description="newest checkpoints that are kept", json_schema_extra=NOT_IN_KEY)
+    log_interval: int = Field(10, ge=1, description="steps between lines of the log", json_schema_extra=NOT_IN_KEY)
+
+    @field_validator("split")
+    @classmethod
+    def _split_is_shares(cls, value: str) -> str:
+        try:
+            shares = [float(part) for part in value.split(",")]
+        except ValueError:
+            shares = []
+        if len(shares) != 3 or min(shares) < 0 or shares[0] <= 0:
+            raise ValueError('must be three shares of train, valid and test such as "969,30,1", the first above 0')
+        return value
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        decay = self.decay_steps or self.steps
+        if self.warmup_steps >= decay:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be less than the {decay} steps of the schedule")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} must not exceed lr={self.lr}")
+        return self
+
+
+class ExportSettings(Frozen):
+    """The Hugging Face folder."""
+
+    prompts: tuple[str, ...] = Field(
+        (), description="texts that the model continues, before and after training, for the report"
+    )
+    max_new_tokens: int = Field(48, ge=1, description="length of each continuation")
+
+
+class PushSettings(Frozen):
+    """Where the model is published. The Hub token is read from the environment variable HF_TOKEN, never from here."""
+
+    to: Literal["dry-run", "folder", "hub"] = Field("dry-run", description="dry-run says what it would upload")
+    repo: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$", description="hub: owner/name of the model repo")
+    folder: str | None = Field(None, min_length=1, description="folder: a folder that stands for the Hub")
+    private: bool = Field(True, description="hub: make the repo private")
+    commit_message: str = Field("Upload model fine-tuned with megatron-flows", min_length=1, description="hub: of the upload")
+
+    @model_validator(mode="after")
+    def _target_is_named(self) -> Self:
+        if self.to == "hub" and self.repo is None:
+            raise ValueError("to=hub needs repo, e.g. repo: my-name/my-model")
+        if self.to == "folder" and self.folder is None:
+            raise ValueError("to=folder needs folder, e.g. folder: workspace/hub")
+        return self
+
+
+class PipelineConfig(Frozen):
+    """One run of the whole workflow, from a base model and text to a published model."""
+
+    workspace: str = Field(
+        "workspace", min_length=1, description="folder of everything that runs make", json_schema_extra=NOT_IN_KEY
+    )
+    model: ModelSettings
+    data: DataSettings
+    preprocess: PreprocessSettings = PreprocessSettings()
+    verify: VerifySettings = VerifySettings()
+    layout: LayoutSettings = LayoutSettings()
+    train: TrainSettings
+    export: ExportSettings = ExportSettings()
+    push: PushSettings = PushSettings()
+
+    @property
+    def workspace_path(self) -> Path:
+        """The workspace as an absolute path."""
+        return Path(self.workspace).expanduser().resolve()
+
+    @model_validator(mode="after")
+    def _batches_fit_layout(self) -> Self:
+        train, layout = self.train, self.layout
+        unit = train.micro_batch_size * layout.dp
+        if train.global_batch_size % unit:
+            raise ValueError(
+                f"train.global_batch_size={train.global_batch_size} is not a multiple of "
+                f"train.micro_batch_size × layout.dp = {train.micro_batch_size} × {layout.dp} = {unit}"
+            )
+        if (train.micro_batch_size * train.sequence_length) % layout.tp:
+            raise ValueError(
+                f"layout.tp={layout.tp} does not divide the {train.micro_batch_size} × {train.sequence_length} tokens "
+                "of a micro batch (train.micro_batch_size × train.sequence_length), which it shares out"
+            )
+        return self

@@ -1,0 +1,243 @@
+"""What a stage is asked to do: its settings and its inputs, as JSON, and the key under which its result is kept.
+
+The key is a hash of (stage, stage version, settings without paths, fingerprints of the inputs). The same key and an intact
+artifact mean that the work is done. `SPECS` is the whole pipeline: which node needs which.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import Field
+
+from stages.contracts import artifacts as a
+from stages.contracts import config as c
+
+# Raise a stage's number when its code changes what it writes for the same spec.
+STAGE_VERSIONS = {
+    "download": 1, "preprocess": 1, "convert": 1, "verify": 1, "shard": 1, "train": 1, "merge": 1, "export": 1, "push": 1,
+}  # fmt: skip
+
+
+class Ref(c.Frozen):
+    """An input: the folder of an artifact, and the fingerprint it must have (None, by hand: whatever it has)."""
+
+    path: str = Field(description="folder of the artifact, relative to the workspace")
+    fingerprint: str | None = Field(None, description="what the artifact's fingerprint must be; null takes any")
+
+
+class Spec(c.Frozen):
+    """The common part of every spec. Subclasses add `settings` and name their inputs."""
+
+    NODE: ClassVar[str]  # name in the pipeline: the stage, except for download's two
+    STAGE: ClassVar[str]
+    INPUTS: ClassVar[dict[str, type[a.Artifact]]] = {}  # input name -> kind of artifact
+
+    workspace: str = Field(description="absolute path of the workspace")
+    inputs: dict[str, Ref] = {}
+
+    @classmethod
+    def of(cls, config: c.PipelineConfig, **inputs: a.Artifact) -> Self:
+        """The spec of this stage in a pipeline, given the artifacts it needs."""
+        refs = {name: Ref(path=inputs[name].path, fingerprint=inputs[name].fingerprint) for name in cls.INPUTS}
+        return cls(workspace=str(config.workspace_path), inputs=refs, **cls.settings_of(config))
+
+    @classmethod
+    def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
+        """The parts of the configuration that this stage needs."""
+        return {}
+
+    @property
+    def key(self) -> str:
+        """Name of the result: 16 hex digits of a hash of everything that decides it."""
+        content = {
+            "stage": self.NODE,
+            "version": STAGE_VERSIONS[self.STAGE],
+            "settings": _key_part(self, leave_out={"workspace", "inputs"}),
+            "inputs": {name: ref.fingerprint or ref.path for name, ref in self.inputs.items()},
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def path(self) -> str:
+        """Folder of the result, relative to the workspace."""
+        return f"{self.STAGE}/{self.key}"
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the result."""
+        return Path(self.workspace) / self.path
+
+
+def _key_part(model: c.Frozen, leave_out: frozenset[str] | set[str] = frozenset()) -> dict[str, Any]:
+    """The fields of a model that belong in a key, as JSON values."""
+    part: dict[str, Any] = {}
+    for name, field in type(model).model_fields.items():
+        extra = field.json_schema_extra
+        if name in leave_out or (isinstance(extra, dict) and extra.get("not_in_key")):
+            continue
+        value = getattr(model, name)
+        part[name] = _key_part(value) if isinstance(value, c.Frozen) else model.model_dump(mode="json", include={name})[name]
+    return part
+
+
+def _stamp(source: str, patterns: tuple[str, ...] = ("**/*",)) -> str | None:
+    """Identity of a local source: names, sizes and times of its files. None when it is not on this disk."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        return None
+    files = [path] if path.is_file() else sorted({f for pattern in patterns for f in path.glob(pattern) if f.is_file()})
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        name = file.name if path.is_file() else file.relative_to(path).as_posix()
+        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+class DownloadModelSpec(Spec):
+    """Fetch a model from the Hub, or take a local Hugging Face folder."""
+
+    NODE = "download-model"
+    STAGE = "download"
+    model: c.ModelSettings
+    stamp: str | None = Field(None, description="identity of a local source, so that a changed folder is taken anew")
+
+    @classmethod
+    def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
+        return {"model": config.model, "stamp": _stamp(config.model.source)}
+
+
+class DownloadDataSpec(Spec):
+    """Fetch a dataset from the Hub, or take local text, as jsonl."""
+
+    NODE = "download-data"
+    STAGE = "download"
+    data: c.DataSettings
+    stamp: str | None = Field(None, description="identity of a local source, so that changed text is taken anew")
+
+    @classmethod
+    def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
+        return {"data": config.data, "stamp": _stamp(config.data.source, config.data.include)}
+
+
+class PreprocessSpec(Spec):
+    """Text to token ids in Megatron's format."""
+
+    NODE = STAGE = "preprocess"
+    INPUTS = {"data": a.RawDataArtifact, "model": a.ModelArtifact}
+    settings: c.PreprocessSettings = c.PreprocessSettings()
+
+    @classmethod
+    def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
+        return {"settings": config.preprocess}
+
+
+class ConvertSpec(Spec):
+    """Hugging Face weights to canonical ones."""
+
+    NODE = STAGE = "convert"
+    INPUTS = {"model": a.ModelArtifact}
+
+
+class VerifySpec(Spec):
+    """Our model against transformers on the same tokens."""
+
+    NODE = STAGE = "verify"
+    INPUTS = {"model": a.ModelArtifact, "weights": a.WeightsArtifact, "dataset": a.DatasetArtifact}
+    settings: c.VerifySettings = c.VerifySettings()
+
+    @classmethod
+    def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
+        return {"settings": config.verify}
+
+
+class ShardSpec(Spec):
+    """Canonical weights, cut for (tp, pp)."""
+
+    NODE = STAGE = "shard"
+    INPUTS = {"weights": a.WeightsArtifact}
+    tp: int = Field(1, ge=1)
+    pp: int = Field(1, ge=1)
+
+    @classmethod
+    def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
+        return {"tp": config.layout.tp, "pp": config.layout.pp}
+
+
+class TrainSpec(Spec):
+    """Training on tp × pp × dp processes."""
+
+    NODE = STAGE = "train"
+    INPUTS = {"weights": a.WeightsArtifact, "dataset": a.DatasetArtifact}
+    layout: c.LayoutSettings = c.LayoutSettings()
+    settings: c.TrainSettings
+
+    @classmethod
+    def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
+        return {"layout": config.layout, "settings": config.train}
+
+
+class MergeSpec(Spec):
+    """Sharded weights, trained or not, back to canonical ones."""
+
+    NODE = STAGE = "merge"
+    INPUTS = {"checkpoint": a.CheckpointArtifact}
+
+
+class ExportSpec(Spec):
+    """Canonical weights to a folder that transformers loads."""
+
+    NODE = STAGE = "export"
+    INPUTS = {
+        "model": a.ModelArtifact, "weights": a.WeightsArtifact, "dataset": a.DatasetArtifact,
+        "checkpoint": a.CheckpointArtifact,
+    }  # fmt: skip
+    settings: c.ExportSettings = c.ExportSettings()
+    verify: c.VerifySettings = c.VerifySettings()
+
+    @classmethod
+    def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
+        return {"settings": config.export, "verify": config.verify}
+
+
+class PushSpec(Spec):
+    """Publish the exported model."""
+
+    NODE = STAGE = "push"
+    INPUTS = {
+        "export": a.ExportArtifact, "checkpoint": a.CheckpointArtifact, "dataset": a.DatasetArtifact,
+        "data": a.RawDataArtifact, "verification": a.VerificationArtifact,
+    }  # fmt: skip
+    settings: c.PushSettings = c.PushSettings()
+
+    @classmethod
+    def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
+        return {"settings": config.push}
+
+
+# The pipeline in an order in which each node comes after those it needs, and for each node where its inputs come from.
+SPECS: dict[str, type[Spec]] = {
+    spec.NODE: spec
+    for spec in (
+        DownloadModelSpec, DownloadDataSpec, PreprocessSpec, ConvertSpec, VerifySpec, ShardSpec, TrainSpec, MergeSpec,
+        ExportSpec, PushSpec,
+    )
+}  # fmt: skip
+SOURCES: dict[str, dict[str, str]] = {
+    "download-model": {},
+    "download-data": {},
+    "preprocess": {"data": "download-data", "model": "download-model"},
+    "convert": {"model": "download-model"},
+    "verify": {"model": "download-model", "weights": "convert", "dataset": "preprocess"},
+    "shard": {"weights": "convert"},
+    "train": {"weights": "shard", "dataset": "preprocess"},
+    "merge": {"checkpoint": "train"},
+    "export": {"model": "download-model", "weights": "merge", "dataset": "preprocess", "checkpoint": "train"},
+    "push": {
+        "export": "export", "checkpoint": "train", "dataset": "preprocess", "data": "download-data",
+        "verification": "verify",
+    },
+}  # fmt: skip
+GATES = {"shard": "verify"}  # a node that waits for another without using its result
