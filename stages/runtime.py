@@ -2,11 +2,12 @@
 
 A stage is a function `run(spec, ctx) -> artifact`. `main` does everything around it:
 
-- one process per result at a time (a lock the kernel drops when its holder dies), and none when the result is there already;
+- one process per result at a time (a lock the kernel drops when its holder dies), and none when the result is there;
 - work happens in `<workspace>/<stage>/.<key>.partial/`; a finished result is fsynced and renamed to
-  `<workspace>/<stage>/<key>/`, so a reader never sees half of one. A failed stage leaves nothing, a resumable one (train) leaves its scratch to go on from;
-- the outcome is an exit code (`ExitCode`) and, on failure, one line `error: <stage>: …` on stderr. A traceback only for what is
-  our fault.
+  `<workspace>/<stage>/<key>/`, so a reader never sees half of one. A failed stage leaves nothing; a resumable one (train)
+  leaves its scratch to go on from;
+- the outcome is an exit code (`ExitCode`) and, on failure, one line `error: <stage>: …` on stderr. A traceback only for
+  what is our fault.
 
 Started by a launcher (STAGE_EVENTS=1), a stage prints progress as lines `@@stage {json}`; started by hand, as text.
 """

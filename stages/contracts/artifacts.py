@@ -13,7 +13,6 @@ from pydantic import Field, TypeAdapter
 
 from stages.contracts.config import Frozen
 
-SCHEMA_VERSION = 1
 ARTIFACT_FILE = "artifact.json"
 
 
@@ -71,7 +70,7 @@ class Artifact(Frozen):
     """The common part of every result. Fields of subclasses are facts, and part of the fingerprint."""
 
     kind: str
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     stage: str
     key: str
     path: str  # of the folder, relative to the workspace: <stage>/<key>
