@@ -13,6 +13,7 @@ from pydantic import Field
 
 from stages.contracts import artifacts as a
 from stages.contracts import config as c
+from stages.contracts.sources import stamp
 
 # Raise a stage's number when its code changes what it writes for the same spec.
 STAGE_VERSIONS = {
@@ -82,20 +83,6 @@ def _key_part(model: c.Frozen, leave_out: frozenset[str] | set[str] = frozenset(
     return part
 
 
-def _stamp(source: str, patterns: tuple[str, ...] = ("**/*",)) -> str | None:
-    """Identity of a local source: names, sizes and times of its files. None when it is not on this disk."""
-    path = Path(source).expanduser()
-    if not path.exists():
-        return None
-    files = [path] if path.is_file() else sorted({f for pattern in patterns for f in path.glob(pattern) if f.is_file()})
-    digest = hashlib.sha256()
-    for file in files:
-        stat = file.stat()
-        name = file.name if path.is_file() else file.relative_to(path).as_posix()
-        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
-
-
 class DownloadModelSpec(Spec):
     """Fetch a model from the Hub, or take a local Hugging Face folder."""
 
@@ -106,7 +93,7 @@ class DownloadModelSpec(Spec):
 
     @classmethod
     def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
-        return {"model": config.model, "stamp": _stamp(config.model.source)}
+        return {"model": config.model, "stamp": stamp(config.model.source)}
 
 
 class DownloadDataSpec(Spec):
@@ -119,7 +106,7 @@ class DownloadDataSpec(Spec):
 
     @classmethod
     def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
-        return {"data": config.data, "stamp": _stamp(config.data.source, config.data.include)}
+        return {"data": config.data, "stamp": stamp(config.data.source, config.data.include, config.data.exclude)}
 
 
 class PreprocessSpec(Spec):

@@ -1,0 +1,71 @@
+"""Keys: the same work has the same key, other work another one, and paths and pace of work do not count."""
+
+from typing import Any
+
+import pytest
+
+from stages.contracts import artifacts as a
+from stages.contracts.config import PipelineConfig
+from stages.contracts.specs import SOURCES, SPECS, DownloadModelSpec, Ref, TrainSpec
+
+
+def config(**changes: Any) -> PipelineConfig:
+    base: dict[str, Any] = {"model": {"source": "a/b"}, "data": {"source": "c/d"}, "train": {"steps": 10}}
+    return PipelineConfig.model_validate(base | changes)
+
+
+def spec(config: PipelineConfig, fingerprint: str = "f") -> TrainSpec:
+    inputs = {name: Ref(path=f"x/{name}", fingerprint=fingerprint) for name in TrainSpec.INPUTS}
+    return TrainSpec(workspace=str(config.workspace_path), inputs=inputs, **TrainSpec.settings_of(config))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": {"steps": 10, "lr": 1e-3}},
+        {"train": {"steps": 10, "seed": 1}},
+        {"layout": {"dp": 2}},
+    ],
+)
+def test_settings_change_the_key(changes: dict[str, Any]) -> None:
+    assert spec(config(**changes)).key != spec(config()).key
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"workspace": "elsewhere"}, {"train": {"steps": 10, "log_interval": 3}}, {"preprocess": {"workers": 7}}],
+)
+def test_paths_and_pace_do_not(changes: dict[str, Any]) -> None:
+    assert spec(config(**changes)).key == spec(config()).key
+
+
+def test_inputs_count_by_content() -> None:
+    assert spec(config(), "f").key != spec(config(), "g").key
+    moved = spec(config()).model_copy(update={"inputs": {n: Ref(path="y", fingerprint="f") for n in TrainSpec.INPUTS}})
+    assert moved.key == spec(config()).key
+
+
+def test_a_setting_with_its_default_is_the_same_as_none() -> None:
+    assert spec(config(train={"steps": 10, "clip_grad": 1.0})).key == spec(config()).key
+
+
+def test_hub_revision_counts() -> None:
+    one = DownloadModelSpec.of(config(model={"source": "a/b", "revision": "v1"}))
+    two = DownloadModelSpec.of(config(model={"source": "a/b", "revision": "v2"}))
+    assert one.key != two.key
+    assert one.path == f"download/{one.key}"
+
+
+def test_graph_is_complete() -> None:
+    """Every input of every spec has a source that comes earlier and makes that kind of artifact."""
+    made: dict[str, type[a.Artifact]] = {
+        "download-model": a.ModelArtifact, "download-data": a.RawDataArtifact, "preprocess": a.DatasetArtifact,
+        "convert": a.WeightsArtifact, "verify": a.VerificationArtifact, "shard": a.WeightsArtifact,
+        "train": a.CheckpointArtifact, "merge": a.WeightsArtifact, "export": a.ExportArtifact, "push": a.PushArtifact,
+    }  # fmt: skip
+    order = list(SPECS)
+    for node, cls in SPECS.items():
+        assert set(SOURCES[node]) == set(cls.INPUTS)
+        for name, source in SOURCES[node].items():
+            assert order.index(source) < order.index(node)
+            assert made[source] is cls.INPUTS[name]

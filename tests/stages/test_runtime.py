@@ -1,0 +1,223 @@
+"""What all stages share, tried with a stage of the test's own: publishing, reuse, damage, errors, exit codes, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stages import runtime
+from stages.contracts import artifacts as a
+from stages.contracts.config import DataSettings
+from stages.contracts.specs import DownloadDataSpec
+
+STAGE = '''
+import errno, os, sys, time
+from stages import runtime
+from stages.contracts import artifacts as a
+
+def run(spec, ctx):
+    """A stage of one file."""
+    (ctx.scratch / "data.jsonl").write_text("one\\n")
+    print("working", flush=True)
+    match os.environ.get("DO"):
+        case "bad": raise runtime.BadInput("data.source: is wrong; change it")
+        case "gate": raise runtime.GateFailed("layer 14 differs")
+        case "crash": raise RuntimeError("boom")
+        case "full": raise OSError(errno.ENOSPC, "No space left on device", "data.jsonl")
+        case "hang": sys.stdin.read()
+    return ctx.artifact(a.RawDataArtifact, figure="1 document", documents=1, source="s", revision=None, text_bytes=3)
+
+if __name__ == "__main__":
+    runtime.main({"data": "download-data"}, run, __doc__)
+'''
+
+
+@pytest.fixture()
+def spec(tmp_path: Path) -> DownloadDataSpec:
+    return DownloadDataSpec(workspace=str(tmp_path / "ws"), data=DataSettings(source="s"))
+
+
+@pytest.fixture()
+def start(tmp_path: Path, spec: DownloadDataSpec) -> Callable[..., subprocess.Popen[str]]:
+    """Starts the stage as a process."""
+    (tmp_path / "stage.py").write_text(STAGE)
+    (tmp_path / "spec.json").write_text(spec.model_dump_json())
+
+    def start(**environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(tmp_path / "stage.py"), str(tmp_path / "spec.json")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **environment},
+        )  # fmt: skip
+
+    return start
+
+
+def made(spec: DownloadDataSpec, text: str = "one\n") -> a.Artifact:
+    """Run the work in this process."""
+
+    def run(spec: DownloadDataSpec, ctx: runtime.Context) -> a.Artifact:
+        (ctx.scratch / "data.jsonl").write_text(text)
+        (ctx.scratch / "log.txt").write_text(os.urandom(4).hex())
+        return ctx.artifact(
+            a.RawDataArtifact, figure="f", volatile=("log.txt",), documents=1, source="s", revision=None, text_bytes=3
+        )
+
+    return runtime.execute(spec, run)
+
+
+def test_publishes_a_complete_artifact(spec: DownloadDataSpec) -> None:
+    artifact = made(spec)
+    assert a.load_artifact(spec.folder) == artifact
+    assert artifact.path == f"download/{spec.key}"
+    assert set(artifact.files) == {"data.jsonl", "log.txt"}
+    assert artifact.files["data.jsonl"].size == 4
+    assert artifact.spec["data"]["source"] == "s"
+    assert "workspace" not in artifact.spec, "an artifact holds no absolute path"
+    assert [p.name for p in spec.folder.parent.iterdir() if "partial" in p.name] == []
+
+
+def test_fingerprint_is_of_content(spec: DownloadDataSpec, tmp_path: Path) -> None:
+    elsewhere = spec.model_copy(update={"workspace": str(tmp_path / "other")})
+    assert made(spec).fingerprint == made(elsewhere).fingerprint, "volatile files do not count"
+    third = spec.model_copy(update={"workspace": str(tmp_path / "third")})
+    assert made(third, "two\n").fingerprint != made(spec).fingerprint
+
+
+def test_reuses_what_is_there_and_remakes_what_is_damaged(spec: DownloadDataSpec) -> None:
+    assert made(spec).files == made(spec, "other").files, "the first result was taken"
+    (spec.folder / "data.jsonl").write_text("onf\n")
+    assert made(spec).files["data.jsonl"].size == 4
+    assert (spec.folder / "data.jsonl").read_text() == "one\n"
+    assert sorted(p.name for p in spec.folder.parent.iterdir()) == [f".{spec.key}.lock", spec.key]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "data.jsonl").unlink(), "data.jsonl: missing"),
+        (lambda f: (f / "data.jsonl").write_text("longer\n"), "has 7 bytes, its artifact says 4"),
+        (lambda f: (f / "data.jsonl").write_text("onf\n"), "its SHA-256 is not the one its artifact records"),
+        (lambda f: (f / "artifact.json").write_text("{"), "artifact.json: not a readable artifact"),
+    ],
+)
+def test_damage_is_named(spec: DownloadDataSpec, damage: Callable[[Path], object], message: str) -> None:
+    made(spec)
+    damage(spec.folder)
+    assert a.find_intact(spec.folder) is None
+    with pytest.raises(a.DamagedArtifact, match=message):
+        a.check_files(spec.folder, a.load_artifact(spec.folder), thorough=True)
+
+
+def test_damage_with_an_old_time_is_found_by_a_thorough_check(spec: DownloadDataSpec) -> None:
+    artifact = made(spec)
+    (spec.folder / "data.jsonl").write_text("onf\n")
+    os.utime(spec.folder / "data.jsonl", ns=(0, 0))
+    with pytest.raises(a.DamagedArtifact, match="SHA-256"):
+        a.check_files(spec.folder, artifact, thorough=True)
+
+
+@pytest.mark.parametrize(
+    ("do", "code", "error"),
+    [
+        ("", 0, ""),
+        ("bad", 2, "error: download: data.source: is wrong; change it"),
+        ("gate", 3, "error: download: layer 14 differs"),
+        ("crash", 1, "error: download: RuntimeError: boom. This is a defect of ours; the traceback is above"),
+        ("full", 2, "error: download: no space left at data.jsonl: make room or choose another workspace, then run again"),
+    ],
+)
+def test_outcomes(start: Callable[..., subprocess.Popen[str]], spec: DownloadDataSpec, do: str, code: int, error: str) -> None:
+    process = start(DO=do)
+    _, stderr = process.communicate()
+    assert process.returncode == code
+    assert (stderr.splitlines() or [""])[-1] == error
+    assert ("Traceback" in stderr) == (do == "crash")
+    assert spec.folder.exists() == (do == "")
+    assert not list(spec.folder.parent.glob(".*.partial")), "a failed stage leaves nothing"
+
+
+def test_errors_are_events_for_a_launcher(start: Callable[..., subprocess.Popen[str]]) -> None:
+    stdout, _ = start(DO="gate", STAGE_EVENTS="1").communicate()
+    events = [json.loads(line.removeprefix(runtime.EVENT_PREFIX)) for line in stdout.splitlines() if line.startswith("@@")]
+    assert events == [{"event": "error", "message": "layer 14 differs", "code": 3}]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 4), (signal.SIGKILL, -9)])
+def test_a_killed_stage_leaves_no_result_and_runs_again(
+    start: Callable[..., subprocess.Popen[str]], spec: DownloadDataSpec, number: signal.Signals, code: int
+) -> None:
+    process = start(DO="hang")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(number)
+    _, stderr = process.communicate()
+    assert process.returncode == code
+    assert not spec.folder.exists()
+    if code == 4:
+        assert stderr == "error: download: stopped by SIGTERM; run it again to go on\n"
+    again = start()
+    again.communicate()
+    assert again.returncode == 0
+    assert not list(spec.folder.parent.glob(".*.partial"))
+
+
+def test_two_processes_make_a_result_once(start: Callable[..., subprocess.Popen[str]], spec: DownloadDataSpec) -> None:
+    first = start(DO="hang")
+    assert first.stdout is not None
+    assert first.stdout.readline() == "working\n"
+    second = start()
+    assert second.stdout is not None
+    assert second.stdout.readline() == "waiting: another process is making this result\n"
+    first.communicate(input="")
+    stdout, _ = second.communicate()
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert "working" not in stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("{", "not JSON"),
+        ("{}", "must have exactly one of the keys data"),
+        ('{"data": {"source": "s"}}', "workspace: Field required"),
+        ('{"workspace": "/w", "data": {"source": "s", "sauce": 1}}', "data.sauce: Extra inputs are not permitted (got 1)"),
+    ],
+)
+def test_a_bad_spec_is_one_clear_line(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "spec.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(runtime.BadInput) as caught:
+        runtime.read_spec(path, {"data": "download-data"})
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_inputs_are_checked(tmp_path: Path, spec: DownloadDataSpec) -> None:
+    from stages.contracts.specs import PreprocessSpec, Ref
+
+    artifact = made(spec)
+
+    def context(**refs: Ref) -> runtime.Context:
+        return runtime.Context(PreprocessSpec(workspace=spec.workspace, inputs=refs), tmp_path)
+
+    good = Ref(path=artifact.path, fingerprint=artifact.fingerprint)
+    assert context(data=good).input("data", a.RawDataArtifact) == (artifact, spec.folder)
+    with pytest.raises(runtime.BadInput, match="inputs.data: missing from the spec"):
+        context().input("data", a.RawDataArtifact)
+    with pytest.raises(runtime.BadInput, match="holds a raw-data artifact, this needs a ModelArtifact"):
+        context(data=good).input("data", a.ModelArtifact)
+    with pytest.raises(runtime.BadInput, match="the spec asks for 123"):
+        context(data=Ref(path=artifact.path, fingerprint="123")).input("data", a.RawDataArtifact)
+    with pytest.raises(runtime.BadInput, match=r"no artifact\.json in it"):
+        context(data=Ref(path="download/none")).input("data", a.RawDataArtifact)
+    (spec.folder / "data.jsonl").write_text("onf\n")
+    with pytest.raises(runtime.BadInput, match=r"data\.jsonl: its SHA-256 is not the one"):
+        context(data=good).input("data", a.RawDataArtifact)
