@@ -1,0 +1,226 @@
+"""Tokens on disk in Megatron's `.bin`/`.idx` format, byte for byte what Megatron-LLM and Megatron-LM write and read.
+
+`<prefix>.bin` holds the tokens of all sequences, one after another. `<prefix>.idx` says where each lies (little endian):
+
+| bytes | field |
+|---|---|
+| 9 | `MMIDIDX` and two zero bytes |
+| 8 | u64 version = 1 |
+| 1 | u8 code of the tokens' type (`DTYPES`) |
+| 8 | u64 N, number of sequences |
+| 8 | u64 D, length of doc_idx |
+| 4 N | int32 sizes: tokens of each sequence |
+| 8 N | int64 pointers: byte at which each sequence starts in `.bin` |
+| 8 D | int64 doc_idx: 0, then after each document the number of sequences so far |
+
+A document of plain text is one sequence. Reading maps both files into memory; writing keeps nothing in memory.
+"""
+
+import shutil
+import struct
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+MAGIC = b"MMIDIDX\x00\x00"
+OLD_MAGIC = b"TNTIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, N, D
+DTYPES: dict[int, np.dtype[Any]] = {
+    1: np.dtype("<u1"), 2: np.dtype("<i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"), 5: np.dtype("<i8"), 8: np.dtype("<u2"),
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+BLOCK = 1 << 20  # entries of an index that pass through memory at once
+
+Tokens = npt.NDArray[np.integer[Any]]
+
+
+def dtype_for(vocab_size: int) -> np.dtype[Any]:
+    """The type in which the reference stores ids of a vocabulary: uint16 below 65500 ids, else int32."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+def bin_path(prefix: Path | str) -> Path:
+    """Path of a dataset's tokens."""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: Path | str) -> Path:
+    """Path of a dataset's index."""
+    return Path(f"{prefix}.idx")
+
+
+class IndexedDataset:
+    """A dataset, memory-mapped: `dataset[i]` is the tokens of sequence i, read-only, in the type they are stored in.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: a file is not what the format says; the message names it.
+    """
+
+    def __init__(self, prefix: Path | str) -> None:
+        self.prefix = Path(prefix)
+        idx = idx_path(prefix)
+        index = _map(idx, np.dtype("u1"))
+        self.dtype, num_sequences, len_doc_idx = _read_header(idx, index)
+        sizes_end = HEADER.size + 4 * num_sequences
+        self.sizes: npt.NDArray[np.int32] = np.frombuffer(index, "<i4", num_sequences, HEADER.size)  # [N] tokens
+        self.pointers: npt.NDArray[np.int64] = np.frombuffer(index, "<i8", num_sequences, sizes_end)  # [N] bytes
+        self.doc_idx: npt.NDArray[np.int64] = np.frombuffer(index, "<i8", len_doc_idx, sizes_end + 8 * num_sequences)
+        self._check(idx, bin_path(prefix).stat().st_size)
+        self._tokens: Tokens = _map(bin_path(prefix), self.dtype)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, i: int) -> Tokens:
+        """Tokens of sequence i, [sizes[i]]."""
+        start = int(self.pointers[i]) // self.dtype.itemsize
+        return self._tokens[start : start + int(self.sizes[i])]
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+        return type(self), (self.prefix,)  # another process maps the files itself
+
+    def _check(self, idx: Path, bin_bytes: int) -> None:
+        """Refuse an index that points outside its files."""
+        for start in range(0, len(self.sizes), BLOCK):
+            sizes = self.sizes[start : start + BLOCK].astype(np.int64)
+            pointers = self.pointers[start : start + BLOCK]
+            ends = pointers + sizes * self.dtype.itemsize
+            wrong = (sizes < 0) | (pointers < 0) | (pointers % self.dtype.itemsize != 0) | (ends > bin_bytes)
+            if wrong.any():
+                i = int(wrong.argmax())
+                raise ValueError(
+                    f"{idx}: sequence {start + i:,} is said to be {sizes[i]:,} {self.dtype.name} tokens at byte "
+                    f"{pointers[i]:,} of a .bin of {bin_bytes:,} bytes: the two files do not belong together, "
+                    "or one is damaged. Make them again"
+                )
+        documents = self.doc_idx
+        if len(documents) == 0 or documents[0] != 0 or documents[-1] > len(self) or (documents[1:] < documents[:-1]).any():
+            raise ValueError(f"{idx}: doc_idx must rise from 0 to at most {len(self):,} sequences. Make the dataset again")
+
+
+def _map(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The content of a file, read-only. An empty file cannot be mapped, but is a legal .bin."""
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype)
+    # Viewed as a plain array: slicing a memmap makes another memmap each time, which costs more than the read.
+    return np.asarray(np.memmap(path, dtype, mode="r", shape=(path.stat().st_size // dtype.itemsize,)))
+
+
+def _read_header(idx: Path, index: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any], int, int]:
+    """(type of the tokens, N, D) of an index, its length checked."""
+    start = index[: HEADER.size].tobytes()
+    if start.startswith(OLD_MAGIC):
+        raise ValueError(f"{idx}: is in the old TNTIDX format of fairseq; tokenize the text again")
+    if len(start) < HEADER.size or not start.startswith(MAGIC):
+        raise ValueError(f"{idx}: is not the index of a Megatron dataset: it does not start with MMIDIDX")
+    _, version, code, num_sequences, len_doc_idx = HEADER.unpack(start)
+    if version != VERSION:
+        raise ValueError(f"{idx}: has version {version} of the format, only {VERSION} is known")
+    if code not in DTYPES:
+        legal = ", ".join(f"{code} {dtype.name}" for code, dtype in DTYPES.items())
+        raise ValueError(f"{idx}: has tokens of type code {code}; ids are one of {legal}")
+    expected = HEADER.size + 12 * num_sequences + 8 * len_doc_idx
+    if len(index) != expected:
+        raise ValueError(
+            f"{idx}: has {len(index):,} bytes, but {num_sequences:,} sequences and {len_doc_idx:,} entries of doc_idx take "
+            f"{expected:,}: it was cut off or damaged. Make the dataset again"
+        )
+    return DTYPES[code], num_sequences, len_doc_idx
+
+
+class IndexedDatasetWriter:
+    """Writes a dataset in one pass. What the index will hold waits in unnamed files on disk, so memory stays constant.
+
+    A context manager: leaving it writes the index; leaving it by an error does not, so half a dataset is never readable.
+
+    Raises:
+        ValueError: tokens that the type cannot hold, or a type that the format does not know.
+    """
+
+    def __init__(self, prefix: Path | str, dtype: npt.DTypeLike) -> None:
+        self.prefix = Path(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        if self.dtype not in CODES:
+            legal = ", ".join(known.name for known in CODES)
+            raise ValueError(f"dtype {self.dtype.name}: the format knows {legal}")
+        self.num_sequences = 0
+        self.num_tokens = 0
+        self._len_doc_idx = 1
+        self._bin: IO[bytes] = bin_path(prefix).open("wb")
+        self._sizes: IO[bytes] = tempfile.TemporaryFile(dir=self.prefix.parent)  # noqa: SIM115 - closed by close()
+        self._doc_idx: IO[bytes] = tempfile.TemporaryFile(dir=self.prefix.parent)  # noqa: SIM115
+        self._doc_idx.write(bytes(8))
+
+    def add_sequence(self, tokens: npt.ArrayLike) -> None:
+        """Append one sequence to the document that is open."""
+        flat = np.asarray(tokens).reshape(-1)
+        self._append(flat, np.array([len(flat)]))
+
+    def end_document(self) -> None:
+        """End a document: the sequences since the last end are one."""
+        self._end_documents(np.array([self.num_sequences]))
+
+    def add_documents(self, tokens: Tokens, sizes: npt.NDArray[np.integer[Any]]) -> None:
+        """Append documents of one sequence each: their tokens one after another, and how many tokens each has."""
+        if sizes.sum() != len(tokens):
+            raise ValueError(f"sizes add up to {sizes.sum():,}, but there are {len(tokens):,} tokens")
+        before = self.num_sequences
+        self._append(tokens, sizes)
+        self._end_documents(before + 1 + np.arange(len(sizes)))
+
+    def _append(self, tokens: Tokens, sizes: npt.NDArray[np.integer[Any]]) -> None:
+        limits = np.iinfo(self.dtype)
+        if len(tokens) and tokens.dtype != self.dtype and (tokens.min() < limits.min or tokens.max() > limits.max):
+            raise ValueError(
+                f"token ids {tokens.min():,} to {tokens.max():,} do not fit {self.dtype.name}, "
+                f"which holds {limits.min:,} to {limits.max:,}"
+            )
+        if len(sizes) and sizes.max() > np.iinfo(np.int32).max:
+            raise ValueError(f"a sequence has {sizes.max():,} tokens; the format holds at most {np.iinfo(np.int32).max:,}")
+        self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
+        self._sizes.write(sizes.astype("<i4").tobytes())
+        self.num_tokens += len(tokens)
+        self.num_sequences += len(sizes)
+
+    def _end_documents(self, ends: npt.NDArray[np.integer[Any]]) -> None:
+        self._doc_idx.write(ends.astype("<i8").tobytes())
+        self._len_doc_idx += len(ends)
+
+    def finish(self) -> None:
+        """Write the index and close the files."""
+        self._bin.close()
+        with idx_path(self.prefix).open("wb") as index:
+            header = (MAGIC, VERSION, CODES[self.dtype], self.num_sequences, self._len_doc_idx)
+            index.write(HEADER.pack(*header))
+            self._sizes.seek(0)
+            shutil.copyfileobj(self._sizes, index)
+            self._sizes.seek(0)
+            start = 0
+            while block := self._sizes.read(4 * BLOCK):
+                # In int64: the reference's merge tool overflows int32 beyond 2 GiB.
+                ends = start + np.cumsum(np.frombuffer(block, "<i4"), dtype=np.int64) * self.dtype.itemsize
+                index.write(np.concatenate(([start], ends[:-1])).astype("<i8").tobytes())
+                start = int(ends[-1])
+            self._doc_idx.seek(0)
+            shutil.copyfileobj(self._doc_idx, index)
+        self.close()
+
+    def close(self) -> None:
+        """Close the files without an index."""
+        for file in (self._bin, self._sizes, self._doc_idx):
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.close()

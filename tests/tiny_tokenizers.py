@@ -1,0 +1,49 @@
+"""Tokenizers of a few hundred pieces, trained on the spot, for the tests of data."""
+
+import io
+import json
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+CODE = [
+    "def add(a, b):\n    return a + b\n",
+    "class Queue:\n    def __init__(self) -> None:\n        self.items: list[int] = []\n",
+    "for number in range(10):\n    print(number, number ** 2)\n",
+    "import sys\n\nif __name__ == '__main__':\n    sys.exit(main())\n",
+]
+
+
+def train_sentencepiece(folder: Path, vocab_size: int = 320) -> None:
+    """Write `tokenizer.model`: BPE with byte fallback, <unk> 0, <s> 1, </s> 2, as Llama's."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CODE), model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=3,
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+
+
+def train_huggingface(folder: Path, vocab_size: int = 300) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`: byte-level BPE with all that a saved tokenizer may bring along.
+
+    That is a template that adds <s>, truncation, padding, and an added token behind the vocabulary.
+    """
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(CODE, trainer)
+    tokenizer.add_special_tokens(["<|im_start|>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.enable_truncation(max_length=8)
+    tokenizer.enable_padding(length=8)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}}))
