@@ -1,0 +1,243 @@
+"""Stored weights, whatever their form: one reader that answers "give me slice S of tensor T", and the writers of our forms.
+
+Forms, told apart by what a folder holds:
+
+- ours, by `index.json`: canonical (one file), sharded for (tp, pp), or a training checkpoint (cut over dp as well, with the
+  moments of the optimizer as further tensors). Each rank's file carries, in its header, the global shape and the slice of
+  each of its tensors; the index is made of these headers alone.
+- Hugging Face, by `model.safetensors`, `model.safetensors.index.json`, or, where pickles are allowed, their `.bin` kin.
+
+So what was written under one layout loads under any other: a reader asks for slices, never for files.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_core_impl.checkpoint.index import (
+    INDEX_FILE,
+    Piece,
+    StoredTensor,
+    intersect,
+    merge_pieces,
+    parse_slice,
+    plain_file_name,
+    read_index_file,
+    read_json,
+    write_index_file,
+)
+from megatron_core_impl.checkpoint.pickled import PickledReader
+from megatron_core_impl.checkpoint.safetensors_io import (
+    SafetensorsReader,
+    SafetensorsWriter,
+    WeightsError,
+    check_slice,
+    row_blocks,
+)
+from megatron_core_impl.checkpoint.slicing import Slice, shape_of, whole
+
+RANK_FILES = "rank-*.safetensors"
+
+
+class TensorFile(Protocol):
+    """A file of tensors that can be read by slices."""
+
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+    def read(self, name: str, piece: Slice | None = None) -> Tensor: ...
+
+
+class WeightsReader:
+    """The tensors of a folder by global slices. Made by `open_weights`."""
+
+    def __init__(
+        self, folder: Path, tensors: dict[str, StoredTensor], files: dict[str, TensorFile], extra: dict[str, Any]
+    ) -> None:
+        self.folder = folder
+        self.extra = extra  # further keys of index.json, such as the layout
+        self._tensors = tensors
+        self._files = files  # opened so far, by name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tensors."""
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Global shape of a tensor."""
+        return self._tensor(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor."""
+        return self._tensor(name).dtype
+
+    def read(self, name: str, piece: Slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """A slice of a tensor, put together from the stored pieces it overlaps: on the CPU, contiguous.
+
+        Reads only the bytes of the slice. `dtype` converts as `Tensor.to` does; default: as stored.
+
+        Raises:
+            WeightsError: there is no such tensor or slice, or a file is missing, damaged or not what the index says.
+        """
+        tensor = self._tensor(name)
+        piece = whole(tensor.shape) if piece is None else piece
+        check_slice(f"{self.folder}: {name}", tensor.shape, piece)
+        dtype = tensor.dtype if dtype is None else dtype
+        # Every file is checked against the index before memory is taken at the word of the index.
+        parts = [
+            (self._file(name, tensor, stored), stored.slice, common)
+            for stored in tensor.pieces
+            if (common := intersect(stored.slice, piece)) is not None
+        ]
+        if len(parts) == 1 and dtype == tensor.dtype:
+            file, origin, common = parts[0]
+            return file.read(name, _relative(common, origin))
+        out = torch.empty(shape_of(piece), dtype=dtype)
+        for file, origin, common in parts:
+            for block in row_blocks(common, tensor.dtype.itemsize):
+                place = tuple(slice(*bounds) for bounds in _relative(block, piece))
+                out[place] = file.read(name, _relative(block, origin))
+        return out
+
+    def _tensor(self, name: str) -> StoredTensor:
+        if name not in self._tensors:
+            raise WeightsError(f"{self.folder}: holds no tensor {name} (of {len(self._tensors)} tensors in all)")
+        return self._tensors[name]
+
+    def _file(self, name: str, tensor: StoredTensor, piece: Piece) -> TensorFile:
+        if piece.file not in self._files:
+            self._files[piece.file] = SafetensorsReader(self.folder / piece.file)
+        file = self._files[piece.file]
+        says, needs = file.tensors.get(name), (tensor.dtype, shape_of(piece.slice))
+        if says != needs:
+            held = "holds no such tensor" if says is None else f"holds {says[0]} {list(says[1])}"
+            raise WeightsError(
+                f"{self.folder / piece.file}: {name}: the index says {needs[0]} {list(needs[1])}, the file {held}"
+            )
+        return file
+
+
+def open_weights(folder: Path, *, allow_pickle: bool = False) -> WeightsReader:
+    """Open a folder of weights of any form (see the top of this file).
+
+    Args:
+        folder: where `index.json` lies, or the files of a Hugging Face model.
+        allow_pickle: read `.bin` files too, where there is nothing better. Never runs code from them (`weights_only`).
+
+    Raises:
+        WeightsError: there are no weights, a file is missing, or something in them is malformed or inconsistent.
+    """
+    if (folder / INDEX_FILE).is_file():
+        tensors, extra = read_index_file(folder / INDEX_FILE)
+        for name in sorted({piece.file for tensor in tensors.values() for piece in tensor.pieces}):
+            if not (folder / name).is_file():
+                raise WeightsError(f"{folder / name}: missing, and {INDEX_FILE} needs it")
+        return WeightsReader(folder, tensors, {}, extra)
+    files = _open_hugging_face(folder, allow_pickle)
+    found: dict[str, StoredTensor] = {}
+    for file_name, file in files.items():
+        for name, (dtype, shape) in file.tensors.items():
+            found.setdefault(name, StoredTensor(dtype, shape, (Piece(file_name, whole(shape)),)))
+    return WeightsReader(folder, found, files, {})
+
+
+def _open_hugging_face(folder: Path, allow_pickle: bool) -> dict[str, TensorFile]:
+    """The files of a Hugging Face model by name, in the order of their index."""
+    if (folder / "model.safetensors").is_file():
+        return {"model.safetensors": SafetensorsReader(folder / "model.safetensors")}
+    if (folder / "model.safetensors.index.json").is_file():
+        return _open_listed(folder / "model.safetensors.index.json", SafetensorsReader)
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if pickles and not allow_pickle:
+        raise WeightsError(
+            f"{folder}: has only pickled weights ({pickles[0]}), which can carry code. Choose a revision with safetensors, "
+            "or set model.allow_pickle: true"
+        )
+    if (folder / "pytorch_model.bin").is_file():
+        return {"pytorch_model.bin": PickledReader(folder / "pytorch_model.bin")}
+    if (folder / "pytorch_model.bin.index.json").is_file():
+        return _open_listed(folder / "pytorch_model.bin.index.json", PickledReader)
+    raise WeightsError(f"{folder}: no weights: neither {INDEX_FILE} nor model.safetensors nor model.safetensors.index.json")
+
+
+def _open_listed(index: Path, reader: type[SafetensorsReader] | type[PickledReader]) -> dict[str, TensorFile]:
+    """The files that a Hugging Face index lists, checked against it."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise WeightsError(f"{index}: weight_map must map tensors to files")
+    files: dict[str, TensorFile] = {}
+    for name, file_name in listed.items():
+        plain_file_name(f"{index}: {name}", file_name)
+        if file_name not in files:
+            if not (index.parent / file_name).is_file():
+                raise WeightsError(f"{index.parent / file_name}: missing, and {index.name} needs it")
+            files[file_name] = reader(index.parent / file_name)
+        if name not in files[file_name].tensors:
+            raise WeightsError(f"{index.parent / file_name}: holds no tensor {name}, which {index.name} says is there")
+    return files
+
+
+def open_rank_file(
+    folder: Path, rank: int, entries: Iterable[tuple[str, torch.dtype, tuple[int, ...], Slice]]
+) -> SafetensorsWriter:
+    """Begin a rank's file: the writer of `rank-NNNN.safetensors` for pieces (name, dtype, global shape, slice)."""
+    entries = list(entries)
+    pieces = {name: {"shape": list(shape), "slice": [list(r) for r in piece]} for name, _, shape, piece in entries}
+    metadata = {"format": "pt", "pieces": json.dumps(pieces, separators=(",", ":"))}
+    stored = [(name, dtype, shape_of(piece)) for name, dtype, _, piece in entries]
+    return SafetensorsWriter(folder / f"rank-{rank:04d}.safetensors", stored, metadata)
+
+
+def write_rank_file(folder: Path, rank: int, pieces: Iterable[tuple[str, tuple[int, ...], Slice, Tensor]]) -> None:
+    """Write all that a rank stores: (name, global shape, slice, the slice's values), on any device. Fsynced."""
+    pieces = list(pieces)
+    with open_rank_file(folder, rank, ((name, tensor.dtype, shape, piece) for name, shape, piece, tensor in pieces)) as writer:
+        for name, _, _, tensor in pieces:
+            for rows in row_blocks(whole(tensor.shape), tensor.element_size()):
+                writer.write_rows(name, rows[0][0] if rows else 0, tensor[slice(*rows[0])] if rows else tensor)
+
+
+def write_index(folder: Path, **extra: Any) -> None:
+    """Write `index.json` for the rank files in a folder, from their headers.
+
+    Args:
+        folder: where all ranks have written.
+        extra: further keys of the index, JSON values, such as `layout` or `step`.
+
+    Raises:
+        WeightsError: a header is malformed, two files disagree, or the pieces of a tensor do not tile it exactly: a rank's
+            file is missing, or two ranks wrote the same part.
+    """
+    write_index_file(folder, merge_pieces(folder, _described_pieces(folder)), extra)
+
+
+def _described_pieces(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """What the headers of all rank files say, each piece as a tensor of one piece."""
+    for path in sorted(folder.glob(RANK_FILES)):
+        reader = SafetensorsReader(path)
+        try:
+            described = json.loads(reader.metadata["pieces"])
+            entries = {name: (tuple(described[name]["shape"]), described[name]["slice"]) for name in reader.tensors}
+        except (KeyError, TypeError, ValueError):
+            raise WeightsError(f"{path}: not a rank's file: its header does not say which slices it holds") from None
+        for name, (shape, ranges) in entries.items():
+            dtype, stored_shape = reader.tensors[name]
+            piece = parse_slice(f"{path}: {name}", ranges)
+            if shape_of(piece) != stored_shape:
+                raise WeightsError(f"{path}: {name}: its slice has shape {shape_of(piece)}, its data {stored_shape}")
+            yield name, StoredTensor(dtype, shape, (Piece(path.name, piece),))
+
+
+def count_bytes(reader: WeightsReader, names: Iterable[str]) -> int:
+    """Bytes of the values of some tensors, as stored."""
+    return sum(math.prod(reader.shape(name)) * reader.dtype(name).itemsize for name in names)
+
+
+def _relative(piece: Slice, origin: Slice) -> Slice:
+    """A slice of a tensor as a slice of that part of it which is `origin`."""
+    return tuple((start - base, stop - base) for (start, stop), (base, _) in zip(piece, origin, strict=True))

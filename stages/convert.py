@@ -1,0 +1,167 @@
+"""Hugging Face weights to canonical ones: the same tensors, bit for bit, each accounted for.
+
+Every tensor that config.json implies must be there with the right shape, and nothing else may be. Precisions are kept, tensor
+by tensor; one block of rows is in memory at a time. What was written is read back and compared with the source.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_core_impl.checkpoint.index import read_json
+from megatron_core_impl.checkpoint.reshard import NotEqual, check_tensors, list_names, reshard, same_bits
+from megatron_core_impl.checkpoint.safetensors_io import WeightsError
+from megatron_core_impl.checkpoint.sharded import WeightsReader, count_bytes, open_weights
+from megatron_core_impl.config import Layout, ModelConfig, TensorSpec
+from megatron_core_impl.models import families
+from stages import runtime
+from stages.contracts import artifacts as a
+from stages.contracts.specs import ConvertSpec
+from stages.runtime import BadInput, Context, GateFailed
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BUFFERS = ".rotary_emb.inv_freq"  # old transformers saved these tables; they follow from config.json
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+)  # fmt: skip
+
+
+def run(spec: ConvertSpec, ctx: Context) -> a.WeightsArtifact:
+    """Convert the model of a spec."""
+    model, folder = ctx.input("model", a.ModelArtifact)
+    allow_pickle = bool(model.spec.get("model", {}).get("allow_pickle", False))
+    try:
+        config = _read_config(folder / "files" / "config.json", model.model)
+        source = open_weights(folder / "files", allow_pickle=allow_pickle)
+        specs = families.tensors(config)
+        _check(source, config, specs)
+        _warn_of_other_dtypes(source, specs, model.model.dtype, ctx)
+        reshard(source, ctx.scratch, specs, Layout(), progress=ctx.progress)
+    except WeightsError as error:
+        raise BadInput(str(error)) from error
+    except NotEqual as error:
+        raise GateFailed(str(error)) from error
+    size = count_bytes(source, (tensor.name for tensor in specs))
+    return ctx.artifact(
+        a.WeightsArtifact,
+        figure=f"{len(specs):,} tensors, {_readable(size)}, bit for bit",
+        model=model.model,
+        tp=1,
+        pp=1,
+        tensors=len(specs),
+        bytes=size,
+    )
+
+
+def _read_config(path: Path, facts: a.ModelFacts) -> ModelConfig:
+    """The model of config.json, which must be the one that the artifact's facts describe."""
+    try:
+        config = families.config_from_hf(read_json(path))
+    except WeightsError:
+        raise
+    except ValueError as error:
+        raise BadInput(f"{path.parent}: {error}") from error
+    says = {**asdict(config), "parameters": families.count_parameters(config)}
+    for field, value in says.items():
+        if (fact := getattr(facts, field)) != value:
+            raise BadInput(f"{path}: {field} is {value!r}, the model artifact says {fact!r}: run download again")
+    return config
+
+
+def _check(source: WeightsReader, config: ModelConfig, specs: Sequence[TensorSpec]) -> None:
+    """Refuse weights that are not exactly the tensors of the model, by name."""
+    names = set(source.names)
+    for tensor in specs:
+        if tensor.name in names and source.shape(tensor.name) != tensor.shape:
+            raise BadInput(f"{source.folder}: {_shape_fault(config, tensor, source.shape(tensor.name))}")
+    check_tensors(source, specs)
+    expected = {tensor.name for tensor in specs}
+    copies = _tied_copies(source, config, specs)
+    unexpected = [n for n in source.names if n not in expected and n not in copies and not n.endswith(BUFFERS)]
+    if unexpected:
+        raise BadInput(
+            f"{source.folder}: holds tensors that a {config.family} model of this config.json does not have: "
+            f"{list_names(unexpected)}. Is it a plain {config.family} model: no adapter, no quantization, no further head?"
+        )
+    for tensor in specs:
+        if (dtype := source.dtype(tensor.name)) not in FLOATS:
+            raise BadInput(
+                f"{source.folder}: {tensor.name} is stored as {str(dtype).removeprefix('torch.')}: quantized weights cannot "
+                "be trained. Start from the model's float32, bfloat16 or float16 weights"
+            )
+
+
+def _shape_fault(config: ModelConfig, tensor: TensorSpec, shape: tuple[int, ...]) -> str:
+    """What a tensor of another shape means: the fields of config.json that say otherwise."""
+    if len(shape) != len(tensor.shape):
+        return f"{tensor.name} has shape {list(shape)}, config.json says {list(tensor.shape)}"
+    dim = next(dim for dim, size in enumerate(shape) if size != tensor.shape[dim])
+    fields = ", ".join(f"{field}={getattr(config, field)}" for field in _fields_behind(config, tensor.name, dim))
+    return (
+        f"{tensor.name} has shape {list(shape)}, config.json says {list(tensor.shape)}: "
+        f"dim {dim} is {shape[dim]}, and {tensor.shape[dim]} by {fields}"
+    )
+
+
+def _fields_behind(config: ModelConfig, name: str, dim: int) -> list[str]:
+    """The fields that decide a dim of a tensor: those that move it when they change. The family's own table is asked."""
+
+    def size(of: ModelConfig) -> int:
+        return next(tensor.shape[dim] for tensor in families.tensors(of) if tensor.name == name)
+
+    found = []
+    for field in SIZES:
+        for value in (2 * getattr(config, field), 1):  # some fields must divide others
+            try:
+                changed: dict[str, Any] = {field: value}
+                other = replace(config, **changed)
+            except ValueError:
+                continue
+            if size(other) != size(config):
+                found.append(field)
+            break
+    return found
+
+
+def _tied_copies(source: WeightsReader, config: ModelConfig, specs: Sequence[TensorSpec]) -> set[str]:
+    """Tensors beside those of a tied model that repeat its embedding: some writers store the output layer as well."""
+    if not config.tie_word_embeddings:
+        return set()
+    untied = {tensor.name for tensor in families.tensors(replace(config, tie_word_embeddings=False))}
+    copies = (untied - {tensor.name for tensor in specs}) & set(source.names)
+    embedding = next(tensor.name for tensor in specs if tensor.padded)
+    for name in copies:
+        if not same_bits(source.read(name), source.read(embedding)):
+            raise BadInput(
+                f"{source.folder}: {name} differs from {embedding}, and config.json says tie_word_embeddings: true. "
+                "Set it to false there if the model has an output layer of its own"
+            )
+    return copies
+
+
+def _warn_of_other_dtypes(source: WeightsReader, specs: Sequence[TensorSpec], dtype: str, ctx: Context) -> None:
+    stored: Counter[str] = Counter()
+    for tensor in specs:
+        stored[str(source.dtype(tensor.name)).removeprefix("torch.")] += prod(tensor.shape)
+    if set(stored) != {dtype}:
+        kinds = ", ".join(f"{count:,} in {name}" for name, count in stored.most_common())
+        ctx.warn(f"config.json says {dtype}, the weights are {kinds}. They are kept so; the trained model will be {dtype}")
+
+
+def _readable(size: int) -> str:
+    """A number of bytes as a person reads it, e.g. `12.4 MB`."""
+    value, unit = float(size), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+if __name__ == "__main__":
+    runtime.main("convert", run, __doc__)

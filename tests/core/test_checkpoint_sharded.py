@@ -1,0 +1,442 @@
+"""One reader for every form of stored weights; what was written under one layout loads under any other, bit for bit."""
+
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_core_impl.checkpoint import reshard as reshard_module
+from megatron_core_impl.checkpoint import sharded
+from megatron_core_impl.checkpoint.index import INDEX_FILE
+from megatron_core_impl.checkpoint.pickled import PickledReader
+from megatron_core_impl.checkpoint.reshard import NotEqual, plan, reshard, same_bits
+from megatron_core_impl.checkpoint.safetensors_io import SafetensorsWriter, WeightsError, row_blocks
+from megatron_core_impl.checkpoint.sharded import open_weights, write_index, write_rank_file
+from megatron_core_impl.checkpoint.slicing import Slice, dp_rows, is_on_pp_stage, rank_slices, shape_of, tp_slice, whole
+from megatron_core_impl.config import Layout, ModelConfig, TensorSpec
+from megatron_core_impl.models import families
+
+GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "megatron_llm" / "llama2_gqa" / "hf"
+
+# 300 rows of vocabulary: cut 256 + 44 for tp=2 and 128 + 128 + 44 + 0 for tp=4
+CONFIG = ModelConfig(
+    family="llama", vocab_size=300, hidden_size=8, intermediate_size=12, num_hidden_layers=5, num_attention_heads=4,
+    num_key_value_heads=4, head_dim=2, max_position_embeddings=32,
+)  # fmt: skip
+SPECS = families.tensors(CONFIG)
+LAYOUTS = [Layout(tp=tp, pp=pp) for tp, pp in product((1, 2, 4), (1, 2, 4))]
+
+
+def random_bits(spec: TensorSpec, dtype: torch.dtype) -> Tensor:
+    count = torch.Size(spec.shape).numel() * dtype.itemsize
+    return torch.randint(0, 256, (count,), dtype=torch.uint8).view(dtype).reshape(spec.shape)
+
+
+@pytest.fixture(scope="module")
+def model() -> dict[str, Tensor]:
+    """Every tensor of the model as random bits, NaNs included; norms in another precision than matrices."""
+    torch.manual_seed(0)
+    return {spec.name: random_bits(spec, torch.float32 if len(spec.shape) == 1 else torch.bfloat16) for spec in SPECS}
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory, model: dict[str, Tensor]) -> Path:
+    folder = tmp_path_factory.mktemp("hf")
+    save_file(model, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def cut(tensor: Tensor, piece: Slice) -> Tensor:
+    return tensor[tuple(slice(*bounds) for bounds in piece)].contiguous()
+
+
+def layout_name(layout: Layout) -> str:
+    return f"tp{layout.tp}-pp{layout.pp}-dp{layout.dp}"
+
+
+# ── Shard and merge ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_name)
+def test_merge_of_shard_is_the_model_bit_for_bit(tmp_path: Path, hf: Path, model: dict[str, Tensor], layout: Layout) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "merged").mkdir()
+    shards = reshard(open_weights(hf), tmp_path / "shards", SPECS, layout)
+    assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == [
+        INDEX_FILE, *(f"rank-{rank:04d}.safetensors" for rank in range(layout.tp * layout.pp)),
+    ]  # fmt: skip
+    assert shards.extra == {"layout": {"tp": layout.tp, "pp": layout.pp, "dp": 1}}
+    # What a rank will hold in training is what it reads, and a file holds what its rank reads and nothing it does not.
+    for rank in range(layout.world_size):
+        slices = rank_slices(SPECS, CONFIG.num_hidden_layers, layout, rank)
+        assert all(same_bits(shards.read(name, piece), cut(model[name], piece)) for name, piece in slices.items())
+        file = load_file(tmp_path / "shards" / f"rank-{rank:04d}.safetensors")
+        assert all(same_bits(tensor, cut(model[name], slices[name])) for name, tensor in file.items())
+    reshard(shards, tmp_path / "merged", SPECS, Layout())
+    merged = load_file(tmp_path / "merged" / "rank-0000.safetensors")
+    assert merged.keys() == model.keys()
+    assert all(same_bits(merged[name], tensor) for name, tensor in model.items())
+
+
+def test_replicated_tensors_are_stored_once_and_padding_never() -> None:
+    ranks = plan(SPECS, Layout(tp=4, pp=2))
+    assert ["model.norm.weight" in rank for rank in ranks] == [False] * 4 + [True] + [False] * 3
+    assert [shape_of(rank["model.embed_tokens.weight"])[0] for rank in ranks[:4]] == [128, 128, 44, 0]
+    stored = sum(torch.Size(shape_of(piece)).numel() for rank in ranks for piece in rank.values())
+    assert stored == families.count_parameters(CONFIG)
+
+
+def test_tied_model_stores_its_embedding_on_the_first_pp_stage(tmp_path: Path, model: dict[str, Tensor]) -> None:
+    specs = families.tensors(replace(CONFIG, tie_word_embeddings=True))
+    save_file({spec.name: model[spec.name] for spec in specs}, tmp_path / "model.safetensors")
+    (tmp_path / "shards").mkdir()
+    shards = reshard(open_weights(tmp_path), tmp_path / "shards", specs, Layout(pp=2))
+    assert "lm_head.weight" not in shards.names
+    assert same_bits(shards.read("model.embed_tokens.weight"), model["model.embed_tokens.weight"])
+
+
+def test_conversion_of_dtype_is_torch_s(tmp_path: Path) -> None:
+    masters = {spec.name: torch.randn(spec.shape) for spec in SPECS}
+    save_file(masters, tmp_path / "model.safetensors")
+    (tmp_path / "out").mkdir()
+    out = reshard(open_weights(tmp_path), tmp_path / "out", SPECS, Layout(tp=2), dtype=torch.bfloat16)
+    assert all(same_bits(out.read(name), tensor.bfloat16()) for name, tensor in masters.items())
+
+
+def test_writing_that_goes_wrong_is_noticed(tmp_path: Path, hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = SafetensorsWriter.write_rows
+
+    def faulty(self: SafetensorsWriter, name: str, first: int, rows: Tensor) -> None:
+        if name == "model.layers.3.mlp.up_proj.weight":
+            rows = rows.clone()
+            rows.view(torch.uint8)[-1, -1] ^= 1
+        real(self, name, first, rows)
+
+    monkeypatch.setattr(SafetensorsWriter, "write_rows", faulty)
+    with pytest.raises(NotEqual, match=r"^model\.layers\.3\.mlp\.up_proj\.weight: .* differs from its source in \[0:12, 0:8\]"):
+        reshard(open_weights(hf), tmp_path, SPECS, Layout())
+
+
+def test_same_bits_is_stricter_than_equal() -> None:
+    nan, zero = torch.tensor([float("nan")]), torch.zeros(1)
+    assert same_bits(nan, nan.clone())
+    assert not same_bits(zero, -zero)
+    assert not same_bits(zero, zero.int())
+    assert not same_bits(zero, zero.reshape(1, 1))
+
+
+def test_progress_reaches_the_end(tmp_path: Path, hf: Path) -> None:
+    told: list[tuple[float, float, str]] = []
+    reshard(open_weights(hf), tmp_path, SPECS, Layout(tp=2, pp=2), progress=lambda *args: told.append(args))
+    assert told[-1][0] == told[-1][1]
+    assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
+    assert told[0][2] == "writing model.embed_tokens.weight"
+    assert told[-1][2] == "reading back lm_head.weight"
+
+
+def test_weights_that_are_not_the_model_s(tmp_path: Path, hf: Path) -> None:
+    larger = families.tensors(replace(CONFIG, num_hidden_layers=6))
+    with pytest.raises(WeightsError, match=r"lacks model\.layers\.5\.input_layernorm\.weight, .* and 6 more$"):
+        reshard(open_weights(hf), tmp_path, larger, Layout())
+    wider = families.tensors(replace(CONFIG, vocab_size=301))
+    with pytest.raises(WeightsError, match=r"model\.embed_tokens\.weight has shape \[300, 8\], the model needs \[301, 8\]"):
+        reshard(open_weights(hf), tmp_path, wider, Layout())
+    assert list(tmp_path.iterdir()) == []
+
+
+# ── Training checkpoints: cut over dp too, moments beside the masters ─────────────────────────────────────────────────
+
+
+def save_checkpoint(folder: Path, layout: Layout, state: dict[str, Tensor], *, leave_out: int | None = None) -> None:
+    """What the ranks of a training write: rows of their tp slice, as ZeRO-1 owns them; replicas over tp once."""
+    folder.mkdir()
+    for rank in range(layout.world_size):
+        if rank == leave_out:
+            continue
+        pp_rank, dp_rank, tp_rank = layout.coordinates(rank)
+        pieces = []
+        for spec in SPECS:
+            if not is_on_pp_stage(spec, CONFIG.num_hidden_layers, layout.pp, pp_rank):
+                continue
+            if spec.tp_dim is None and tp_rank > 0:
+                continue
+            piece = tp_slice(spec, layout.tp, tp_rank)
+            start, stop = dp_rows(piece[0][1] - piece[0][0], layout.dp, dp_rank)
+            own = ((piece[0][0] + start, piece[0][0] + stop), *piece[1:])
+            for name in (spec.name, f"exp_avg.{spec.name}", f"exp_avg_sq.{spec.name}"):
+                pieces.append((name, spec.shape, own, cut(state[name], own)))
+        write_rank_file(folder, rank, pieces)
+    write_index(folder, layout={"tp": layout.tp, "pp": layout.pp, "dp": layout.dp}, step=7)
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    names = [(f"{kind}{spec.name}", spec) for kind in ("", "exp_avg.", "exp_avg_sq.") for spec in SPECS]
+    return {name: random_bits(spec, torch.float32) for name, spec in names}
+
+
+@pytest.mark.parametrize("layout", [replace(layout, dp=dp) for layout in LAYOUTS for dp in (1, 3)], ids=layout_name)
+def test_checkpoint_loads_under_any_other_layout(tmp_path: Path, state: dict[str, Tensor], layout: Layout) -> None:
+    save_checkpoint(tmp_path / "step", layout, state)
+    reader = open_weights(tmp_path / "step")
+    assert set(reader.names) == set(state)
+    assert reader.extra["step"] == 7
+    for other in (Layout(), Layout(tp=2), Layout(tp=4, pp=2), Layout(tp=1, pp=4)):
+        for rank in range(other.world_size):
+            for name, piece in rank_slices(SPECS, CONFIG.num_hidden_layers, other, rank).items():
+                for kind in ("", "exp_avg."):
+                    assert same_bits(reader.read(kind + name, piece), cut(state[kind + name], piece))
+
+
+def test_checkpoint_merges_to_the_masters(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    save_checkpoint(tmp_path / "step", Layout(tp=2, pp=2, dp=3), state)
+    (tmp_path / "merged").mkdir()
+    merged = reshard(open_weights(tmp_path / "step"), tmp_path / "merged", SPECS, Layout())
+    assert set(merged.names) == {spec.name for spec in SPECS}
+    assert all(same_bits(merged.read(name), state[name]) for name in merged.names)
+
+
+def test_rank_that_did_not_write_is_noticed(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    with pytest.raises(WeightsError, match=r"model\.embed_tokens\.weight: its pieces .* the file of a rank is missing"):
+        save_checkpoint(tmp_path / "step", Layout(tp=2, dp=2), state, leave_out=3)
+    assert not (tmp_path / "step" / INDEX_FILE).exists()
+
+
+def test_rank_files_that_do_not_fit_together(tmp_path: Path) -> None:
+    rows = torch.zeros(3, 2)
+    write_rank_file(tmp_path, 0, [("w", (4, 2), ((0, 3), (0, 2)), rows)])
+    write_rank_file(tmp_path, 1, [("w", (4, 2), ((1, 4), (0, 2)), rows)])
+    with pytest.raises(WeightsError, match=r"w: pieces overlap: \[0:3, 0:2\] in rank-0000\S+ and \[1:4, 0:2\] in rank-0001"):
+        write_index(tmp_path)
+    write_rank_file(tmp_path, 1, [("w", (6, 2), ((3, 6), (0, 2)), rows)])
+    with pytest.raises(WeightsError, match=r"w: rank-0001\S+ says float32 \[6, 2\], rank-0000\S+ says float32 \[4, 2\]"):
+        write_index(tmp_path)
+    write_rank_file(tmp_path, 1, [("w", (4, 2), ((3, 6), (0, 2)), rows)])
+    with pytest.raises(WeightsError, match=r"w: the piece in rank-0001\S+ the tensor: has shape \[4, 2\]"):
+        write_index(tmp_path)
+    save_file({"w": rows}, tmp_path / "rank-0001.safetensors")
+    with pytest.raises(WeightsError, match=r"rank-0001\.safetensors: not a rank's file"):
+        write_index(tmp_path)
+
+
+def test_numbers_and_empty_pieces(tmp_path: Path) -> None:
+    write_rank_file(tmp_path, 0, [("n", (), (), torch.tensor(3.5)), ("w", (2,), ((0, 2),), torch.ones(2))])
+    write_rank_file(tmp_path, 1, [("w", (2,), ((2, 2),), torch.ones(0))])
+    write_index(tmp_path)
+    reader = open_weights(tmp_path)
+    assert reader.read("n").item() == 3.5
+    assert reader.read("w", ((1, 1),)).shape == (0,)
+    assert torch.equal(reader.read("w", dtype=torch.float64), torch.ones(2, dtype=torch.float64))
+
+
+# ── Our folders, damaged ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """w [4, 6] in two column pieces, one per file."""
+    tensor = torch.arange(24.0).reshape(4, 6)
+    write_rank_file(tmp_path, 0, [("w", (4, 6), ((0, 4), (0, 2)), tensor[:, :2])])
+    write_rank_file(tmp_path, 1, [("w", (4, 6), ((0, 4), (2, 6)), tensor[:, 2:])])
+    write_index(tmp_path)
+    return tmp_path
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    index = json.loads((folder / INDEX_FILE).read_text())
+    change(index)
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+
+
+def test_missing_shard_file(folder: Path) -> None:
+    (folder / "rank-0001.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"rank-0001\.safetensors: missing, and index\.json needs it"):
+        open_weights(folder)
+
+
+def test_truncated_shard_file(folder: Path) -> None:
+    path = folder / "rank-0001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(WeightsError, match=r"rank-0001\.safetensors: is truncated: its header describes 64 bytes"):
+        open_weights(folder).read("w")
+
+
+def test_tensor_that_is_not_there(folder: Path) -> None:
+    reader = open_weights(folder)
+    for ask in (reader.read, reader.shape, reader.dtype):
+        with pytest.raises(WeightsError, match=r"holds no tensor v \(of 1 tensors in all\)"):
+            ask("v")
+
+
+def test_slice_that_is_not_in_the_tensor(folder: Path) -> None:
+    with pytest.raises(WeightsError, match=r"w: has shape \[4, 6\], so there is no slice \[0:5, 0:6\] of it"):
+        open_weights(folder).read("w", ((0, 5), (0, 6)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w["pieces"].pop(), "hold 8 of the 24 numbers"),
+        (lambda w: w["pieces"].append(w["pieces"][0]), r"pieces overlap: \[0:4, 0:2\] in rank-0000"),
+        (lambda w: w["pieces"][0].update(file="../rank-0000.safetensors"), "must be the name of a file in the same folder"),
+        (lambda w: w["pieces"][0].update(file=None), "must be the name of a file in the same folder"),
+        (lambda w: w["pieces"][0].update(slice=[[0, 4], [0]]), r"must be a list of \[start, stop\]"),
+        (lambda w: w["pieces"][0].update(slice=[[-1, 4], [0, 2]]), r"no slice \[-1:4, 0:2\]"),
+        (lambda w: w.update(shape="4, 6"), "shape '4, 6' must be a list of sizes"),
+        (lambda w: w.update(dtype="int3"), "dtype 'int3' is unknown; known: float64, float32"),
+        (lambda w: w.update(pieces={}), "pieces must be a list"),
+        (lambda w: w.update(pieces=[3]), "a piece must have file and slice"),
+    ],
+)
+def test_index_that_makes_no_sense(folder: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
+    edit(folder, lambda index: change(index["tensors"]["w"]))
+    with pytest.raises(WeightsError, match=message) as caught:
+        open_weights(folder)
+    assert str(caught.value).startswith(f"{folder / INDEX_FILE}: w: ")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"format": "other"}', '{"tensors": 3}'])
+def test_index_that_is_none(folder: Path, text: str) -> None:
+    (folder / INDEX_FILE).write_text(text)
+    with pytest.raises(WeightsError, match=r"index\.json: (not JSON|content must be a JSON object|is )"):
+        open_weights(folder)
+
+
+def test_index_that_lies_is_refused_before_memory_is_taken(folder: Path) -> None:
+    """It says petabytes; the files say otherwise."""
+
+    def change(index: dict[str, Any]) -> None:
+        index["tensors"]["w"]["shape"][0] = 1 << 50
+        for piece in index["tensors"]["w"]["pieces"]:
+            piece["slice"][0][1] = 1 << 50
+
+    edit(folder, change)
+    message = (
+        rf"rank-0000\.safetensors: w: the index says torch.float32 \[{1 << 50}, 2\], the file holds torch.float32 \[4, 2\]"
+    )
+    with pytest.raises(WeightsError, match=message):
+        open_weights(folder).read("w")
+    edit(folder, lambda index: index["tensors"].update(v=index["tensors"].pop("w")))
+    with pytest.raises(WeightsError, match=r"rank-0000\.safetensors: v: .* the file holds no such tensor"):
+        open_weights(folder).read("v")
+
+
+# ── Hugging Face folders ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def split(folder: Path, model: dict[str, Tensor], save: Callable[[dict[str, Tensor], Path], None], name: str) -> None:
+    """Two files and their index, as transformers writes them."""
+    halves = [dict(list(model.items())[part::2]) for part in (0, 1)]
+    stem, suffix = name.split(".")
+    weight_map: dict[str, str] = {}
+    for number, half in enumerate(halves, 1):
+        file_name = f"{stem}-{number:05d}-of-00002.{suffix}"
+        save(half, folder / file_name)
+        weight_map |= dict.fromkeys(half, file_name)
+    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+
+
+def test_sharded_hugging_face_folder(tmp_path: Path, model: dict[str, Tensor]) -> None:
+    split(tmp_path, model, save_file, "model.safetensors")
+    reader = open_weights(tmp_path)
+    assert set(reader.names) == set(model)
+    assert all(same_bits(reader.read(name), tensor) for name, tensor in model.items())
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"model-00002-of-00002\.safetensors: missing, and model\.safetensors\.index\.json"):
+        open_weights(tmp_path)
+
+
+def test_hugging_face_index_that_lies(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "one.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    for weight_map, message in [
+        ({"a": "one.safetensors", "b": "one.safetensors"}, r"one\.safetensors: holds no tensor b, which model\.safetensors\.i"),
+        ({"a": "/etc/passwd"}, "a: file '/etc/passwd' must be the name of a file in the same folder"),
+        ({}, "weight_map must map tensors to files"),
+        ([1], "weight_map must map tensors to files"),
+    ]:
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(WeightsError, match=message):
+            open_weights(tmp_path)
+
+
+def test_folder_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"no weights: neither index\.json nor model\.safetensors"):
+        open_weights(tmp_path)
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason="needs ../shared")
+def test_golden_model() -> None:
+    expected = load_file(GOLDEN / "model.safetensors")
+    config = families.config_from_hf(json.loads((GOLDEN / "config.json").read_text()))
+    reader = open_weights(GOLDEN)
+    specs = families.tensors(config)
+    assert {spec.name: spec.shape for spec in specs} == {name: tuple(t.shape) for name, t in expected.items()}
+    for rank, pieces in enumerate(plan(specs, Layout(tp=2, pp=2))):
+        assert pieces, rank
+        assert all(same_bits(reader.read(name, piece), cut(expected[name], piece)) for name, piece in pieces.items())
+
+
+# ── Pickles ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("files", [1, 2])
+def test_pickled_weights_only_where_allowed(tmp_path: Path, model: dict[str, Tensor], zipped: bool, files: int) -> None:
+    def save(tensors: dict[str, Tensor], path: Path) -> None:
+        torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
+
+    if files == 1:
+        save(model, tmp_path / "pytorch_model.bin")
+    else:
+        split(tmp_path, model, save, "pytorch_model.bin")
+    with pytest.raises(WeightsError, match=r"only pickled weights \(pytorch_model\S*\.bin\), .* set model\.allow_pickle: true"):
+        open_weights(tmp_path)
+    reader = open_weights(tmp_path, allow_pickle=True)
+    assert set(reader.names) == set(model)
+    assert all(same_bits(reader.read(name), tensor) for name, tensor in model.items())
+    piece = ((3, 7), (2, 5))
+    assert same_bits(reader.read("lm_head.weight", piece), cut(model["lm_head.weight"], piece))
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return Path.touch, (Path("ran"),)  # type: ignore[return-value]
+
+
+def test_pickle_that_carries_code_raises_and_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    for content in (pickle.dumps({"w": Malicious()}, protocol=2), b"", b"nonsense"):
+        path.write_bytes(content)
+        with pytest.raises(WeightsError, match=r"pytorch_model\.bin: no PyTorch file of plain tensors"):
+            PickledReader(path)
+    torch.save({"w": Malicious()}, path)
+    with pytest.raises(WeightsError, match=r"pytorch_model\.bin: no PyTorch file of plain tensors"):
+        open_weights(tmp_path, allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+    torch.save({"w": torch.zeros(2), "epoch": 3}, path)
+    with pytest.raises(WeightsError, match="must hold tensors by name and nothing else"):
+        PickledReader(path)
+
+
+def test_pieces_larger_than_a_block_are_put_together_block_by_block(
+    tmp_path: Path, hf: Path, model: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def small(piece: Slice, itemsize: int) -> Iterator[Slice]:
+        return row_blocks(piece, itemsize, limit=100)
+
+    monkeypatch.setattr(sharded, "row_blocks", small)
+    monkeypatch.setattr(reshard_module, "row_blocks", small)
+    shards = reshard(open_weights(hf), tmp_path, SPECS, Layout(tp=2, pp=2))
+    assert all(same_bits(shards.read(name), tensor) for name, tensor in model.items())
+    assert all(same_bits(shards.read(n, whole(t.shape), torch.float64), t.double()) for n, t in model.items())
