@@ -1,0 +1,168 @@
+"""Which files make a model, and what they say of it; no matter whether they lie in a folder or on the Hub.
+
+Only what is needed is taken: `config.json`, the tokenizer's files, safetensors, and the licence and card. Pickled weights are
+taken when asked for, and become safetensors.
+"""
+
+import errno
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+
+from megatron_core_impl.models import families
+from stages.runtime import BadInput
+
+CONFIG = "config.json"
+TOKENIZER_FILES = {
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+}  # fmt: skip
+OTHER_FILES = re.compile(r"generation_config\.json|README\.md|(LICEN[SC]E|NOTICE|USE_POLICY)[\w.-]*", re.IGNORECASE)
+SAFE, PICKLED = ("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")
+PICKLES = re.compile(r".*\.(bin|pt|pth|pkl|ckpt)", re.IGNORECASE)
+COPY_BYTES = 1 << 30
+DTYPES: dict[str, Literal["float32", "bfloat16", "float16"]] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def wanted(names: set[str], read: Callable[[str], Any], where: str, allow_pickle: bool) -> list[str]:
+    """The files that make the model, out of the names of those that a folder or repo has at its top.
+
+    Raises:
+        BadInput: the configuration, tokenizer or weights are missing, not supported, or pickled and that is not allowed.
+    """
+    if CONFIG not in names:
+        raise BadInput(f"model.source: {where} has no {CONFIG}, so it is no Hugging Face model. It holds: {listed(names)}")
+    try:
+        families.config_from_hf(read(CONFIG))
+    except ValueError as error:
+        raise BadInput(f"model.source: {where}: {error}") from None
+    if not names & {"tokenizer.model", "tokenizer.json"}:
+        raise BadInput(f"model.source: {where} has no tokenizer: tokenizer.model or tokenizer.json must lie beside {CONFIG}")
+    chosen = sorted(name for name in names if name in TOKENIZER_FILES or name == CONFIG or OTHER_FILES.fullmatch(name))
+    for single, index in (SAFE, PICKLED) if allow_pickle else (SAFE,):
+        if single in names:
+            return [*chosen, single]
+        if index in names:
+            try:
+                parts = set(read(index)["weight_map"].values())
+            except (KeyError, TypeError, AttributeError):
+                raise BadInput(f"model.source: {index} of {where} has no weight_map") from None
+            if missing := parts - names:
+                raise BadInput(f"model.source: {where} is incomplete: {index} names {listed(missing)}, which it does not have")
+            return [*chosen, index, *sorted(parts)]
+    if pickles := {name for name in names if PICKLES.fullmatch(name)}:
+        raise BadInput(
+            f"model.source: {where} has pickled weights only ({listed(pickles)}), and reading a pickle can run code. Choose a "
+            "revision or a model with safetensors, or, if you trust its author, set model.allow_pickle: true"
+            + ("; that reads pytorch_model.bin or its index" if allow_pickle else "")
+        )
+    raise BadInput(f"model.source: {where} has no weights, neither {SAFE[0]} nor {SAFE[1]}. It holds: {listed(names)}")
+
+
+def unpickle(files: Path) -> None:
+    """Turn pickled weights into safetensors, one file in memory at a time (mapped, where torch can).
+
+    Raises:
+        BadInput: a file holds anything but tensors by name.
+    """
+    pickles = sorted(files.glob("*.bin"))
+    if not pickles:
+        return
+    import torch
+
+    from megatron_core_impl.checkpoint.safetensors_io import SafetensorsWriter
+
+    weight_map: dict[str, str] = {}
+    for path in pickles:
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise BadInput(
+                f"model.source: {path.name} is refused: it holds more than tensors, or is damaged ({reason})"
+            ) from None
+        if not isinstance(tensors, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise BadInput(f"model.source: {path.name} is refused: it is no dictionary of tensors")
+        safe = path.with_name(path.name.replace("pytorch_model", "model").replace(".bin", ".safetensors"))
+        entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        with SafetensorsWriter(safe, entries, {"format": "pt"}) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+                weight_map[name] = safe.name
+        path.unlink()
+    if (files / PICKLED[1]).exists():
+        (files / PICKLED[1]).unlink()
+        (files / SAFE[1]).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1) + "\n")
+
+
+def stored_dtype(files: Path) -> Literal["float32", "bfloat16", "float16"]:
+    """The precision in which most of the weights are stored, read from the headers of the safetensors files.
+
+    Raises:
+        BadInput: a file is damaged, or the weights are stored in a precision that is not supported.
+    """
+    stored = Counter[str]()  # numbers by dtype, in safetensors' words
+    for path in sorted(files.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                for name in file.keys():  # noqa: SIM118  (it is no dict)
+                    tensor = file.get_slice(name)
+                    stored[tensor.get_dtype()] += prod(tensor.get_shape())
+        except SafetensorError as error:
+            raise BadInput(f"model.source: {path.name} is no intact safetensors file: {error}") from None
+    most = max(stored, key=lambda name: stored[name], default="nothing")
+    if most not in DTYPES:
+        raise BadInput(f"model.source: its weights are stored as {most}; supported: {', '.join(DTYPES)}")
+    return DTYPES[most]
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, as a reflink where the file system has them: then it takes neither time nor room.
+
+    No hard link: what is later written into one of the two files must not change the other.
+    """
+    with source.open("rb") as read, target.open("wb") as write:
+        try:
+            while os.copy_file_range(read.fileno(), write.fileno(), COPY_BYTES):
+                pass
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            shutil.copyfileobj(read, write)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise BadInput(f"{path.name}: not JSON: {error}") from None
+
+
+def listed(names: Collection[str]) -> str:
+    """At most ten names."""
+    shown = sorted(names)[:10]
+    return ", ".join(shown) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "") if shown else "nothing"
+
+
+def size_text(size: float) -> str:
+    """A number of bytes as a person reads it: 12.4 MB."""
+    power = min(4, max(0, len(str(int(size))) - 1) // 3)
+    return f"{size / 1000**power:,.1f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}" if power else f"{int(size)} bytes"
+
+
+def count_text(number: int) -> str:
+    """A number of parameters as a person reads it: 6.74B."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return str(number)
