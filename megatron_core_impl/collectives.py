@@ -1,0 +1,114 @@
+"""Collectives on plain local tensors, and the autograd functions made of them.
+
+Tensor parallelism with sequence parallelism (https://arxiv.org/abs/2205.05198): outside a pair of column- and row-parallel
+layers the tokens of a micro batch are shared out over the tp group, inside it the features are. Two conjugate operations
+move between the two forms, each the other's backward:
+
+    operation            forward                                backward
+    gather tokens        all-gather      [T, F] → [T·tp, F]     reduce-scatter  [T·tp, F] → [T, F]
+    reduce-scatter       reduce-scatter  [T·tp, F] → [T, F]     all-gather      [T, F] → [T·tp, F]
+
+The first lives in `layers.linear`, fused with the products that follow it; the second is `reduce_scatter_tokens`. All act on
+dim 0, and every reduction is a SUM: averages are the caller's, by the scale of the loss.
+
+Whoever calls one of these names the group. A group of None is an axis of size 1: nothing is called, nothing is copied.
+All ranks of a group must issue its collectives in the same order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _coalescing_manager  # one launch for many collectives; Megatron uses it too
+
+Group = dist.ProcessGroup | None
+
+# torch 2.13 renames these two and warns of the old names
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """The result of a collective that may still be under way: what is computed before `wait()` overlaps with it."""
+
+    result: Tensor
+    work: dist.Work | None = None
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.result
+
+
+def all_gather(x: Tensor, group: Group) -> Pending:
+    """[T, ...] of every rank → [T·size, ...] on every rank, in the order of ranks. `x` must not change until it is done."""
+    if group is None:
+        return Pending(x)
+    x = x.contiguous()
+    gathered = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
+    return Pending(gathered, _all_gather(gathered, x, group=group, async_op=True))
+
+
+def reduce_scatter(x: Tensor, group: Group) -> Pending:
+    """[T·size, ...] on every rank → the SUM's rows of this rank, [T, ...]. `x` must not change until it is done."""
+    if group is None:
+        return Pending(x)
+    x = x.contiguous()
+    share = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+    return Pending(share, _reduce_scatter(share, x, group=group, async_op=True))
+
+
+def all_reduce_(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce `x` over the group, in place; only ever for a tensor that the caller has just made."""
+    if group is not None:
+        dist.all_reduce(x, op, group=group)
+    return x
+
+
+def reduce_scatter_blocks_(blocks: Sequence[Tensor], group: Group, rank: int) -> None:
+    """Of each [size·c, ...] tensor, leave in this rank's own c rows their SUM over the group; the other rows become undefined.
+
+    One launch for all of them. Needs no memory beside the tensors.
+    """
+    if group is None:
+        return
+    with _coalescing_manager(group=group, async_ops=True) as pending:
+        for block in blocks:
+            _reduce_scatter(block.chunk(group.size())[rank], block, group=group)
+    pending.wait()
+
+
+def all_gather_blocks_(blocks: Sequence[Tensor], group: Group, rank: int) -> None:
+    """Of each [size·c, ...] tensor, send this rank's own c rows to all and receive theirs. One launch for all of them."""
+    if group is None:
+        return
+    with _coalescing_manager(group=group, async_ops=True) as pending:
+        for block in blocks:
+            _all_gather(block, block.chunk(group.size())[rank], group=group)
+    pending.wait()
+
+
+class _ReduceScatterTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return reduce_scatter(x, group).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_gather(grad, ctx.group).wait(), None
+
+
+def reduce_scatter_tokens(x: Tensor, group: Group) -> Tensor:
+    """Partial sums over all tokens → full sums over this rank's tokens.
+
+    forward   [T·tp, F] partial → [T, F]             reduce-scatter
+    backward  [T, F] → [T·tp, F], whole on each rank  all-gather
+    """
+    if group is None:
+        return x
+    return _ReduceScatterTokens.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
