@@ -1,0 +1,248 @@
+"""export: trained weights to a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` load.
+
+Weights are written as safetensors under Hugging Face's names, one block of rows in memory at a time. config.json, the
+generation settings, the tokenizer and the licence are the base model's own files, byte for byte where nothing changed. Then
+transformers loads the folder, and the comparison of verify runs against our model from the trained weights: a folder that
+computes something else than what was trained is never published.
+
+    python -m stages.export SPEC.json
+
+The result is model/, with comparison.json (the figures of that comparison) and samples.json (what the model writes after each
+prompt, before and after training) beside it.
+"""
+
+import gc
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_core_impl.checkpoint.index import read_json
+from megatron_core_impl.checkpoint.safetensors_io import SafetensorsWriter, row_blocks
+from megatron_core_impl.checkpoint.sharded import count_bytes, open_weights
+from megatron_core_impl.checkpoint.slicing import whole
+from megatron_core_impl.config import ModelConfig
+from megatron_core_impl.data.tokenizer import load_tokenizer
+from megatron_core_impl.models import families
+from stages import gate, runtime
+from stages.contracts import artifacts as a
+from stages.contracts.specs import ExportSpec
+from stages.runtime import BadInput, Context, GateFailed
+
+MODEL_FOLDER = "model"
+COMPARISON = "comparison.json"
+SAMPLES = "samples.json"
+CARRIED = re.compile(r"generation_config\.json|(LICEN[SC]E|NOTICE|USE_POLICY)[\w.-]*", re.IGNORECASE)  # beside the tokenizer
+SHARD_BYTES = 5_000_000_000  # a file of weights is not larger, unless one tensor is
+
+
+def run(spec: ExportSpec, ctx: Context) -> a.ExportArtifact:
+    """Write the folder, prove that it computes what was trained, and let it speak.
+
+    Raises:
+        BadInput: the inputs do not belong together.
+        GateFailed: what transformers computes from the folder is not what our model computes.
+    """
+    base, base_folder = ctx.input("model", a.ModelArtifact)
+    weights, weights_folder = ctx.input("weights", a.WeightsArtifact)
+    dataset, dataset_folder = ctx.input("dataset", a.DatasetArtifact)
+    checkpoint, _ = ctx.input("checkpoint", a.CheckpointArtifact)
+    _check_inputs(base, weights, dataset, checkpoint)
+
+    folder = ctx.scratch / MODEL_FOLDER
+    folder.mkdir()
+    size = write_weights(weights_folder, weights.model, folder, ctx)
+    write_config(base_folder / "files" / "config.json", folder / "config.json", weights.model)
+    copy_files(base, base_folder / "files", folder)
+    _check_tokenizer(folder, dataset)
+
+    verdict = gate.check_gate(
+        ctx,
+        spec.verify,
+        model=weights.model,
+        weights=weights_folder,
+        reference=folder,
+        dataset=dataset,
+        data=dataset_folder,
+    )
+    gate.write_json(ctx.scratch / COMPARISON, verdict.report)
+    samples = make_samples(spec, ctx, before=base_folder / "files", after=folder)
+    gate.write_json(ctx.scratch / SAMPLES, samples)
+    mean_error = verdict.comparison.mean_error
+    return ctx.artifact(
+        a.ExportArtifact,
+        figure=f"Hugging Face folder, {_readable(size)} · logits equal to training's (mean |Δ| {mean_error:.1e})",
+        metrics={"samples": samples, "comparison": verdict.metrics},
+        model=weights.model,
+        loss_before=checkpoint.loss_before,
+        loss_after=checkpoint.loss_after,
+        mean_error=mean_error,
+        license=base.license,
+        source=base.source,
+        source_revision=base.revision,
+    )
+
+
+def _check_inputs(
+    base: a.ModelArtifact, weights: a.WeightsArtifact, dataset: a.DatasetArtifact, checkpoint: a.CheckpointArtifact
+) -> None:
+    """Refuse inputs that are not of one run.
+
+    Raises:
+        BadInput: naming the field and both values.
+    """
+    gate.check_model(weights.model, base.model, also=("rms_norm_eps", "rope_theta", "max_position_embeddings"))
+    gate.check_model(weights.model, checkpoint.model)
+    gate.check_tokenizer(dataset, weights.model)
+    if weights.trained_steps != checkpoint.step:
+        raise BadInput(
+            f"inputs: trained_steps={weights.trained_steps} of the weights is not step={checkpoint.step} of the checkpoint: "
+            "take the weights that were merged from this checkpoint"
+        )
+    if dataset.tokenizer != checkpoint.tokenizer:
+        raise BadInput(
+            f"inputs: tokenizer {_identity(dataset.tokenizer)} of the data is not the {_identity(checkpoint.tokenizer)} of the "
+            "checkpoint: take the data that it was trained on"
+        )
+
+
+def _identity(tokenizer: a.TokenizerFacts) -> str:
+    return f"{tokenizer.fingerprint[:12]} ({tokenizer.kind}, vocab_size={tokenizer.vocab_size})"
+
+
+# ── The folder ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_weights(source: Path, model: a.ModelFacts, folder: Path, ctx: Context) -> int:
+    """Write all tensors as model.safetensors, or as several files and their index; returns the bytes of the values.
+
+    Raises:
+        BadInput: the weights are not those of the model, or damaged.
+    """
+    try:
+        reader = open_weights(source)
+        names = [spec.name for spec in families.tensors(ModelConfig(**model.config_fields()))]
+        sizes = {name: count_bytes(reader, [name]) for name in names}
+    except ValueError as error:
+        raise BadInput(f"inputs.weights: {error}") from error
+    total, done = sum(sizes.values()), 0
+    shards = plan_shards(sizes, SHARD_BYTES)
+    for file_name, inside in shards.items():
+        entries = [(name, reader.dtype(name), reader.shape(name)) for name in inside]
+        with SafetensorsWriter(folder / file_name, entries, {"format": "pt"}) as writer:
+            for name, dtype, shape in entries:
+                for rows in row_blocks(whole(shape), dtype.itemsize):
+                    writer.write_rows(name, rows[0][0], reader.read(name, rows))
+                done += sizes[name]
+                ctx.progress(done, total, f"writing {file_name}")
+    if len(shards) > 1:
+        weight_map = {name: file_name for file_name, inside in shards.items() for name in inside}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return total
+
+
+def plan_shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+    """Which tensors go into which file: in their order, at most `limit` bytes a file, under Hugging Face's file names."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": inside for n, inside in enumerate(shards, start=1)}
+
+
+def write_config(source: Path, target: Path, model: a.ModelFacts) -> None:
+    """Write config.json: the base model's own, with the fields corrected in which the exported weights differ from it.
+
+    Raises:
+        GateFailed: what it then describes is not the model that was trained.
+    """
+    config = read_json(source)
+    dtype = "dtype" if "dtype" in config else "torch_dtype"  # 5.x and 4.x of transformers
+    changed = {"vocab_size": model.vocab_size, **({dtype: model.dtype} if dtype in config else {})}
+    if all(config.get(key) == value for key, value in changed.items()):
+        shutil.copyfile(source, target)
+    else:
+        target.write_text(json.dumps({**config, **changed}, indent=2, ensure_ascii=False) + "\n")
+    described = families.config_from_hf({**config, **changed})
+    for field, value in model.config_fields().items():
+        if getattr(described, field) != value:
+            raise GateFailed(f"config.json says {field}={getattr(described, field)}, the trained model has {field}={value}")
+
+
+def copy_files(base: a.ModelArtifact, source: Path, target: Path) -> None:
+    """Copy the tokenizer, the generation settings and the licence's texts as they came."""
+    for name in [*base.tokenizer_files, *(path.name for path in source.iterdir() if CARRIED.fullmatch(path.name))]:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+
+
+def _check_tokenizer(folder: Path, dataset: a.DatasetArtifact) -> None:
+    """The exported tokenizer must be the one that made the data.
+
+    Raises:
+        BadInput: it is not.
+    """
+    tokenizer = load_tokenizer(folder, dataset.tokenizer.kind)
+    if tokenizer.fingerprint != dataset.tokenizer.fingerprint:
+        raise BadInput(
+            f"inputs: tokenizer {tokenizer.fingerprint[:12]} of the model is not the {_identity(dataset.tokenizer)} of the "
+            "data: take the model whose tokenizer made the data"
+        )
+
+
+# ── Samples ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def make_samples(spec: ExportSpec, ctx: Context, *, before: Path, after: Path) -> list[dict[str, str]]:
+    """What each model writes after each prompt, the most likely token each time: [{"prompt", "before", "after"}]."""
+    samples = [{"prompt": prompt, "before": "", "after": ""} for prompt in spec.settings.prompts]
+    for when, folder in (("before", before), ("after", after)):
+        if not samples:
+            break
+        ctx.log(f"sampling from the model {when} training")
+        model = gate.load_transformers(folder, spec.verify.precision).module
+        tokenizer = gate.quiet_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        for sample in samples:
+            sample[when] = _continue(model, tokenizer, sample["prompt"], spec.settings.max_new_tokens)
+        del model
+        gc.collect()  # two models of 7B do not fit everywhere
+    return samples
+
+
+@torch.no_grad()
+def _continue(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
+    """The continuation of a prompt, without the prompt. A prompt too long for the model loses its beginning."""
+    context = model.config.max_position_embeddings
+    new = min(max_new_tokens, context - 1)
+    tokens = tokenizer(prompt, return_tensors="pt").input_ids[:, new - context :].to(model.device)  # [1, S]
+    if tokens.shape[1] == 0:
+        return ""  # nothing to continue: an empty prompt, and a tokenizer that begins texts with nothing
+    eos = model.generation_config.eos_token_id
+    pad = eos[0] if isinstance(eos, list) else eos
+    written = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=new, pad_token_id=pad
+    )[0]  # [S + new]
+    read, all_of_it = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (tokens[0], written))
+    if all_of_it.startswith(read):
+        return str(all_of_it[len(read) :])  # decoded together: SentencePiece drops the space before a first word
+    return str(tokenizer.decode(written[tokens.shape[1] :], skip_special_tokens=True))
+
+
+def _readable(size: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+if __name__ == "__main__":
+    runtime.main("export", run, __doc__)
