@@ -33,7 +33,7 @@ def test_padded_vocabulary_is_the_references(vocab: int, padded: tuple[int, ...]
     assert tuple(padded_vocab_size(vocab, tp) for tp in (1, 2, 4, 8)) == padded  # golden fact G16
 
 
-@pytest.mark.parametrize(("tp", "pp"), itertools.product((1, 2, 4), (1, 2, 3, 5)))
+@pytest.mark.parametrize(("tp", "pp"), list(itertools.product((1, 2, 4), (1, 2, 3, 5))))
 def test_pieces_tile_every_tensor(tp: int, pp: int) -> None:
     """Over the (tp, pp) ranks each element is held once, or once per tp rank where the tensor is replicated."""
     layout = Layout(tp=tp, pp=pp, dp=2)

@@ -37,12 +37,12 @@ if __name__ == "__main__":
 '''
 
 
-@pytest.fixture()
+@pytest.fixture
 def spec(tmp_path: Path) -> DownloadDataSpec:
     return DownloadDataSpec(workspace=str(tmp_path / "ws"), data=DataSettings(source="s"))
 
 
-@pytest.fixture()
+@pytest.fixture
 def start(tmp_path: Path, spec: DownloadDataSpec) -> Callable[..., subprocess.Popen[str]]:
     """Starts the stage as a process."""
     (tmp_path / "stage.py").write_text(STAGE)
@@ -210,7 +210,7 @@ def test_inputs_are_checked(tmp_path: Path, spec: DownloadDataSpec) -> None:
 
     good = Ref(path=artifact.path, fingerprint=artifact.fingerprint)
     assert context(data=good).input("data", a.RawDataArtifact) == (artifact, spec.folder)
-    with pytest.raises(runtime.BadInput, match="inputs.data: missing from the spec"):
+    with pytest.raises(runtime.BadInput, match=r"inputs\.data: missing from the spec"):
         context().input("data", a.RawDataArtifact)
     with pytest.raises(runtime.BadInput, match="holds a raw-data artifact, this needs a ModelArtifact"):
         context(data=good).input("data", a.ModelArtifact)
