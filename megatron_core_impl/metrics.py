@@ -1,0 +1,176 @@
+"""What training tells of itself: a line for people, a line of JSON and TensorBoard scalars every few steps, and how far it is.
+
+`metrics.jsonl` holds one object per line: `{"step", "loss", "lr", "grad_norm", "tokens", "seconds", …}` for the steps since
+the line before, `{"step", "valid_loss", "valid_perplexity"}` for an evaluation. A figure that is not finite is null there.
+Importing this module loads no torch; making a `Journal` that writes does.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Whom training talks to. The default says nothing."""
+
+    log: Callable[[str], None] = lambda line: None  # a line for people
+    warn: Callable[[str], None] = lambda line: None  # a line that deserves a look
+    progress: Callable[[float, float, str], None] = lambda done, total, text: None  # may be called at every step
+
+
+class Journal:
+    """Keeps the record of a run: means over the steps since the last line, written every `log_interval` steps and at the end.
+
+    Only the rank with `folder` writes and talks; on the others a journal does nothing. A run that goes on from step n drops
+    what an interrupted one wrote after step n, so that no step appears twice.
+    """
+
+    def __init__(self, folder: Path | None, report: Report, *, steps: int, log_interval: int, resume_step: int) -> None:
+        self.steps = steps
+        self.log_interval = log_interval
+        self._writer = MetricsWriter(folder, resume_step=resume_step) if folder is not None else None
+        self._report = report if folder is not None else Report()
+        self._window = Window()
+        self._seconds_per_step = 0.0
+        self._tokens_per_second = 0.0
+
+    def step(self, step: int, *, loss: float, tokens: int, seconds: float, lr: float, grad_norm: float) -> None:
+        """Take in a finished step: the mean loss over its tokens, its time."""
+        window = self._window
+        window.add(loss=loss, tokens=tokens, seconds=seconds, is_skipped=not math.isfinite(grad_norm))
+        # A mean that forgets: steady enough to read, and right again soon after the machine's pace changed.
+        self._seconds_per_step = 0.9 * self._seconds_per_step + 0.1 * seconds if self._seconds_per_step else seconds
+        left = duration((self.steps - step) * self._seconds_per_step)
+        if step % self.log_interval == 0 or step == self.steps or not self._tokens_per_second:
+            self._tokens_per_second = window.tokens_per_second
+        self._report.progress(
+            step,
+            self.steps,
+            f"step {step}/{self.steps} · loss {loss:.4g} · {self._tokens_per_second:,.0f} tokens/s · {left} left",
+        )
+        if step % self.log_interval == 0 or step == self.steps:
+            skipped = f" · {window.skipped_steps} of {window.steps} steps skipped" if window.skipped_steps else ""
+            self._report.log(
+                f"{self._place(step)} · loss {window.loss:.4f} · lr {lr:.2e} · "
+                f"grad norm {grad_norm:.3g} · {window.tokens_per_second:,.0f} tokens/s · {left} left{skipped}"
+            )
+            self._write(
+                step, loss=window.loss, lr=lr, grad_norm=grad_norm, tokens=window.tokens, seconds=round(window.seconds, 4),
+                tokens_per_second=round(window.tokens_per_second, 1), skipped_steps=window.skipped_steps,
+            )  # fmt: skip
+            self._window = Window()
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Take in the held-out loss after a step."""
+        self._report.log(f"{self._place(step)} · held-out loss {loss:.4f} · perplexity {perplexity(loss):,.4g}")
+        self._write(step, valid_loss=loss, valid_perplexity=perplexity(loss))
+
+    def _place(self, step: int) -> str:
+        return f"step {step:>{len(str(self.steps))}}/{self.steps}"
+
+    def _write(self, step: int, **values: float) -> None:
+        if self._writer is not None:
+            self._writer.write(step, **values)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Window:
+    """Sums over the steps since the last line of the log."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.skipped_steps = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self._finite_tokens = 0
+        self._loss_sum = 0.0
+
+    def add(self, *, loss: float, tokens: int, seconds: float, is_skipped: bool) -> None:
+        self.steps += 1
+        self.skipped_steps += is_skipped
+        self.tokens += tokens
+        self.seconds += seconds
+        if math.isfinite(loss):
+            self._finite_tokens += tokens
+            self._loss_sum += loss * tokens
+
+    @property
+    def loss(self) -> float:
+        """Mean over the tokens of the window; nan when no step of it had tokens and a finite loss."""
+        return self._loss_sum / self._finite_tokens if self._finite_tokens else math.nan
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl` and to TensorBoard's files in a folder."""
+
+    def __init__(self, folder: Path, *, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # loads torch, and takes a second
+
+        kept = [line for line in read_metrics(folder) if resume_step and line["step"] <= resume_step]
+        new = folder / f"{METRICS_FILE}.tmp"
+        new.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        new.rename(folder / METRICS_FILE)
+        self._file = (folder / METRICS_FILE).open("a")
+        self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=resume_step + 1 if resume_step else None)
+
+    def write(self, step: int, **values: float) -> None:
+        """One line, and one TensorBoard scalar for each value."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()  # a killed run keeps its lines
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a folder's `metrics.jsonl`, none if there is no such file. A half-written last line is left out."""
+    try:
+        text = (folder / METRICS_FILE).read_text()
+    except FileNotFoundError:
+        return []
+    complete = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in complete.splitlines()]
+
+
+def downsample(points: Sequence[tuple[int, float]], limit: int = 200) -> list[tuple[int, float]]:
+    """At most `limit` points of a curve, evenly spaced, the first and the last among them."""
+    if len(points) <= limit:
+        return list(points)
+    return [points[round(i * (len(points) - 1) / (limit - 1))] for i in range(limit)]
+
+
+def perplexity(loss: float) -> float:
+    """e^loss, cut at e^20 as the reference does, so that an untrained model has a figure too."""
+    return math.exp(min(20.0, loss))
+
+
+def duration(seconds: float) -> str:
+    """A time as a person reads it: 4s, 3m 12s, 2h 05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"

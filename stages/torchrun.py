@@ -1,0 +1,225 @@
+"""Worker processes of a stage: started by torchrun, listened to, asked to stop, never left behind.
+
+    the stage (no torch)  →  python -m stages.torchrun  →  workers: python -m MODULE ARGUMENTS, with RANK set
+
+- Workers talk to the stage in lines `@@worker {json}` on stdout, each one write of at most PIPE_BUF bytes, which the kernel
+  does not mix with those of other workers. What else they or torchrun print goes to a log file.
+- The stage turns SIGTERM and SIGINT into a SIGTERM to every worker, which then stops in its own good time; torchrun just sees
+  its workers end. A second signal ends all at once.
+- The stage holds the other end of everybody's stdin. When the stage dies, however it dies, they find its end and kill
+  themselves; the kernel kills them too when their parent dies (PR_SET_PDEATHSIG).
+"""
+
+import ctypes
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+EVENT_PREFIX = "@@worker "
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+COMPANY_SECONDS = 5  # torchrun gives the other workers 30 s after a failure: what fails later was killed by torchrun
+
+Event = dict[str, Any]
+
+
+@dataclass
+class Outcome:
+    """What became of the workers."""
+
+    returncode: int = 0  # torchrun's
+    is_stopped: bool = False  # a signal asked them to stop
+    killed: tuple[int, signal.Signals] | None = None  # the first worker that a signal ended: its rank, the signal
+    errors: list[Event] = field(default_factory=list)  # what workers told of their ends, in order
+
+
+def run_workers(module: str, arguments: list[str], *, processes: int, log: Path, on_event: Callable[[Event], None]) -> Outcome:
+    """Run `python -m module arguments` in several processes under torchrun, until all have ended.
+
+    Args:
+        module, arguments: what each worker runs. It calls `join` first.
+        processes: how many, all on this machine.
+        log: file that gets what is printed and is no event.
+        on_event: called for each event that a worker tells, which has at least `event` and `rank`. `hello` and `error` are
+            kept here.
+    """
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "stages.torchrun", "--nnodes=1", f"--nproc-per-node={processes}", "--max-restarts=0",
+            "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "-m", module, *arguments,
+        ],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C in a terminal is for the stage to pass on
+        env=_environment(processes),
+    )  # fmt: skip
+    outcome = Outcome()
+    pids: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if outcome.is_stopped or not pids:
+            process.kill()  # and with it the workers: asked twice, or before there is anything to save
+        outcome.is_stopped = True
+        for pid in pids:
+            _ask_to_stop(pid)
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for line in _lines(process):
+            event = _parse(line)
+            match event:
+                case None if line:
+                    _write(log, line)
+                case None:
+                    pass
+                case {"event": "hello", "pid": pid}:
+                    pids.append(pid)
+                    if outcome.is_stopped:
+                        _ask_to_stop(pid)
+                case {"event": "error"}:
+                    outcome.errors.append(event)
+                case {"event": "failures", "failures": failures}:
+                    outcome.killed = _first_killed(failures)
+                case _:
+                    on_event(event)
+    finally:
+        process.kill()
+        assert process.stdin is not None
+        process.stdin.close()
+        outcome.returncode = process.wait()
+        for _ in _lines(process):  # until the last worker has gone
+            pass
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return outcome
+
+
+def _environment(processes: int) -> dict[str, str]:
+    """The workers': this package, whatever lies in the current folder; to each its share of the cores; the loopback device.
+
+    The last two only where nothing else is set.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment = {"OMP_NUM_THREADS": str(max(1, cores // processes))}
+    if Path("/sys/class/net/lo").exists():
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # gloo would look up the machine's name, which need not resolve
+    ours = str(Path(__file__).parents[1])
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH")))), "PYTHONSAFEPATH": "1"}
+    return environment | os.environ | paths
+
+
+def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
+    """Lines of a process and its children, until all have closed the pipe, or it has ended and its children are silent."""
+    assert process.stdout is not None
+    descriptor, rest = process.stdout.fileno(), b""
+    while True:
+        if not select.select([descriptor], [], [], 1.0)[0]:
+            if process.poll() is not None:
+                break  # a child of a worker lives on and holds the pipe
+            continue
+        if not (chunk := os.read(descriptor, 1 << 16)):
+            break
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line.decode(errors="replace")
+    if rest:
+        yield rest.decode(errors="replace")
+
+
+def _parse(line: str) -> Event | None:
+    """The event of a line, None if it is another's line."""
+    if not line.startswith(EVENT_PREFIX):
+        return None
+    try:
+        event = json.loads(line.removeprefix(EVENT_PREFIX))
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "event" in event else None
+
+
+def _write(log: Path, line: str) -> None:
+    with suppress(OSError):  # a full disk is reported where it hurts
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            file.write(line + "\n")
+
+
+def _ask_to_stop(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+
+
+def _first_killed(failures: list[tuple[int, int, float]]) -> tuple[int, signal.Signals] | None:
+    """Of torchrun's failures (rank, exit code, time): the first that a signal ended and that was not torchrun's doing."""
+    begin = min(time for _, _, time in failures)
+    for rank, code, time in sorted(failures, key=lambda failure: failure[2]):
+        if code < 0 and code != -signal.SIGTERM and time <= begin + COMPANY_SECONDS:
+            return rank, signal.Signals(-code)
+    return None
+
+
+# In the workers, and in torchrun
+
+
+def join() -> Callable[[], bool]:
+    """A worker's first act: say hello, and arrange to stop when asked and to die with the stage.
+
+    Returns:
+        Whether this worker has been asked to stop.
+    """
+    _end_with_parent()
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    tell("hello", pid=os.getpid())
+    return lambda: bool(asked)
+
+
+def tell(event: str, **values: Any) -> None:
+    """Tell the stage something: JSON values. Texts are cut, the oldest part first, so that the line is one whole write."""
+    while True:
+        text = json.dumps({"event": event, "rank": int(os.environ.get("RANK", -1)), **values})
+        line = f"\n{EVENT_PREFIX}{text}\n".encode()  # the newline before it ends what someone else began
+        if (excess := len(line) - select.PIPE_BUF) <= 0:
+            break
+        longest = max((name for name in values if isinstance(values[name], str)), key=lambda name: len(values[name]))
+        values[longest] = "…" + values[longest][excess // 2 + 2 :]
+    os.write(1, line)
+
+
+def _end_with_parent() -> None:
+    """See the top of this file. The second way works wherever there are pipes, the first one even when Python is stuck."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _main() -> int:
+    """torchrun itself, which says what its workers died of."""
+    _end_with_parent()
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun(sys.argv[1:])
+    except ChildFailedError as error:
+        tell("failures", failures=[(rank, f.exitcode, f.timestamp) for rank, f in error.failures.items()])
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -1,0 +1,363 @@
+"""Train a model on tp × dp processes: weights and a dataset in, a checkpoint out.
+
+Started as a stage, this process loads no torch. It checks that weights, data, layout and settings fit each other, starts the
+workers through torchrun, passes on what they say, and publishes the last checkpoint. Each worker runs this module again, with
+RANK set, and trains.
+
+Asked to stop (SIGTERM, Ctrl-C), the workers finish their step and save a checkpoint. However training ends, the same spec
+goes on from the newest checkpoint that is intact.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import megatron_core_impl
+from megatron_core_impl import metrics
+from megatron_core_impl.checkpoint import training as checkpoints
+from megatron_core_impl.config import Layout, ModelConfig
+from megatron_core_impl.data.gpt_dataset import split_documents
+from megatron_core_impl.data.indexed_dataset import IndexedDataset
+from megatron_core_impl.data.sampler import step_samples
+from stages import runtime, torchrun
+from stages.contracts import artifacts as a
+from stages.contracts.specs import TrainSpec
+
+if TYPE_CHECKING:
+    import torch
+
+CHECKPOINTS = "checkpoints"
+LOG = "logs/workers.log"
+SPEC_FILE = "spec.json"  # the workers' copy
+
+
+class WorkerCrashed(runtime.StageError):
+    """A worker ended by a defect of ours, or for no reason that it told."""
+
+    code = runtime.ExitCode.CRASH
+
+
+def run(spec: TrainSpec, ctx: runtime.Context) -> a.CheckpointArtifact:
+    """The stage: check, start workers, listen, publish."""
+    weights, _ = ctx.input("weights", a.WeightsArtifact)
+    dataset, dataset_folder = ctx.input("dataset", a.DatasetArtifact)
+    check(spec, weights, dataset)
+    ctx.log(check_data(spec, dataset_folder / "data"))
+
+    (ctx.scratch / SPEC_FILE).write_text(spec.model_dump_json())
+    listener = Listener(ctx)
+    try:
+        outcome = torchrun.run_workers(
+            "stages.train",
+            [str(ctx.scratch / SPEC_FILE)],
+            processes=spec.layout.world_size,
+            log=ctx.scratch / LOG,
+            on_event=listener.take,
+        )
+        if not listener.is_done:
+            raise failure(outcome, spec, ctx.scratch, listener.step)
+    finally:
+        checkpoints.remove_unfinished(ctx.scratch / CHECKPOINTS)
+    return publish(spec, ctx, weights, dataset)
+
+
+def check(spec: TrainSpec, weights: a.WeightsArtifact, dataset: a.DatasetArtifact) -> None:
+    """Refuse what does not fit together.
+
+    Raises:
+        BadInput: naming the fields and both values.
+    """
+    model, settings, layout = weights.model, spec.settings, spec.layout
+    if dataset.tokenizer.vocab_size > model.vocab_size:
+        raise runtime.BadInput(
+            f"dataset.tokenizer.vocab_size={dataset.tokenizer.vocab_size}, but weights.model.vocab_size={model.vocab_size}: "
+            "the data has ids that the model has no embedding for. Preprocess the text with the tokenizer of this model"
+        )
+    if settings.sequence_length > model.max_position_embeddings:
+        raise runtime.BadInput(
+            f"train.sequence_length={settings.sequence_length} exceeds "
+            f"weights.model.max_position_embeddings={model.max_position_embeddings}. Lower train.sequence_length"
+        )
+    for axis in ("tp", "pp"):
+        ours, theirs = getattr(layout, axis), getattr(weights, axis)
+        if ours != theirs:
+            raise runtime.BadInput(
+                f"layout.{axis}={ours}, but weights.{axis}={theirs}: run the shard stage with {axis}={ours}, or set "
+                f"layout.{axis} to {theirs}"
+            )
+    try:
+        Layout(tp=layout.tp, pp=layout.pp, dp=layout.dp).check(ModelConfig(**model.config_fields()))
+    except ValueError as error:
+        raise runtime.BadInput(f"layout: {error}") from None
+    try:
+        step_samples(0, settings.global_batch_size, settings.micro_batch_size, layout.dp, 0)
+    except ValueError as error:
+        raise runtime.BadInput(f"train: {error}") from None
+    if (settings.micro_batch_size * settings.sequence_length) % layout.tp:
+        raise runtime.BadInput(
+            f"layout.tp={layout.tp} does not divide the tokens of a micro batch, train.micro_batch_size × "
+            f"train.sequence_length = {settings.micro_batch_size} × {settings.sequence_length}, which it shares out"
+        )
+
+
+def check_data(spec: TrainSpec, prefix: Path) -> str:
+    """Refuse a dataset that leaves nothing to train on, or nothing to measure the held-out loss on.
+
+    Returns:
+        How much of it training will see, for people.
+
+    Raises:
+        BadInput: naming the split, its tokens, and what to change.
+    """
+    settings, data = spec.settings, IndexedDataset(prefix)
+
+    def tokens_of(split: str) -> dict[str, tuple[int, int]]:
+        parts = split_documents(split, len(data))
+        return {
+            name: (len(part), int(data.sizes[part.start : part.stop].sum(dtype="int64")))
+            for name, part in zip(("train", "valid"), parts, strict=False)
+        }
+
+    parts = tokens_of(settings.split)
+    for name, (documents, tokens) in parts.items():
+        if tokens > settings.sequence_length:
+            continue
+        better = next(
+            (s for s in ("95,5,0", "90,10,0", "80,20,0", "50,50,0")
+             if min(tokens for _, tokens in tokens_of(s).values()) > settings.sequence_length), None,
+        )  # fmt: skip
+        advice = f'Set train.split to "{better}", or lower' if better else "Give more text, or lower"
+        raise runtime.BadInput(
+            f'train.split="{settings.split}" gives the {name} split {documents:,} of {len(data):,} documents with {tokens:,} '
+            f"tokens, and one sample needs {settings.sequence_length + 1:,}. {advice} train.sequence_length "
+            f"(now {settings.sequence_length})"
+        )
+    documents, tokens = parts["train"]
+    seen = settings.steps * settings.global_batch_size * settings.sequence_length
+    return (
+        f"{spec.layout.world_size} processes, dp {spec.layout.dp} × tp {spec.layout.tp} · {settings.steps:,} steps × "
+        f"{settings.global_batch_size} samples × {settings.sequence_length:,} tokens = {seen:,} tokens = {seen / tokens:.2f} "
+        f"epochs of {documents:,} documents"
+    )
+
+
+@dataclass
+class Listener:
+    """Passes on what the workers tell: rank 0 speaks, the others only when something is wrong."""
+
+    ctx: runtime.Context
+    step: int = 0  # the last one that is finished
+    is_done: bool = False
+
+    def take(self, event: torchrun.Event) -> None:
+        match event:
+            case {"event": "progress", "done": done, "total": total, "text": text}:
+                self.step = int(done)
+                self.ctx.progress(done, total, text)
+            case {"event": "log", "text": text}:
+                self.ctx.log(text)
+            case {"event": "warn", "text": text}:
+                self.ctx.warn(text)
+            case {"event": "done"}:
+                self.is_done = True
+
+
+def failure(outcome: torchrun.Outcome, spec: TrainSpec, scratch: Path, step: int) -> Exception:
+    """What to raise when the workers have not finished: who died of what, and what a person can do."""
+    settings = spec.settings
+    saved = checkpoints.finished_steps(scratch / CHECKPOINTS)
+    last = f"Last checkpoint: step {saved[0]}" if saved else "There is no checkpoint yet"
+    again = f"run again to go on from step {saved[0]}" if saved else "run again to start anew"
+    when = f"in step {step + 1}" if step else "before its first step was done"
+    less_memory = (
+        f"Lower train.micro_batch_size (now {settings.micro_batch_size})"
+        if settings.micro_batch_size > 1
+        else f"Lower train.sequence_length (now {settings.sequence_length}) or raise layout.tp (now {spec.layout.tp})"
+    )
+    if outcome.killed is not None:
+        rank, number = outcome.killed
+        if number == signal.SIGKILL:
+            return runtime.StageError(
+                f"rank {rank} was killed by the kernel (out of memory?) {when}. {last}. {less_memory} if memory is short; "
+                f"else {again}"
+            )
+        return WorkerCrashed(f"rank {rank} died of {number.name} {when}. {last}. What it printed: {scratch / LOG}")
+    if outcome.errors:
+        match outcome.errors[0]:
+            case {"kind": "bad-input", "message": message}:
+                return runtime.BadInput(message)
+            case {"kind": "diverged", "message": message}:
+                return runtime.GateFailed(message)
+            case {"kind": "memory", "rank": rank}:
+                return runtime.StageError(f"rank {rank} ran out of memory {when}. {last}. {less_memory}")
+            case {"kind": "system", "errno": number, "message": message, "file": file}:
+                return OSError(number, message, file or str(scratch))
+            case {"rank": rank, "message": message, "trace": trace}:
+                print(trace, file=sys.stderr, flush=True)
+                return WorkerCrashed(
+                    f"rank {rank}, {when}: {message}. This is a defect of ours; the traceback is above, and what the workers "
+                    f"printed in {scratch / LOG}. {last}"
+                )
+    if outcome.is_stopped:
+        return runtime.Interrupted(
+            f"stopped; saved at step {saved[0]}; {again}" if saved else f"stopped before a step; {again}"
+        )
+    return WorkerCrashed(
+        f"the workers ended (torchrun: {outcome.returncode}) {when}. What they printed: {scratch / LOG}. {last}"
+    )
+
+
+def publish(
+    spec: TrainSpec, ctx: runtime.Context, weights: a.WeightsArtifact, dataset: a.DatasetArtifact
+) -> a.CheckpointArtifact:
+    """The artifact: the last checkpoint, the curves, the figures."""
+    root = ctx.scratch / CHECKPOINTS
+    last, *older = checkpoints.finished_steps(root)
+    for step in older:
+        shutil.rmtree(checkpoints.step_folder(root, step))
+    (ctx.scratch / SPEC_FILE).unlink()
+    state = checkpoints.read_state(root, last)
+    before, after = state["loss_before"], state["loss_after"]
+
+    lines = metrics.read_metrics(ctx.scratch)
+    trained = [line for line in lines if "loss" in line]
+    seconds = sum(line["seconds"] for line in trained)
+    figures = {
+        "train_loss": trained[-1]["loss"],
+        "tokens_per_second": round(sum(line["tokens"] for line in trained) / seconds, 1) if seconds else None,
+        "training_seconds": round(seconds, 1),
+        "skipped_steps": state["skipped_steps"],
+        "perplexity_before": metrics.perplexity(before),
+        "perplexity_after": metrics.perplexity(after),
+        "loss_curve": metrics.downsample([(line["step"], line["loss"]) for line in trained]),
+        "valid_curve": metrics.downsample([(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]),
+    }
+    return ctx.artifact(
+        a.CheckpointArtifact,
+        figure=(
+            f"held-out loss {before:.2f} → {after:.2f} · perplexity {_readable(metrics.perplexity(before))} → "
+            f"{_readable(metrics.perplexity(after))} · checkpoint at step {last}"
+        ),
+        metrics=figures,
+        volatile=(metrics.METRICS_FILE, metrics.TENSORBOARD_FOLDER + "/", "logs/"),
+        model=weights.model,
+        tokenizer=dataset.tokenizer,
+        checkpoint=checkpoints.step_folder(root, last).relative_to(ctx.scratch).as_posix(),
+        step=last,
+        consumed_samples=state["consumed_samples"],
+        consumed_tokens=state["consumed_tokens"],
+        tp=spec.layout.tp,
+        pp=spec.layout.pp,
+        dp=spec.layout.dp,
+        loss_before=before,
+        loss_after=after,
+    )
+
+
+def _readable(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+# In a worker
+
+
+def work(spec_file: Path) -> int:
+    """A worker's life: train, and tell the stage how it went. Returns the exit code."""
+    should_stop = torchrun.join()
+    try:
+        finished = _train(TrainSpec.model_validate_json(spec_file.read_bytes()), spec_file.parent, should_stop)
+    except BaseException as error:
+        traceback.print_exc()  # into the log
+        torchrun.tell("error", **_told(error), trace=traceback.format_exc())
+        sys.stderr.flush()
+        os._exit(1)  # at once: other ranks may wait for this one, and torch's threads for them
+    if finished and os.environ["RANK"] == "0":
+        torchrun.tell("done")
+    return 0
+
+
+def _told(error: BaseException) -> dict[str, str | int | None]:
+    """What an error means for the person who started the stage."""
+    import torch
+
+    from megatron_core_impl.trainer import TrainingDiverged
+
+    message = str(error)
+    core = Path(megatron_core_impl.__file__).parent
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    # By the core's convention a ValueError of its own is the user's to mend; one from a library is a defect of ours.
+    if isinstance(error, runtime.StageError) or (isinstance(error, ValueError) and raised_in.is_relative_to(core)):
+        return {"kind": "bad-input", "message": message}
+    if isinstance(error, TrainingDiverged):
+        return {"kind": "diverged", "message": message}
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate memory" in message:
+        return {"kind": "memory", "message": message}
+    if isinstance(error, OSError) and error.errno is not None:
+        file = os.fspath(error.filename) if isinstance(error.filename, str | os.PathLike) else None
+        return {"kind": "system", "errno": error.errno, "message": error.strerror, "file": file}
+    return {"kind": "crash", "message": f"{type(error).__name__}: {message}"}
+
+
+def _train(spec: TrainSpec, scratch: Path, should_stop: Callable[[], bool]) -> bool:
+    """Train with the other workers; whether the last step is done."""
+    import torch.distributed as dist
+
+    from megatron_core_impl.mesh import init_mesh
+    from megatron_core_impl.trainer import Job, TrainConfig, train
+
+    workspace = Path(spec.workspace)
+    weights_folder = workspace / spec.inputs["weights"].path
+    dataset_folder = workspace / spec.inputs["dataset"].path
+    weights, dataset = a.load_artifact(weights_folder), a.load_artifact(dataset_folder)
+    assert isinstance(weights, a.WeightsArtifact)
+    job = Job(
+        config=TrainConfig(**spec.settings.model_dump()),
+        model=ModelConfig(**weights.model.config_fields()),
+        weights=weights_folder,
+        dataset=dataset_folder / "data",
+        dataset_fingerprint=dataset.fingerprint,
+        folder=scratch,
+    )
+    report = metrics.Report(
+        log=lambda text: torchrun.tell("log", text=text),
+        warn=lambda text: torchrun.tell("warn", text=text),
+        progress=lambda done, total, text: torchrun.tell("progress", done=done, total=total, text=text),
+    )
+    layout = Layout(tp=spec.layout.tp, pp=spec.layout.pp, dp=spec.layout.dp)
+    state = train(job, init_mesh(layout, _join_group()), report=report, should_stop=should_stop)
+    dist.destroy_process_group()
+    return state.step == spec.settings.steps
+
+
+def _join_group() -> "torch.device":
+    """Join the process group, over NCCL with one GPU per worker, or over gloo where there is no GPU. Returns the device."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    patience = timedelta(minutes=30)  # for the slowest rank to load, or to write a checkpoint
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo", timeout=patience)
+        return torch.device("cpu")
+    needed, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if there < needed:
+        raise runtime.BadInput(
+            f"layout: its {needed} processes need a GPU each, this machine has {there}. Lower layout.dp or tp"
+        )
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device, timeout=patience)
+    return device
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        sys.exit(work(Path(sys.argv[1])))
+    runtime.main("train", run, __doc__, resumable=True)

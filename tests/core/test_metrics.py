@@ -1,0 +1,75 @@
+"""The record of a training run: means, lines, curves."""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from megatron_core_impl.metrics import Journal, Report, Window, downsample, duration, perplexity, read_metrics
+
+
+def test_window_is_weighted_by_tokens() -> None:
+    window = Window()
+    window.add(loss=1.0, tokens=10, seconds=1.0, is_skipped=False)
+    window.add(loss=4.0, tokens=30, seconds=3.0, is_skipped=False)
+    window.add(loss=math.inf, tokens=40, seconds=4.0, is_skipped=True)
+    assert window.loss == pytest.approx(130 / 40)
+    assert window.tokens_per_second == 10
+    assert (window.steps, window.skipped_steps) == (3, 1)
+    assert math.isnan(Window().loss)
+
+
+def test_journal_writes_and_talks(tmp_path: Path) -> None:
+    lines: list[str] = []
+    with Journal(tmp_path, Report(log=lines.append), steps=100, log_interval=2, resume_step=0) as journal:
+        journal.evaluation(0, math.log(4098))
+        for step in (1, 2):
+            journal.step(step, loss=3.5, tokens=24_100, seconds=1.0, lr=3e-4, grad_norm=1.25)
+    assert lines == [
+        "step   0/100 · held-out loss 8.3183 · perplexity 4,098",
+        "step   2/100 · loss 3.5000 · lr 3.00e-04 · grad norm 1.25 · 24,100 tokens/s · 1m 38s left",
+    ]
+    assert read_metrics(tmp_path)[1] == {
+        "step": 2, "loss": 3.5, "lr": 3e-4, "grad_norm": 1.25, "tokens": 48_200, "seconds": 2.0,
+        "tokens_per_second": 24_100.0, "skipped_steps": 0,
+    }  # fmt: skip
+
+
+def test_going_on_drops_later_lines(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (2, 4, 6)) + '{"st')
+    with Journal(tmp_path, Report(), steps=9, log_interval=1, resume_step=4):
+        pass
+    assert [line["step"] for line in read_metrics(tmp_path)] == [2, 4]
+    with Journal(tmp_path, Report(), steps=9, log_interval=1, resume_step=0):
+        pass
+    assert read_metrics(tmp_path) == []
+
+
+def test_journal_without_a_folder_is_silent(tmp_path: Path) -> None:
+    def fail(*arguments: object) -> None:
+        raise AssertionError(arguments)
+
+    with Journal(None, Report(fail, fail, fail), steps=1, log_interval=1, resume_step=0) as journal:
+        journal.step(1, loss=1.0, tokens=1, seconds=1.0, lr=1.0, grad_norm=1.0)
+        journal.evaluation(1, 1.0)
+
+
+def test_downsample_keeps_the_ends() -> None:
+    points = [(step, float(step)) for step in range(1, 1001)]
+    fewer = downsample(points, 200)
+    assert len(fewer) == 200
+    assert (fewer[0], fewer[-1]) == (points[0], points[-1])
+    assert len({b[0] - a[0] for a, b in pairwise(fewer)}) <= 2, "evenly spaced"
+    assert downsample(points[:7]) == points[:7]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.3, "0s"), (59.4, "59s"), (59.6, "1m 00s"), (192, "3m 12s"), (7500, "2h 05m")])
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_perplexity_is_cut() -> None:
+    assert perplexity(1.0) == pytest.approx(math.e)
+    assert perplexity(1e9) == math.exp(20)

@@ -1,0 +1,323 @@
+"""The train stage as a process: it trains, stops when asked, goes on; whatever dies, it says so and leaves nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_training import MODEL, write_dataset, write_weights
+
+from megatron_core_impl import metrics
+from megatron_core_impl.checkpoint.training import finished_steps
+from megatron_core_impl.config import ModelConfig
+from stages import runtime, torchrun, train
+from stages.contracts import artifacts as a
+from stages.contracts.config import LayoutSettings, TrainSettings
+from stages.contracts.specs import PreprocessSpec, Ref, ShardSpec, Spec, TrainSpec
+
+SETTINGS = {
+    "steps": 40, "sequence_length": 16, "micro_batch_size": 2, "global_batch_size": 4, "lr": 1e-2, "precision": "fp32",
+    "split": "80,20,0", "eval_interval": 1000, "eval_batches": 1, "checkpoint_interval": 1000, "log_interval": 1,
+}  # fmt: skip
+
+
+def put(spec: Spec, write: Callable[[Path], None], kind: type[a.Artifact], **facts: Any) -> a.Artifact:
+    """Publish an artifact of the test's own."""
+
+    def run(spec: Spec, ctx: runtime.Context) -> a.Artifact:
+        write(ctx.scratch)
+        return ctx.artifact(kind, figure="made by a test", **facts)
+
+    return runtime.execute(spec, run)
+
+
+def put_weights(workspace: Path, model: ModelConfig = MODEL, tp: int = 1) -> a.Artifact:
+    """The weights of `MODEL`, said to be those of another model where one is given."""
+    source = {"weights": Ref(path=f"convert/{hash(model)}")}
+    return put(
+        ShardSpec(workspace=str(workspace), inputs=source, tp=tp), write_weights, a.WeightsArtifact,
+        model=a.ModelFacts(**asdict(model), dtype="float32", parameters=5_000), tp=tp, pp=1, tensors=21, bytes=1,
+    )  # fmt: skip
+
+
+def put_dataset(workspace: Path, documents: int = 40, vocab_size: int = MODEL.vocab_size) -> a.Artifact:
+    source = {"data": Ref(path=f"download/{documents}-{vocab_size}")}
+    return put(
+        PreprocessSpec(workspace=str(workspace), inputs=source),
+        lambda scratch: write_dataset(scratch, documents), a.DatasetArtifact,
+        tokenizer=a.TokenizerFacts(kind="sentencepiece", vocab_size=vocab_size, eod_id=2, bos_id=1, fingerprint="f"),
+        dtype="uint16", documents=documents, empty_documents=0, malformed_lines=0, tokens=1, append_eod=False,
+    )  # fmt: skip
+
+
+def spec_of(
+    workspace: Path, *, tp: int = 1, dp: int = 1, weights: a.Artifact | None = None, dataset: a.Artifact | None = None,
+    **settings: Any,
+) -> TrainSpec:  # fmt: skip
+    inputs = {"weights": weights or put_weights(workspace, tp=tp), "dataset": dataset or put_dataset(workspace)}
+    return TrainSpec(
+        workspace=str(workspace),
+        inputs={name: Ref(path=one.path, fingerprint=one.fingerprint) for name, one in inputs.items()},
+        layout=LayoutSettings(tp=tp, dp=dp),
+        settings=TrainSettings(**(SETTINGS | settings)),
+    )
+
+
+def scratch_of(spec: TrainSpec) -> Path:
+    return spec.folder.parent / f".{spec.key}.partial"
+
+
+class Stage:
+    """A train stage that runs as a process."""
+
+    def __init__(self, spec: TrainSpec) -> None:
+        self.spec = spec
+        file = Path(spec.workspace) / "spec.json"
+        file.write_text(spec.model_dump_json())
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "stages.train", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "STAGE_EVENTS": "0"},
+        )  # fmt: skip
+
+    def wait_for(self, start: str) -> str:
+        """Read on until a line that begins so."""
+        assert self.process.stdout is not None
+        seen = []
+        for line in self.process.stdout:
+            seen.append(line)
+            if line.startswith(start):
+                return line
+        raise AssertionError("".join(seen) + self.end()[1])
+
+    def processes(self) -> dict[str, int]:
+        """torchrun and the workers: process ids by rank, torchrun's under ""."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if str(scratch_of(self.spec)) in (folder / "cmdline").read_text():
+                    variables = (folder / "environ").read_text().split("\0")
+                    rank = next((v.removeprefix("RANK=") for v in variables if v.startswith("RANK=")), "")
+                    found[rank] = int(folder.name)
+            except OSError:
+                continue
+        return found
+
+    def end(self) -> tuple[int, str, str]:
+        """Exit code, what is left of stdout, stderr."""
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[TrainSpec], Stage]]:
+    stages: list[Stage] = []
+
+    def start(spec: TrainSpec) -> Stage:
+        stages.append(Stage(spec))
+        return stages[-1]
+
+    yield start
+    for stage in stages:
+        stage.process.kill()
+        stage.process.communicate()
+
+
+def test_stops_when_asked_and_goes_on(tmp_path: Path, start: Callable[[TrainSpec], Stage]) -> None:
+    spec = spec_of(tmp_path, tp=2)
+    stage = start(spec)
+    stage.wait_for("2 processes, dp 1 × tp 2 · 40 steps × 4 samples × 16 tokens = 2,560 tokens = 2.13 epochs of 32 documents")
+    stage.wait_for("step  2/40 · loss ")
+    stage.process.send_signal(signal.SIGTERM)
+    code, _, err = stage.end()
+    assert code == runtime.ExitCode.INTERRUPTED
+    [step] = finished_steps(scratch_of(spec) / "checkpoints")
+    assert 2 <= step < 40
+    assert err == f"error: train: stopped; saved at step {step}; run again to go on from step {step}\n"
+    assert not spec.folder.exists()
+    assert stage.processes() == {}
+
+    stage = start(spec)
+    stage.wait_for(f"going on from the checkpoint at step {step}")
+    code, out, err = stage.end()
+    assert (code, err) == (0, "")
+    assert "train: held-out loss " in out
+    artifact = a.find_intact(spec.folder)
+    assert isinstance(artifact, a.CheckpointArtifact)
+    assert (artifact.step, artifact.consumed_samples, artifact.consumed_tokens) == (40, 160, 2560)
+    assert (artifact.tp, artifact.pp, artifact.dp) == (2, 1, 1)
+    assert artifact.loss_after < 0.8 * artifact.loss_before
+    assert artifact.figure.startswith(f"held-out loss {artifact.loss_before:.2f} → {artifact.loss_after:.2f} · perplexity ")
+    assert artifact.figure.endswith(" · checkpoint at step 40")
+    assert artifact.checkpoint == "checkpoints/step-000040"
+    assert {path.name for path in spec.folder.iterdir()} >= {"artifact.json", "checkpoints", "metrics.jsonl", "tensorboard"}
+    assert [path.name for path in (spec.folder / "checkpoints").iterdir()] == ["step-000040"]
+    names = ("index.json", "rank-0000.safetensors", "rank-0001.safetensors", "state.json")
+    assert [name for name, file in artifact.files.items() if not file.volatile] == [f"{artifact.checkpoint}/{n}" for n in names]
+    assert str(tmp_path) not in (spec.folder / "artifact.json").read_text()
+    assert str(tmp_path) not in (spec.folder / artifact.checkpoint / "state.json").read_text()
+    assert [line["step"] for line in metrics.read_metrics(spec.folder) if "loss" in line] == list(range(1, 41))
+    assert len(artifact.metrics["loss_curve"]) == 40
+    assert not scratch_of(spec).exists()
+
+
+def test_a_killed_worker_is_named_and_takes_nobody_along_unseen(tmp_path: Path, start: Callable[[TrainSpec], Stage]) -> None:
+    spec = spec_of(tmp_path, dp=2, steps=2000, checkpoint_interval=3, keep_checkpoints=2)
+    stage = start(spec)
+    stage.wait_for("step    5/2000 · loss ")
+    os.kill(stage.processes()["1"], signal.SIGKILL)
+    code, _, err = stage.end()
+    last = finished_steps(scratch_of(spec) / "checkpoints")[0]
+    assert code == runtime.ExitCode.BAD_INPUT
+    assert err.startswith("error: train: rank 1 was killed by the kernel (out of memory?) in step ")
+    assert f". Last checkpoint: step {last}. Lower train.micro_batch_size (now 2) if memory is short; else run again to" in err
+    assert err.count("\n") == 1, "one line, no traceback of those who missed it"
+    assert stage.processes() == {}
+    assert not list((scratch_of(spec) / "checkpoints").glob("*.tmp"))
+
+
+def test_an_error_of_all_workers_is_told_once(tmp_path: Path, start: Callable[[TrainSpec], Stage]) -> None:
+    wrong = put_weights(tmp_path, replace(MODEL, intermediate_size=32), tp=2)
+    code, out, err = start(spec_of(tmp_path, tp=2, weights=wrong)).end()
+    assert code == runtime.ExitCode.BAD_INPUT
+    assert err.startswith("error: train: model.layers.0.mlp.gate_proj.weight ")
+    assert "(24, 16)" in err
+    assert "(32, 16)" in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in out
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 200 KB: enough for the inputs of a training, not for its checkpoint."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a file system here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk(small_disk: Path, start: Callable[[TrainSpec], Stage]) -> None:
+    spec = spec_of(small_disk, steps=3, checkpoint_interval=1)
+    code, _, err = start(spec).end()
+    assert code == runtime.ExitCode.BAD_INPUT
+    assert err.startswith("error: train: no space left at ")
+    assert "make room or choose another workspace, then run again" in err
+    assert not spec.folder.exists()
+    assert not list(scratch_of(spec).glob("checkpoints/*.tmp"))
+
+
+# Inputs that do not fit: refused before anything is started
+
+
+def refusal(spec: TrainSpec) -> str:
+    with pytest.raises(runtime.BadInput) as error:
+        runtime.execute(spec, train.run, resumable=True)
+    return str(error.value)
+
+
+@pytest.fixture(autouse=True)
+def no_workers_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **more: object) -> None:
+        raise AssertionError("workers were started")
+
+    monkeypatch.setattr(torchrun, "run_workers", refuse)
+
+
+def test_tokenizer_of_another_model(tmp_path: Path) -> None:
+    text = refusal(spec_of(tmp_path, dataset=put_dataset(tmp_path, vocab_size=64)))
+    assert "dataset.tokenizer.vocab_size=64, but weights.model.vocab_size=61" in text
+    assert "Preprocess the text with the tokenizer of this model" in text
+
+
+def test_weights_cut_for_another_layout(tmp_path: Path) -> None:
+    text = refusal(spec_of(tmp_path, tp=2, weights=put_weights(tmp_path, tp=1)))
+    assert text == "layout.tp=2, but weights.tp=1: run the shard stage with tp=2, or set layout.tp to 1"
+
+
+def test_layout_that_cannot_hold_the_model(tmp_path: Path) -> None:
+    assert "layout: tp=3 does not divide num_key_value_heads=2. Legal here: 1, 2" in refusal(spec_of(tmp_path, tp=3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"sequence_length": 64}, "train.sequence_length=64 exceeds weights.model.max_position_embeddings=32"),
+        ({"global_batch_size": 6, "dp": 2}, "global_batch_size=6 is not a multiple of micro_batch_size × dp = 2 × 2"),
+        ({"sequence_length": 15, "micro_batch_size": 1, "tp": 2}, "layout.tp=2 does not divide the tokens of a micro batch"),
+        ({"split": "100,0,0"}, 'train.split="100,0,0" gives the valid split 0 of 40 documents with 0 tokens, and one sample '
+         'needs 17. Set train.split to "95,5,0", or lower train.sequence_length (now 16)'),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit(tmp_path: Path, settings: dict[str, Any], text: str) -> None:
+    assert text in refusal(spec_of(tmp_path, **settings))
+
+
+def test_too_little_text(tmp_path: Path) -> None:
+    text = refusal(spec_of(tmp_path, dataset=put_dataset(tmp_path, documents=1), split="1,1,0"))
+    assert "one sample needs 17. Give more text, or lower train.sequence_length" in text
+
+
+def test_a_changed_byte(tmp_path: Path, start: Callable[[TrainSpec], Stage]) -> None:
+    spec = spec_of(tmp_path)
+    file = tmp_path / spec.inputs["dataset"].path / "data.bin"
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+    code, _, err = start(spec).end()
+    assert code == runtime.ExitCode.BAD_INPUT
+    assert err.startswith(f"error: train: inputs.dataset: {file}: its SHA-256 is not the one its artifact records")
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path)
+    file = tmp_path / spec.inputs["weights"].path / "rank-0000.safetensors"
+    file.unlink()
+    assert f"inputs.weights: {file}: missing" in refusal(spec)
+
+
+# What is said of an end
+
+
+def outcome_text(tmp_path: Path, outcome: torchrun.Outcome, step: int = 40, **settings: Any) -> tuple[type, str]:
+    error = train.failure(outcome, spec_of(tmp_path, **settings), tmp_path, step)
+    return type(error), str(error)
+
+
+def test_out_of_memory(tmp_path: Path) -> None:
+    outcome = torchrun.Outcome(returncode=1, errors=[{"kind": "memory", "rank": 3}])
+    (tmp_path / "checkpoints" / "step-000040").mkdir(parents=True)
+    kind, text = outcome_text(tmp_path, outcome, micro_batch_size=4)
+    assert text == "rank 3 ran out of memory in step 41. Last checkpoint: step 40. Lower train.micro_batch_size (now 4)"
+    _, text = outcome_text(tmp_path, outcome, step=0, micro_batch_size=1)
+    assert "before its first step was done" in text
+    assert text.endswith("Lower train.sequence_length (now 16) or raise layout.tp (now 1)")
+    assert kind is runtime.StageError
+
+
+def test_a_defect_shows_its_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    event = {"kind": "crash", "rank": 1, "message": "KeyError: 'x'", "trace": "Traceback …\nKeyError: 'x'"}
+    outcome = torchrun.Outcome(returncode=1, errors=[event, {**event, "rank": 0, "message": "connection closed by peer"}])
+    kind, text = outcome_text(tmp_path, outcome)
+    assert kind is train.WorkerCrashed
+    assert train.WorkerCrashed.code == runtime.ExitCode.CRASH
+    assert text.startswith("rank 1, in step 41: KeyError: 'x'. This is a defect of ours; the traceback is above")
+    assert str(tmp_path / "logs" / "workers.log") in text
+    assert capsys.readouterr().err == "Traceback …\nKeyError: 'x'\n"
+
+
+def test_divergence_is_a_failed_check(tmp_path: Path) -> None:
+    outcome = torchrun.Outcome(returncode=1, errors=[{"kind": "diverged", "rank": 0, "message": "Lower lr"}])
+    assert outcome_text(tmp_path, outcome) == (runtime.GateFailed, "Lower lr")
+
+
+def test_another_signal_is_named(tmp_path: Path) -> None:
+    kind, text = outcome_text(tmp_path, torchrun.Outcome(returncode=1, killed=(2, signal.SIGSEGV)))
+    assert kind is train.WorkerCrashed
+    assert text.startswith("rank 2 died of SIGSEGV in step 41. There is no checkpoint yet")
