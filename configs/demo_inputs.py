@@ -76,7 +76,7 @@ def make_model(folder: Path) -> int:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.manual_seed(1234)
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8,
+        vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=4, max_position_embeddings=1024, rms_norm_eps=1e-5, tie_word_embeddings=False,
         bos_token_id=1, eos_token_id=2, dtype="float32",
     )  # fmt: skip

@@ -21,6 +21,7 @@ from megatron_core_impl.config import Layout, ModelConfig, TensorSpec
 from megatron_core_impl.models import families
 from stages import runtime
 from stages.contracts import artifacts as a
+from stages.contracts import words
 from stages.contracts.specs import ConvertSpec
 from stages.runtime import BadInput, Context, GateFailed
 
@@ -49,7 +50,7 @@ def run(spec: ConvertSpec, ctx: Context) -> a.WeightsArtifact:
     size = count_bytes(source, (tensor.name for tensor in specs))
     return ctx.artifact(
         a.WeightsArtifact,
-        figure=f"{len(specs):,} tensors, {_readable(size)}, bit for bit",
+        figure=f"{len(specs):,} tensors, {words.size(size)}, bit for bit",
         model=model.model,
         tp=1,
         pp=1,
@@ -151,16 +152,6 @@ def _warn_of_other_dtypes(source: WeightsReader, specs: Sequence[TensorSpec], dt
     if set(stored) != {dtype}:
         kinds = ", ".join(f"{count:,} in {name}" for name, count in stored.most_common())
         ctx.warn(f"config.json says {dtype}, the weights are {kinds}. They are kept so; the trained model will be {dtype}")
-
-
-def _readable(size: int) -> str:
-    """A number of bytes as a person reads it, e.g. `12.4 MB`."""
-    value, unit = float(size), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
 if __name__ == "__main__":

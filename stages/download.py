@@ -28,16 +28,15 @@ from huggingface_hub.hf_api import RepoSibling
 from megatron_core_impl.models import families
 from stages import runtime
 from stages.contracts import artifacts as a
+from stages.contracts import words
 from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec
 from stages.hub_errors import Repo, endpoint, hub_token, is_of_hub, is_unreachable, told
 from stages.model_files import (
     CONFIG,
     TOKENIZER_FILES,
     copy_file,
-    count_text,
     listed,
     read_json,
-    size_text,
     stored_dtype,
     unpickle,
     wanted,
@@ -98,7 +97,7 @@ def _describe(spec: DownloadModelSpec, ctx: Context, files: Path, revision: str 
     size = sum(path.stat().st_size for path in files.glob("*.safetensors"))
     return ctx.artifact(
         a.ModelArtifact,
-        figure=f"{count_text(parameters)} parameters, vocabulary {config.vocab_size:,}, {dtype}, {size_text(size)}",
+        figure=f"{words.short(parameters)} parameters, vocabulary {config.vocab_size:,}, {dtype}, {words.size(size)}",
         model=a.ModelFacts(**vars(config), dtype=dtype, parameters=parameters),
         tokenizer_files=tuple(sorted(name for name in TOKENIZER_FILES if (files / name).exists())),
         license=_license(files / "README.md"),
@@ -172,7 +171,7 @@ class _Arrival:
         if self.stopped:
             raise InterruptedError("the stage was stopped")
         self.done = max(self.done, done)
-        self.ctx.progress(self.done, self.total, f"{size_text(self.done)} of {size_text(self.total)}")
+        self.ctx.progress(self.done, self.total, f"{words.size(self.done)} of {words.size(self.total)}")
 
 
 class _Bar:
@@ -248,7 +247,7 @@ def _data(spec: DownloadDataSpec, ctx: Context) -> a.RawDataArtifact:
     note = f" (left out: {', '.join(f'{count:,} {what}' for what, count in left_out.items())})" if left_out else ""
     return ctx.artifact(
         a.RawDataArtifact,
-        figure=f"{documents:,} {what}, {size_text(text_bytes)} of text{note}",
+        figure=f"{documents:,} {what}, {words.size(text_bytes)} of text{note}",
         metrics=dict(counts),
         documents=documents,
         source=data.source if path is None else local_name(path),

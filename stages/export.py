@@ -30,6 +30,7 @@ from megatron_core_impl.data.tokenizer import load_tokenizer
 from megatron_core_impl.models import families
 from stages import gate, runtime
 from stages.contracts import artifacts as a
+from stages.contracts import words
 from stages.contracts.specs import ExportSpec
 from stages.runtime import BadInput, Context, GateFailed
 
@@ -75,7 +76,7 @@ def run(spec: ExportSpec, ctx: Context) -> a.ExportArtifact:
     mean_error = verdict.comparison.mean_error
     return ctx.artifact(
         a.ExportArtifact,
-        figure=f"Hugging Face folder, {_readable(size)} · logits equal to training's (mean |Δ| {mean_error:.1e})",
+        figure=f"Hugging Face folder, {words.size(size)} · logits equal to training's (mean |Δ| {mean_error:.1e})",
         metrics={"samples": samples, "comparison": verdict.metrics},
         model=weights.model,
         loss_before=checkpoint.loss_before,
@@ -237,11 +238,6 @@ def _continue(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> s
     if all_of_it.startswith(read):
         return str(all_of_it[len(read) :])  # decoded together: SentencePiece drops the space before a first word
     return str(tokenizer.decode(written[tokens.shape[1] :], skip_special_tokens=True))
-
-
-def _readable(size: int) -> str:
-    """Bytes as a person reads them."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.contracts import artifacts as a
-from stages.model_files import count_text, size_text
+from stages.contracts import words
 
 TAG = "megatron-flows"  # in the card of every model that push published
 NOT_SHOWN = {"checkpoint_interval", "keep_checkpoints", "log_interval", "eval_interval", "eval_batches"}
@@ -38,7 +38,7 @@ def model_card(lineage: Lineage, name: str) -> str:
             *_front_matter(lineage),
             f"# {title}",
             "",
-            f"{count_text(export.model.parameters)} parameters, `{export.model.dtype}`, fine-tuned from {base} on "
+            f"{words.short(export.model.parameters)} parameters, `{export.model.dtype}`, fine-tuned from {base} on "
             f"{lineage.data.source} with megatron-flows.",
             "",
             "## Use",
@@ -116,7 +116,7 @@ def _data_rows(lineage: Lineage) -> list[tuple[str, ...]]:
         rows.append(("part", settings))
     return [
         *rows,
-        ("documents", f"{dataset.documents:,}, {size_text(data.text_bytes)} of text"),
+        ("documents", f"{dataset.documents:,}, {words.size(data.text_bytes)} of text"),
         ("tokens", f"{dataset.tokens:,}"),
         ("tokenizer", f"{dataset.tokenizer.kind}, vocabulary {dataset.tokenizer.vocab_size:,}"),
         ("end of a document", "marked by the end-of-text token" if dataset.append_eod else "not marked"),

@@ -152,17 +152,3 @@ def listed(names: Collection[str]) -> str:
     """At most ten names."""
     shown = sorted(names)[:10]
     return ", ".join(shown) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "") if shown else "nothing"
-
-
-def size_text(size: float) -> str:
-    """A number of bytes as a person reads it: 12.4 MB."""
-    power = min(4, max(0, len(str(int(size))) - 1) // 3)
-    return f"{size / 1000**power:,.1f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}" if power else f"{int(size)} bytes"
-
-
-def count_text(number: int) -> str:
-    """A number of parameters as a person reads it: 6.74B."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return str(number)

@@ -10,7 +10,6 @@ The result holds the card and receipt.json, which names every file that was, or 
 import hashlib
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,15 @@ from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.logging import set_verbosity
 
+from megatron_core_impl.checkpoint.durable import sync
 from stages import runtime
 from stages.contracts import artifacts as a
+from stages.contracts import words
 from stages.contracts.config import PushSettings
 from stages.contracts.specs import PushSpec
 from stages.hub_errors import Repo, endpoint, hub_token, told
 from stages.model_card import TAG, Lineage, model_card
-from stages.model_files import copy_file, listed, size_text
+from stages.model_files import copy_file, listed
 from stages.runtime import BadInput, Context, GateFailed
 
 CARD = "README.md"
@@ -89,7 +90,7 @@ def run(spec: PushSpec, ctx: Context) -> a.PushArtifact:
 
 
 def _figure(settings: PushSettings, published: Published, files: dict[str, a.FileRecord]) -> str:
-    what = f"{len(files)} files, {size_text(sum(record.size for record in files.values()))}"
+    what = f"{len(files)} files, {words.size(sum(record.size for record in files.values()))}"
     if settings.to == "dry-run":
         return f"dry run: would upload {what} to {_repo_text(settings)}"
     if settings.to == "hub":
@@ -105,7 +106,7 @@ def _list(settings: PushSettings, upload: Path, files: dict[str, a.FileRecord], 
     """Say what would be uploaded."""
     ctx.log(f"would upload to {_repo_text(settings)}:")
     for name, record in sorted(files.items()):
-        ctx.log(f"  {size_text(record.size):>12}  {name}")
+        ctx.log(f"  {words.size(record.size):>12}  {name}")
     return Published(f"{endpoint()}/{settings.repo}" if settings.repo else "")
 
 
@@ -135,13 +136,13 @@ def _to_folder(settings: PushSettings, upload: Path, files: dict[str, a.FileReco
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             copy_file(upload / name, partial / name)
             done += record.size
-            ctx.progress(done, total, f"{size_text(done)} of {size_text(total)}")
+            ctx.progress(done, total, f"{words.size(done)} of {words.size(total)}")
         for path in [*partial.rglob("*"), partial]:
-            _sync(path)
+            sync(path)
         if target.exists():
             target.rename(old)
         partial.rename(target)
-        _sync(target.absolute().parent)
+        sync(target.absolute().parent)
     finally:
         for left_over in (partial, old):
             shutil.rmtree(left_over, ignore_errors=True)
@@ -154,14 +155,6 @@ def _is_ours(target: Path) -> bool:
         return False
     card = target / CARD
     return not any(target.iterdir()) or (card.is_file() and f"\n- {TAG}\n" in card.read_text(errors="replace"))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # The Hub

@@ -36,6 +36,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import ValidationError
 
 import megatron_core_impl
+from megatron_core_impl.checkpoint.durable import sync, sync_tree
 from stages.contracts import artifacts as a
 from stages.contracts.specs import SPECS, Spec
 
@@ -71,8 +72,8 @@ class GateFailed(StageError):
     code = ExitCode.GATE_FAILED
 
 
-class Interrupted(StageError):
-    """The stage was asked to stop."""
+class Interrupted(BaseException):
+    """The stage was asked to stop. No Exception: what a library catches and forgets must not include it."""
 
     code = ExitCode.INTERRUPTED
 
@@ -164,7 +165,7 @@ class Context:
             files=files,
             fingerprint="",
             inputs={name: i.fingerprint for name, i in self._inputs.items()},
-            spec=self.spec.model_dump(mode="json", exclude={"workspace"}),
+            spec=self.spec.record(),
             versions=a.Versions(
                 package=megatron_core_impl.__version__,
                 python=platform.python_version(),
@@ -214,7 +215,7 @@ def _main(node: str | dict[str, str], run: Callable[[Any, Context], a.Artifact],
             artifact = execute(spec, run, resumable=resumable)
         print(f"{stage}: {artifact.figure}\n{stage}: {Path(spec.workspace) / artifact.path}", flush=True)
         return ExitCode.OK
-    except StageError as error:
+    except (StageError, Interrupted) as error:
         return _fail(stage, str(error), error.code)
     except OSError as error:
         # A machine that lacks something is the person's to mend; any other error of the system is a defect of ours.
@@ -303,7 +304,7 @@ def execute(spec: S, run: Callable[[S, Context], a.Artifact], *, resumable: bool
             artifact = run(spec, Context(spec, scratch))
             artifact = artifact.model_copy(update={"wall_seconds": round(time.monotonic() - started, 3)})
             (scratch / a.ARTIFACT_FILE).write_text(artifact.model_dump_json(indent=1) + "\n")
-            _sync_tree(scratch)
+            sync_tree(scratch)
             _replace_folder(scratch, final)
         except BaseException:
             if not resumable:
@@ -327,20 +328,7 @@ def _replace_folder(scratch: Path, final: Path) -> None:
         final.rename(damaged)
     scratch.rename(final)
     shutil.rmtree(damaged, ignore_errors=True)
-    _sync(final.parent)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)
 
 
 @contextmanager

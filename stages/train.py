@@ -168,7 +168,7 @@ class Listener:
                 self.is_done = True
 
 
-def failure(outcome: torchrun.Outcome, spec: TrainSpec, scratch: Path, step: int) -> Exception:
+def failure(outcome: torchrun.Outcome, spec: TrainSpec, scratch: Path, step: int) -> BaseException:
     """What to raise when the workers have not finished: who died of what, and what a person can do."""
     settings = spec.settings
     saved = checkpoints.finished_steps(scratch / CHECKPOINTS)

@@ -7,10 +7,11 @@ as far as a crash can tell; a disk can tell otherwise, so the digests are compar
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
+
+from megatron_core_impl.checkpoint.durable import sync, sync_tree
 
 STATE_FILE = "state.json"
 _PREFIX = "step-"
@@ -79,10 +80,9 @@ def commit(root: Path, step: int, state: dict[str, Any], *, keep: int) -> None:
     """Finish a checkpoint whose other files are written: its state, fsync, rename. Then drop all but the `keep` newest."""
     unfinished, final = unfinished_folder(root, step), step_folder(root, step)
     (unfinished / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
-    for path in [*unfinished.iterdir(), unfinished]:
-        _sync(path)
+    sync_tree(unfinished)
     unfinished.rename(final)
-    _sync(root)
+    sync(root)
     for old in finished_steps(root)[keep:]:
         shutil.rmtree(step_folder(root, old))
 
@@ -91,11 +91,3 @@ def remove_unfinished(root: Path) -> None:
     """Remove what a killed or failed run was writing."""
     for folder in root.glob(f"{_PREFIX}*{_UNFINISHED}"):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

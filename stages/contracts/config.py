@@ -16,7 +16,7 @@ NOT_IN_KEY: dict[str, Any] = {"not_in_key": True}  # json_schema_extra of settin
 class Frozen(BaseModel):
     """Base of everything here: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelSettings(Frozen):
@@ -86,7 +86,10 @@ class TrainSettings(Frozen):
 
     steps: int = Field(ge=1, description="optimizer updates")
     sequence_length: int = Field(1024, ge=2, description="tokens per sample")
-    micro_batch_size: int = Field(1, ge=1, description="samples per forward pass of one replica")
+    micro_batch_size: int = Field(
+        1, ge=1, description="samples per forward pass of one replica; can be lowered to go on after out of memory",
+        json_schema_extra=NOT_IN_KEY,
+    )  # fmt: skip
     global_batch_size: int = Field(8, ge=1, description="samples per optimizer update, over all replicas")
     optimizer: Literal["adamw"] = Field("adamw", description="AdamW with decoupled weight decay, none on 1-D parameters")
     lr: float = Field(3e-4, gt=0, description="highest learning rate")

@@ -60,6 +60,18 @@ class Spec(c.Frozen):
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
+    def record(self) -> dict[str, Any]:
+        """The spec as an artifact keeps it, without paths of this machine: of a local source only the name is left."""
+
+        def without_paths(value: Any, name: str = "") -> Any:
+            if isinstance(value, dict):
+                return {key: without_paths(inner, key) for key, inner in value.items()}
+            if name in ("source", "folder") and isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists()):
+                return Path(value).name
+            return value
+
+        return without_paths(self.model_dump(mode="json", exclude={"workspace"}))  # type: ignore[no-any-return]
+
     @property
     def path(self) -> str:
         """Folder of the result, relative to the workspace."""

@@ -1,0 +1,86 @@
+"""What a launcher is given, what it does, and how it tells that a stage failed.
+
+A launcher starts one stage with a spec, streams its output, and owns what it started: whatever ends the launcher also ends
+the stage and all its children. There is one implementation today, `process.py`; containers are the second.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Literal, Protocol
+
+
+class ExitCode(IntEnum):
+    """What a stage's exit code means. The same numbers as `stages.runtime.ExitCode` (flows do not import the runtime)."""
+
+    OK = 0
+    CRASH = 1
+    BAD_INPUT = 2
+    GATE_FAILED = 3
+    INTERRUPTED = 4
+
+
+Reason = Literal["crash", "bad input", "gate failed", "interrupted", "killed"]
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One stage to run."""
+
+    node: str  # name in the pipeline: decides which secrets it gets
+    stage: str  # the module: stages.<stage>
+    spec_file: Path
+    log_file: Path  # receives the whole output, redacted
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage is, in units of its own, and a line for people."""
+
+    done: float
+    total: float
+    text: str
+
+    @property
+    def share(self) -> float:
+        """Part that is done, from 0 to 1."""
+        return min(1.0, max(0.0, self.done / self.total)) if self.total > 0 else 0.0
+
+
+class StageFailed(Exception):
+    """A stage that did not end well. `str()` is the line that a person reads."""
+
+    def __init__(self, node: str, reason: Reason, message: str, *, log_file: Path, code: int) -> None:
+        super().__init__(node, reason, message)
+        self.node = node
+        self.reason: Reason = reason
+        self.message = message
+        self.log_file = log_file
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.message}"
+
+
+class Launcher(Protocol):
+    """One way of running a stage."""
+
+    def run(
+        self,
+        job: StageJob,
+        *,
+        on_line: Callable[[str], None],
+        on_progress: Callable[[Progress], None],
+        stop: threading.Event,
+    ) -> None:
+        """Run a stage to its end, in the calling thread.
+
+        `on_line` gets every line of output, redacted. When `stop` is set, or the calling thread is interrupted, the stage is
+        asked to end and, after a grace period, killed.
+
+        Raises:
+            StageFailed: it ended with anything but success, or was stopped.
+        """
+        ...

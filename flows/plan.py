@@ -1,0 +1,168 @@
+"""What a run would do, before it does anything: which results are there, and why the others are not.
+
+finetune plan CONFIG.yaml
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from stages.contracts import artifacts as a
+from stages.contracts.config import Frozen, PipelineConfig
+from stages.contracts.specs import SOURCES, SPECS, Spec
+from stages.contracts.words import count, short
+
+MOST_COMPARED = 200  # earlier results of a stage that are looked at
+
+
+@dataclass(frozen=True)
+class NodePlan:
+    """What would become of a node."""
+
+    node: str
+    state: Literal["cached", "run"]
+    why: str
+    artifact: a.Artifact | None = None
+
+
+def plan(config: PipelineConfig) -> list[NodePlan]:
+    """The pipeline's nodes in order, each with what a run would do. Looks at the workspace, changes nothing."""
+    plans: dict[str, NodePlan] = {}
+    for node, spec_type in SPECS.items():
+        inputs = {name: plans[source].artifact for name, source in SOURCES[node].items()}
+        to_come = sorted({SOURCES[node][name] for name, artifact in inputs.items() if artifact is None}, key=list(SPECS).index)
+        if to_come:
+            plans[node] = NodePlan(node, "run", f"needs {' and '.join(to_come)}, which {_runs(to_come)} first")
+        else:
+            known = {name: artifact for name, artifact in inputs.items() if artifact is not None}
+            plans[node] = _plan_node(spec_type.of(config, **known))
+    return list(plans.values())
+
+
+def _runs(nodes: list[str]) -> str:
+    return "runs" if len(nodes) == 1 else "run"
+
+
+def _plan_node(spec: Spec) -> NodePlan:
+    if (artifact := a.find_intact(spec.folder)) is not None:
+        return NodePlan(spec.NODE, "cached", artifact.figure, artifact)
+    return NodePlan(spec.NODE, "run", _why(spec))
+
+
+def _why(spec: Spec) -> str:
+    if spec.folder.exists():
+        try:
+            a.check_files(spec.folder, a.load_artifact(spec.folder), thorough=False)
+        except a.DamagedArtifact as error:
+            return f"its result is damaged: {str(error).split('. Remove')[0]}"
+        return "what it published is not where it was"
+    partial = spec.folder.parent / f".{spec.key}.partial" / "checkpoints"
+    if any(partial.glob("step-*/state.json")):
+        newest = max(p.parent.name for p in partial.glob("step-*/state.json"))
+        return f"goes on from checkpoint {newest}"
+    differences = _nearest(spec)
+    if differences is None:
+        return "has not run in this workspace"
+    if not differences:
+        return "the stage itself is newer than its earlier result"
+    shown = ", ".join(differences[:3]) + (f" and {len(differences) - 3} more" if len(differences) > 3 else "")
+    return f"differs from the nearest earlier result: {shown}"
+
+
+def _nearest(spec: Spec) -> list[str] | None:
+    """What differs from the earlier result of this node that differs least. None when there is none."""
+    wanted = dict(_flat(spec))
+    files = sorted(spec.folder.parent.glob(f"*/{a.ARTIFACT_FILE}"), key=_time, reverse=True)
+    found: list[list[str]] = []
+    for file in files[:MOST_COMPARED]:
+        try:
+            artifact = a.load_artifact(file.parent)
+            earlier = dict(_flat(type(spec).model_validate({**artifact.spec, "workspace": spec.workspace})))
+        except ValueError:
+            continue  # another node's, or from a version with other settings
+        found.append([_difference(spec, k, earlier.get(k), v) for k, v in wanted.items() if earlier.get(k) != v])
+    return min(found, key=len) if found else None
+
+
+def _time(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _flat(model: Frozen, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields that decide a key, by their path; an input by its fingerprint."""
+    for name, field in type(model).model_fields.items():
+        extra = field.json_schema_extra
+        value = getattr(model, name)
+        if (not prefix and name == "workspace") or (isinstance(extra, dict) and extra.get("not_in_key")):
+            continue
+        if not prefix and name == "inputs":
+            yield from ((f"inputs.{key}", ref.fingerprint) for key, ref in value.items())
+        elif isinstance(value, Frozen):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _difference(spec: Spec, path: str, earlier: Any, value: Any) -> str:
+    head, _, rest = path.partition(".")
+    if head == "inputs":
+        return f"{rest} (from {SOURCES[spec.NODE][rest]}) is another one"
+    if head == "stamp":
+        return "the source's files changed"
+    name = {"settings": f"{spec.STAGE}.{rest}", "tp": "layout.tp", "pp": "layout.pp"}.get(head, path)
+    return f"{name} {_shown(earlier)} → {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text if len(text) <= 40 else text[:37] + "…"
+
+
+def describe(config: PipelineConfig, plans: list[NodePlan]) -> list[tuple[str, str]]:
+    """What is asked for, as (word, line) pairs: model, data, layout, length, where."""
+    made = {p.node: p.artifact for p in plans}
+    model, dataset = made["download-model"], made["preprocess"]
+    train, layout = config.train, config.layout
+    parts = [config.model.source]
+    if isinstance(model, a.ModelArtifact):
+        parts += [f"{short(model.model.parameters)} parameters", f"vocabulary {count(model.model.vocab_size)}"]
+    data = [config.data.source, *filter(None, [config.data.subset, config.data.data_dir])]
+    if isinstance(dataset, a.DatasetArtifact):
+        data.append(f"{count(dataset.tokens)} tokens")
+    replicas = train.micro_batch_size * layout.dp
+    tokens = train.steps * train.global_batch_size * train.sequence_length
+    length = (
+        f"{count(train.steps)} steps × {count(train.global_batch_size)} × {count(train.sequence_length)}"
+        f" = {short(tokens)} tokens"
+    )
+    if isinstance(dataset, a.DatasetArtifact):
+        shares = [float(share) for share in train.split.split(",")]
+        length += f" = {tokens * sum(shares) / (dataset.tokens * shares[0]):.2g} epochs"
+    processes = f"{layout.world_size} process{'es' if layout.world_size > 1 else ''}"
+    return [
+        ("model", " · ".join([*parts, f"trained in {train.precision}"])),
+        ("data", " · ".join(data)),
+        (
+            "layout",
+            f"{processes} = dp {layout.dp} × tp {layout.tp} × pp {layout.pp} · micro batch {train.micro_batch_size}"
+            f" · global batch {count(train.global_batch_size)} ({count(train.global_batch_size // replicas)} micro batches)",
+        ),
+        ("length", length),
+        ("push", {"dry-run": "dry run", "folder": f"to {config.push.folder}", "hub": f"to {config.push.repo}"}[config.push.to]),
+        ("workspace", str(config.workspace_path)),
+    ]
+
+
+def report(config: PipelineConfig) -> str:
+    """The whole plan as text."""
+    plans = plan(config)
+    lines = [f"{word:<10} {line}" for word, line in describe(config, plans)]
+    width = max(map(len, SPECS))
+    lines += ["", *(f"  {p.node:<{width}}  {p.state:<6}  {p.why}" for p in plans)]
+    to_run = sum(p.state == "run" for p in plans)
+    lines += ["", f"{to_run} to run, {len(plans) - to_run} cached" if to_run else "everything is cached: a run takes seconds"]
+    return "\n".join(lines)

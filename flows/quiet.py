@@ -1,0 +1,20 @@
+"""Prefect's own console logs, sent to a file of the run: its API has them too, and the terminal is for the run."""
+
+import logging
+from pathlib import Path
+
+from prefect.logging.configuration import ensure_logging_setup
+
+
+def logs_to_file(file: Path) -> None:
+    """Replace every handler that writes to the terminal."""
+    ensure_logging_setup()
+    logging.raiseExceptions = False  # a log that cannot be written (a full disk) is nothing to fill the terminal with
+    handler = logging.FileHandler(file, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s %(message)s"))
+    names = [None, *logging.root.manager.loggerDict]
+    for logger in map(logging.getLogger, names):
+        for old in list(logger.handlers):
+            if isinstance(old, logging.StreamHandler) and not isinstance(old, logging.FileHandler):
+                logger.removeHandler(old)
+                logger.addHandler(handler)

@@ -1,0 +1,133 @@
+"""One typed task per node of the pipeline, around one way of running a stage.
+
+A task's cache key is its spec's key, so Prefect's records and the stage's own folder agree on what is done. Parameters are
+named as the spec names its inputs.
+"""
+
+from typing import Any
+
+from prefect import Task, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
+
+from flows.pages import stage_page
+from flows.run import Run
+from flows.run_stage import run_stage
+from stages.contracts import artifacts as a
+from stages.contracts import specs as s
+
+
+def cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
+    """The node and the key of its spec. Prefect runs a task uncached, without a word, when this raises: it must not."""
+    inputs = {name: value for name, value in parameters.items() if name != "run"}
+    run: Run = parameters["run"]
+    return f"{context.task.name}-{s.SPECS[context.task.name].of(run.config, **inputs).key}"
+
+
+def record_result(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> None:
+    """When a node is done, whether it ran or its result was there: note it in the run's record, show it in the UI."""
+    context = TaskRunContext.get()
+    assert context is not None
+    run: Run = context.parameters["run"]
+    artifact: a.Artifact = state.result()
+    cached = state.name == "Cached"
+    run.folder.link(task.name, artifact.path)
+    run.record.node(
+        task.name,
+        state="cached" if cached else "ran",
+        key=artifact.key,
+        path=artifact.path,
+        figure=artifact.figure,
+        done=None,
+        doing=None,
+    )
+    page = stage_page(task.name, artifact, cached=cached)
+    create_markdown_artifact(page, key=task.name, description=artifact.figure)
+
+
+def _node(spec: type[s.Spec]) -> dict[str, Any]:
+    """What all our tasks have in common."""
+    return {
+        "name": spec.NODE,
+        "task_run_name": spec.NODE,
+        "persist_result": True,
+        "cache_key_fn": cache_key,
+        "on_completion": [record_result],
+    }
+
+
+@task(**_node(s.DownloadModelSpec))
+def download_model(run: Run) -> a.ModelArtifact:
+    """Fetch the base model from the Hub, or take a local Hugging Face folder."""
+    return run_stage(run, a.ModelArtifact, s.DownloadModelSpec)
+
+
+@task(**_node(s.DownloadDataSpec))
+def download_data(run: Run) -> a.RawDataArtifact:
+    """Fetch the text, as jsonl."""
+    return run_stage(run, a.RawDataArtifact, s.DownloadDataSpec)
+
+
+@task(**_node(s.PreprocessSpec))
+def preprocess(run: Run, data: a.RawDataArtifact, model: a.ModelArtifact) -> a.DatasetArtifact:
+    """Text to token ids, in Megatron's format."""
+    return run_stage(run, a.DatasetArtifact, s.PreprocessSpec, data=data, model=model)
+
+
+@task(**_node(s.ConvertSpec))
+def convert(run: Run, model: a.ModelArtifact) -> a.WeightsArtifact:
+    """Hugging Face weights to canonical ones."""
+    return run_stage(run, a.WeightsArtifact, s.ConvertSpec, model=model)
+
+
+@task(**_node(s.VerifySpec))
+def verify(run: Run, model: a.ModelArtifact, weights: a.WeightsArtifact, dataset: a.DatasetArtifact) -> a.VerificationArtifact:
+    """The gate: our model against transformers on the same tokens."""
+    return run_stage(run, a.VerificationArtifact, s.VerifySpec, model=model, weights=weights, dataset=dataset)
+
+
+@task(**_node(s.ShardSpec))
+def shard(run: Run, weights: a.WeightsArtifact) -> a.WeightsArtifact:
+    """Canonical weights, cut for the layout."""
+    return run_stage(run, a.WeightsArtifact, s.ShardSpec, weights=weights)
+
+
+@task(**_node(s.TrainSpec))
+def train(run: Run, weights: a.WeightsArtifact, dataset: a.DatasetArtifact) -> a.CheckpointArtifact:
+    """Training on tp × pp × dp processes."""
+    return run_stage(run, a.CheckpointArtifact, s.TrainSpec, weights=weights, dataset=dataset)
+
+
+@task(**_node(s.MergeSpec))
+def merge(run: Run, checkpoint: a.CheckpointArtifact) -> a.WeightsArtifact:
+    """The checkpoint's weights, canonical again."""
+    return run_stage(run, a.WeightsArtifact, s.MergeSpec, checkpoint=checkpoint)
+
+
+@task(**_node(s.ExportSpec))
+def export(
+    run: Run,
+    model: a.ModelArtifact,
+    weights: a.WeightsArtifact,
+    dataset: a.DatasetArtifact,
+    checkpoint: a.CheckpointArtifact,
+) -> a.ExportArtifact:
+    """Canonical weights to a folder that transformers loads."""
+    return run_stage(run, a.ExportArtifact, s.ExportSpec, model=model, weights=weights, dataset=dataset, checkpoint=checkpoint)
+
+
+@task(**_node(s.PushSpec))
+def push(
+    run: Run,
+    export: a.ExportArtifact,
+    checkpoint: a.CheckpointArtifact,
+    dataset: a.DatasetArtifact,
+    data: a.RawDataArtifact,
+    verification: a.VerificationArtifact,
+) -> a.PushArtifact:
+    """Publish the exported model."""
+    return run_stage(
+        run, a.PushArtifact, s.PushSpec,
+        export=export, checkpoint=checkpoint, dataset=dataset, data=data, verification=verification,
+    )  # fmt: skip

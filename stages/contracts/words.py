@@ -1,0 +1,53 @@
+"""Figures as people read them: times, sizes, counts."""
+
+from datetime import datetime
+
+
+def seconds(value: float) -> str:
+    """A duration: 0.4s, 12s, 3m 12s, 2h 05m."""
+    if value < 9.95:
+        return f"{value:.1f}s"
+    whole = round(value)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+def ago(moment: datetime, now: datetime) -> str:
+    """How long since: 5s ago, 14m ago, 2h ago, 3d ago."""
+    passed = max(0, round((now - moment).total_seconds()))
+    for unit, name in ((86400, "d"), (3600, "h"), (60, "m")):
+        if passed >= unit:
+            return f"{passed // unit}{name} ago"
+    return f"{passed}s ago"
+
+
+def size(value: float) -> str:
+    """Bytes: 512 B, 12.4 MB, 1.4 GB."""
+    if value < 1000:
+        return f"{value:.0f} B"
+    for unit in ("kB", "MB", "GB", "TB"):  # noqa: B007 (used after the loop)
+        value /= 1000
+        if value < 999.5:
+            break
+    return f"{value:.1f} {unit}" if value < 99.95 else f"{value:.0f} {unit}"
+
+
+def count(value: int) -> str:
+    """A count with separators: 2,214."""
+    return f"{value:,}"
+
+
+def short(value: float) -> str:
+    """A large count, rounded: 950, 512 K, 6.74 B."""
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value:.0f}"
+
+
+def plain(text: str) -> str:
+    """Text of others, made safe for a terminal: one line, no control characters."""
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -1,0 +1,199 @@
+"""The `finetune` command as a process, with stand-in stages that are processes too."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_stages import make_results
+from processes import lives, wait_until
+
+from flows import cli
+from flows import server as servers
+from flows.launch.protocol import Reason, StageFailed
+from flows.load_config import load_config
+from flows.run_record import RunFolder, RunRecord, all_runs
+from flows.server import Server
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "model: {source: somebody/model}\ndata: {source: somebody/data}\ntrain: {steps: 2, sequence_length: 16}\n"
+
+
+class Command:
+    """Runs `finetune` in a folder with `mine.yaml`."""
+
+    def __init__(self, folder: Path, server: Server) -> None:
+        self.folder = folder
+        self.workspace = folder / "workspace"
+        (folder / "mine.yaml").write_text(CONFIG)
+        (self.workspace / "fake").mkdir(parents=True)
+        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_TOKEN": "a-secret-token"}
+        self.environment["PREFECT_API_URL"] = server.api
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(Path(__file__).with_name("fake_finetune.py")), *arguments]
+        process = subprocess.Popen(
+            command, cwd=self.folder, env=self.environment, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        self.started.append(process)
+        return process
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=200)
+        return process.returncode, out, err
+
+    def wish(self, node: str, what: str) -> None:
+        """What the stand-in of a node shall do."""
+        (self.workspace / "fake" / node).write_text(what)
+
+    def record(self) -> RunRecord:
+        """The newest run."""
+        return all_runs(self.workspace)[0]
+
+
+@pytest.fixture
+def finetune(tmp_path: Path, server: Server) -> Iterator[Command]:
+    command = Command(tmp_path, server)
+    yield command
+    for process in command.started:
+        process.kill()
+        process.communicate()
+
+
+def ran(record: RunRecord) -> list[str]:
+    return [node for node, state in record.nodes.items() if state.state == "ran"]
+
+
+def test_run_status_and_rerun(finetune: Command) -> None:
+    code, out, err = finetune("run", "mine.yaml", "--name", "brisk-otter")
+    assert (code, err) == (0, "")
+    assert out.startswith("finetune-llama2 · run brisk-otter · http://127.0.0.1:")
+    assert "\x1b" not in out
+    assert "held-out loss 8.32 → 3.11 · perplexity 4,105 → 22.4" in out
+    assert "before   def read(??\nafter    def read(self, size=-1):" in out
+    assert 'from_pretrained("workspace/runs/brisk-otter/export/model")' in out
+    everything = [p for p in finetune.workspace.rglob("*") if p.is_file()]
+    assert [p for p in everything if b"a-secret-token" in p.read_bytes()] == []
+    logs = finetune.workspace / "runs" / "brisk-otter" / "logs"
+    assert "this is push, token [hidden]" in (logs / "push.log").read_text()
+    assert "this is train, token unset" in (logs / "train.log").read_text()
+
+    code, out, err = finetune("rerun", "brisk-otter", "--stage", "export")
+    assert (code, err, ran(finetune.record())) == (0, "", ["export", "push"])
+    code, out, _ = finetune("status")
+    assert out.splitlines()[1].split()[0] == "brisk-otter"
+    assert " done " in out
+    code, out, _ = finetune("status", "brisk-otter")
+    assert "workspace/train/" in out
+    code, _, err = finetune("rerun", "brisk-otter", "--stage", "trian")
+    assert (code, err.startswith("error: there is no stage trian. Legal here: ")) == (2, True)
+    code, _, err = finetune("rerun", "calm-heron")
+    assert (code, err.startswith("error: there is no run calm-heron in ")) == (2, True)
+
+
+def test_a_stage_that_fails(finetune: Command) -> None:
+    finetune.wish("convert", "fail")
+    code, out, err = finetune("run", "mine.yaml", "--name", "calm-heron")
+    assert (code, err.splitlines()) == (
+        1,
+        [
+            "error: convert: RuntimeError: a defect. This is a defect of ours; the traceback is above",
+            "       Log: workspace/runs/calm-heron/logs/convert.log",
+            "       Go on: finetune rerun calm-heron",
+        ],
+    )
+    assert "convert         ✗" in out
+    assert finetune.record().nodes["preprocess"].state == "ran"  # what did not depend on it was finished
+    log = (finetune.workspace / "runs" / "calm-heron" / "logs" / "convert.log").read_text()
+    assert "Traceback (most recent call last)" in log
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"), [("crash", 1), ("killed", 1), ("interrupted", 1), ("bad input", 2), ("gate failed", 3)]
+)
+def test_exit_codes(reason: Reason, code: int) -> None:
+    assert cli.exit_code(StageFailed("verify", reason, "", log_file=Path("log"), code=9)) == code
+
+
+def test_a_wrong_configuration_starts_nothing(finetune: Command) -> None:
+    code, out, err = finetune("run", "mine.yaml", "--set", "train.optimiser=x")
+    assert (code, out) == (2, "")
+    assert err == "error: --set train.optimiser=x: unknown key. Did you mean train.optimizer?\n"
+    assert not (finetune.workspace / "runs").exists()
+    code, _, err = finetune("run", "nothing.yaml")
+    assert (code, err) == (2, "error: nothing.yaml: no such file\n")
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*arguments: object) -> None:
+        raise servers.NoServer("the local Prefect server ended: database or disk is full")
+
+    (tmp_path / "mine.yaml").write_text(CONFIG)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setattr(servers, "_start", fail)
+    arguments = ["run", str(tmp_path / "mine.yaml"), "--workspace", str(tmp_path / "ws")]
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == "error: the local Prefect server ended: database or disk is full\n"
+    monkeypatch.setattr(cli, "NO_SPACE", 1 << 62)
+    assert cli.main(arguments) == 2
+    assert re.fullmatch(r"error: .*/ws: no space left \(.* free\): make room\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopping_is_graceful(finetune: Command, number: int, code: int) -> None:
+    finetune.wish("download-data", "hang")
+    process = finetune.start("run", "mine.yaml", "--name", "calm-heron")
+    wait_until((finetune.workspace / "download-data.hangs").exists)
+    stage = int((finetune.workspace / "download-data.pid").read_text())
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Go on: finetune rerun calm-heron" in err
+    assert "Traceback" not in err
+    assert not lives(stage)
+    record = finetune.record()
+    assert (record.state, record.nodes["download-data"].state) == ("stopped", "stopped")
+    assert "stopped by SIGTERM" in (record.nodes["download-data"].error or "")
+
+
+def test_kill_9_then_run_again(finetune: Command) -> None:
+    make_results(load_config(finetune.folder / "mine.yaml", [f"workspace={finetune.workspace}"]), until="shard")
+    finetune.wish("train", "hang")
+    process = finetune.start("run", "mine.yaml", "--name", "first")
+    wait_until((finetune.workspace / "train.hangs").exists)
+    stage = int((finetune.workspace / "train.pid").read_text())
+    busy, _, err = finetune("rerun", "first")
+    assert (busy, err) == (2, "error: run first is going on in another process; see: finetune status first\n")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_until(lambda: not lives(stage))
+    crashed = finetune.record()
+    assert crashed.state == "crashed"
+
+    finetune.wish("train", "")
+    code, _, err = finetune("run", "mine.yaml", "--name", "second")
+    assert (code, err) == (0, "")
+    assert ran(finetune.record()) == ["train", "merge", "export", "push"]
+    first = RunFolder(finetune.workspace, "first").read()
+    assert first is not None
+    assert (first.state, first.nodes["train"].state) == ("crashed", "stopped")
+    code, out, _ = finetune("status")
+    assert "its process is gone · finetune rerun first" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [([], "130 Ctrl-C"), (["run"], "HF_TOKEN"), (["rerun"], "goes on where it stopped"), (["plan"], "starts nothing"),
+     (["status"], "newest first")],
+)  # fmt: skip
+def test_help_is_worth_reading(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--help"])
+    assert told in " ".join(capsys.readouterr().out.split())

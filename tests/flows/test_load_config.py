@@ -1,0 +1,124 @@
+"""What a person is told about a wrong configuration: every problem, one line each, with where, what and what is legal."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flows.load_config import BadConfig, check_ready, load_config
+
+GOOD = """
+model: {source: somebody/model}
+data: {source: somebody/data}
+train: {steps: 10}
+"""
+
+
+def problems(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    """What is said about a file, with the file's name as `mine.yaml`."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(BadConfig) as caught:
+        load_config(file, overrides)
+    return [line.replace(str(file), "mine.yaml") for line in caught.value.problems]
+
+
+def test_numbers_are_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(GOOD.replace("steps: 10", "steps: 10, lr: 1e-4, min_lr: 0"))
+    config = load_config(file, ["train.min_lr=1e-5", "preprocess.append_eod=false", 'export.prompts=["def f("]'])
+    assert (config.train.lr, config.train.min_lr, config.preprocess.append_eod) == (1e-4, 1e-5, False)
+    assert config.export.prompts == ("def f(",)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("train: {steps: 10, optimiser: adamw}", "train.optimiser: unknown key. Did you mean train.optimizer?"),
+        ("train: {steps: 10}\nlr: 1", "lr: unknown key. Did you mean train.lr?"),
+        ("train: {steps: 10}\nzzz: 1",
+         "zzz: unknown key. Legal here: workspace, model, data, preprocess, verify, layout, train, export, push"),
+        ("train: {steps: ten}", 'train.steps: "ten" must be a whole number'),
+        ("train: {steps: true}", "train.steps: true must be a whole number"),
+        ("train: {steps: 0}", "train.steps: 0 must be at least 1"),
+        ("train: {steps: 10, lr: -1}", "train.lr: -1 must be greater than 0"),
+        ("train: {steps: 10, lr: .inf}", "train.lr: inf is not a number that can be used"),
+        ("train: {steps: 10, schedule: cosin}",
+         'train.schedule: "cosin" is not legal. Legal here: cosine, linear, constant'),
+        ("train: {}", "train.steps: missing. steps is: optimizer updates"),
+        ("train: 7", "train: 7 is no section. It must have keys of: steps, sequence_length"),
+        ("train: {steps: 10, warmup_steps: 10}",
+         "train: warmup_steps=10 must be less than the 10 steps of the schedule"),
+        ("train: {steps: 10}\npush: {to: hub}", "push: to=hub needs repo, e.g. repo: my-name/my-model"),
+        ("train: {steps: 10}\npush: {repo: me}", 'push.repo: "me" is not legal. repo is: hub: owner/name of the model repo'),
+        ("train: {steps: 10}\nlayout: {dp: 3}",
+         "train.global_batch_size=8 is not a multiple of train.micro_batch_size × layout.dp = 1 × 3 = 3"),
+    ],
+)  # fmt: skip
+def test_one_clear_line(tmp_path: Path, line: str, told: str) -> None:
+    text = GOOD.replace("train: {steps: 10}", line)
+    [problem] = problems(tmp_path, text)
+    assert problem.startswith(f"mine.yaml: {told}")
+    assert "\n" not in problem
+
+
+def test_all_problems_at_once_and_overrides_name_themselves(tmp_path: Path) -> None:
+    text = GOOD.replace("steps: 10", "steps: 10, lr: fast")
+    found = problems(tmp_path, text, "train.seed=-1", "train.optimiser=sgd")
+    assert sorted(found) == [
+        "--set train.optimiser=sgd: unknown key. Did you mean train.optimizer?",
+        "--set train.seed=-1: -1 must be at least 0",
+        'mine.yaml: train.lr: "fast" must be a number',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a: 1\na: 2\n", "mine.yaml, line 2: a: stands here twice; keep one"),
+        ("a: [1\n", "mine.yaml, line 2, column 1: not YAML: "),
+        ("- 1\n", "mine.yaml: must be a mapping with the keys workspace, model, "),
+        ("", "mine.yaml: must be a mapping with the keys workspace, model, "),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path: Path, text: str, told: str) -> None:
+    [problem] = problems(tmp_path, text)
+    assert problem.startswith(told)
+
+
+def test_missing_file_and_wrong_override(tmp_path: Path) -> None:
+    with pytest.raises(BadConfig, match=r"nothing\.yaml: no such file$"):
+        load_config(tmp_path / "nothing.yaml")
+    assert problems(tmp_path, GOOD, "train.lr") == ["--set train.lr: must be key.path=value, e.g. --set train.lr=1e-4"]
+    assert problems(tmp_path, GOOD, "train.lr.x=1") != []
+
+
+def test_what_is_known_before_any_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "mine.yaml"
+    file.write_text(GOOD.replace("somebody/model", "./model").replace("somebody/data", "/no/text.jsonl"))
+    with pytest.raises(BadConfig) as caught:
+        check_ready(load_config(file, ["push.to=hub", "push.repo=me/mine"]), "mine.yaml")
+    assert caught.value.problems == [
+        f"mine.yaml: model.source: ./model: no such file or folder (seen from {tmp_path})",
+        f"mine.yaml: data.source: /no/text.jsonl: no such file or folder (seen from {tmp_path})",
+        "mine.yaml: push.to: hub needs a token: set the environment variable HF_TOKEN to one that may write to me/mine, "
+        "or push.to: dry-run",
+    ]
+
+
+def test_a_local_model_that_the_layout_does_not_fit(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    fields = {
+        "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8, "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    }  # fmt: skip
+    (model / "config.json").write_text(json.dumps(fields))
+    file = tmp_path / "mine.yaml"
+    file.write_text(GOOD.replace("somebody/model", str(model)))
+    check_ready(load_config(file), "mine.yaml")
+    with pytest.raises(BadConfig, match=r"mine\.yaml: layout: tp=4 does not divide num_key_value_heads=6.*: 1, 2, 3, 6"):
+        check_ready(load_config(file, ["layout.tp=4"]), "mine.yaml")

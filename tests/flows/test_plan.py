@@ -1,0 +1,77 @@
+"""What a run would do, and why."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_stages import config, make_results
+
+from flows import plan
+from stages.contracts.specs import SPECS
+
+
+def states(plans: list[plan.NodePlan]) -> dict[str, tuple[str, str]]:
+    return {p.node: (p.state, p.why) for p in plans}
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    found = states(plan.plan(config(tmp_path)))
+    assert found["download-model"] == ("run", "has not run in this workspace")
+    assert found["train"] == ("run", "needs preprocess and shard, which run first")
+    assert not list(tmp_path.iterdir())
+
+
+def test_everything_there_then_another_learning_rate(tmp_path: Path) -> None:
+    make_results(config(tmp_path))
+    assert {state for state, _ in states(plan.plan(config(tmp_path))).values()} == {"cached"}
+    assert "everything is cached: a run takes seconds" in plan.report(config(tmp_path))
+    found = states(plan.plan(config(tmp_path, lr=1e-4)))
+    assert [node for node, (state, _) in found.items() if state == "run"] == ["train", "merge", "export", "push"]
+    assert found["train"][1] == "differs from the nearest earlier result: train.lr 0.0003 → 0.0001"
+    assert found["merge"][1] == "needs train, which runs first"
+
+
+def test_settings_that_do_not_change_the_result(tmp_path: Path) -> None:
+    make_results(config(tmp_path))
+    assert states(plan.plan(config(tmp_path, log_interval=1)))["train"][0] == "cached"
+
+
+def test_a_damaged_result_and_an_unfinished_one(tmp_path: Path) -> None:
+    made = make_results(config(tmp_path))
+    (made["convert"].folder(tmp_path) / "content.txt").write_text("tampered!")
+    found = states(plan.plan(config(tmp_path)))
+    assert found["convert"][0] == "run"
+    assert found["convert"][1].startswith(f"its result is damaged: {made['convert'].folder(tmp_path)}/content.txt: has 9 bytes")
+    assert found["preprocess"][0] == "cached"
+
+    partial = (
+        tmp_path
+        / "train"
+        / f".{SPECS['train'].of(config(tmp_path, lr=1e-5), weights=made['shard'], dataset=made['preprocess']).key}.partial"
+    )
+    for step in ("step-000010", "step-000020"):
+        (partial / "checkpoints" / step).mkdir(parents=True)
+        (partial / "checkpoints" / step / "state.json").touch()
+    made = make_results(config(tmp_path))  # mends convert
+    assert states(plan.plan(config(tmp_path, lr=1e-5)))["train"][1] == "goes on from checkpoint step-000020"
+
+
+def test_the_report_says_what_is_asked_for(tmp_path: Path) -> None:
+    make_results(config(tmp_path))
+    report = plan.report(config(tmp_path, steps=512))
+    assert "somebody/model · 1.23 K parameters · vocabulary 64 · trained in bf16" in report
+    assert "1 process = dp 1 × tp 1 × pp 1 · micro batch 1 · global batch 8 (8 micro batches)" in report
+    assert "512 steps × 8 × 16 = 65.5 K tokens = 17 epochs" in report
+    assert "4 to run, 6 cached" in report
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [("flows.cli", ["torch", "prefect"]), ("flows.plan", ["torch", "prefect"]), ("flows.status", ["torch", "prefect"]),
+     ("flows.finetune", ["torch", "transformers", "megatron_core_impl.models.transformer"])],
+)  # fmt: skip
+def test_what_is_not_imported(module: str, absent: list[str]) -> None:
+    code = f"import {module}, sys; print([name for name in {absent!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")

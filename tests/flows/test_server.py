@@ -1,0 +1,90 @@
+"""The local server: shared by the runs of a workspace, gone when nobody uses it, clear when it does not start."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import wait_until
+
+from flows import server as servers
+from flows.server import NoServer, Server, serving
+
+USE = """
+import sys
+from pathlib import Path
+from flows.server import serving
+with serving(Path(sys.argv[1]), keep=len(sys.argv) > 2, say=lambda text: None) as server:
+    print(server.api, flush=True)
+    sys.stdin.read()
+"""
+
+
+def use(workspace: Path, *keep: str) -> subprocess.Popen[str]:
+    """A process that uses the workspace's server until its input ends."""
+    return subprocess.Popen(
+        [sys.executable, "-c", USE, str(workspace), *keep], cwd=Path(__file__).parents[2], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def api_of(user: subprocess.Popen[str]) -> str:
+    assert user.stdout is not None
+    return user.stdout.readline().strip()
+
+
+def test_shared_while_used_and_gone_with_the_last_user(tmp_path: Path) -> None:
+    home = tmp_path / "prefect"
+    keeper = use(tmp_path, "keep")
+    api = api_of(keeper)
+    assert (home / "prefect.db").exists()
+    assert home.stat().st_mode & 0o777 == 0o700
+    keeper.communicate()
+    time.sleep(1.2)  # longer than the shim takes to look: it was asked to stay
+    assert servers._answers(api)
+
+    first, second = use(tmp_path), use(tmp_path)
+    assert api_of(first) == api_of(second) == api
+    (home / "server.keep").unlink()
+    first.communicate()
+    time.sleep(1.2)  # there is a user left
+    assert servers._answers(api)
+
+    os.killpg(second.pid, signal.SIGKILL)
+    second.wait()
+    wait_until(lambda: not servers._is_alive(home))
+    assert not servers._answers(api)
+
+
+def test_a_server_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = [sys.executable, "-c", "print('no such column'); raise SystemExit(3)"]
+    monkeypatch.setattr(servers, "shim_command", lambda *args, **kwargs: broken)
+    with pytest.raises(NoServer) as caught, serving(tmp_path, say=lambda text: None):
+        pass
+    log = tmp_path / "prefect" / "server.log"
+    assert str(caught.value) == f"the local Prefect server ended: no such column. Its log: {log}"
+
+
+def test_the_server_that_is_named(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", server.api)
+    with serving(tmp_path) as named:
+        assert named == Server(api=server.api)
+    assert not (tmp_path / "prefect").exists()
+    assert "PREFECT_HOME" not in servers.client_environment(tmp_path, named)
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    with (
+        pytest.raises(NoServer, match=r"no Prefect server answers at PREFECT_API_URL=http://127\.0\.0\.1:9/api"),
+        serving(tmp_path),
+    ):
+        pass
+
+
+def test_the_server_gets_no_secrets(tmp_path: Path) -> None:
+    ours = {"HF_TOKEN": "x", "PREFECT_API_KEY": "x", "PATH": "/bin", "HOME": "/h"}
+    environment = servers.server_environment(tmp_path, 4200, ours)
+    assert "x" not in environment.values()
+    assert environment["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
+    assert environment["PREFECT_HOME"] == str(tmp_path)
