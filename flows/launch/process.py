@@ -59,13 +59,14 @@ def shim_command(command: list[str], *, grace: float, options: list[str] | None 
 class ProcessLauncher:
     """Runs stages as processes of this machine."""
 
-    def __init__(self, *, grace: float = GRACE_SECONDS, train_grace: float = TRAIN_GRACE_SECONDS) -> None:
-        self.grace = grace
-        self.train_grace = train_grace
+    def __init__(self, *, grace: float | None = None) -> None:
+        self.grace = grace  # None: what suits the stage
 
     def grace_of(self, job: StageJob) -> float:
         """Seconds that a stage has to end by itself when it is asked to."""
-        return self.train_grace if job.stage == "train" else self.grace
+        if self.grace is not None:
+            return self.grace
+        return TRAIN_GRACE_SECONDS if job.stage == "train" else GRACE_SECONDS
 
     def command(self, job: StageJob) -> list[str]:
         """The stage's command line. `-P`: a folder `stages` in the person's current folder is not ours."""
