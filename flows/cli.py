@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
+from flows.go_on import go_on, other_failures, workspace_option
 from flows.graph import nodes_of, with_dependents
 from flows.launch.protocol import ExitCode, StageFailed
 from flows.load_config import BadConfig, check_ready, load_config
@@ -158,7 +159,8 @@ def _run_name(text: str) -> str:
 def _run(arguments: argparse.Namespace) -> int:
     config = _load(arguments)
     name = arguments.name or new_name(config.workspace_path)
-    return _do(config, name, refresh=[], keep_server=arguments.keep_server)
+    option = workspace_option(config.workspace_path)
+    return _do(config, name, option, refresh=[], keep_server=arguments.keep_server)
 
 
 def _rerun(arguments: argparse.Namespace) -> int:
@@ -169,11 +171,11 @@ def _rerun(arguments: argparse.Namespace) -> int:
         raise Wrong(str(error)) from None
     if not Path(record.cwd).is_dir():
         raise Wrong(f"{record.cwd}: the folder the run was started in is gone; relative paths of its configuration need it")
-    workspace = str(folder.workspace)
+    workspace, option = str(folder.workspace), workspace_option(folder.workspace)  # where the person is
     os.chdir(record.cwd)  # relative paths of its configuration start there
     config = PipelineConfig.model_validate({**record.config, "workspace": workspace})
     check_ready(config, f"run {record.name}")
-    return _do(config, record.name, refresh=refresh, keep_server=arguments.keep_server)
+    return _do(config, record.name, option, refresh=refresh, keep_server=arguments.keep_server)
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -181,7 +183,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
     console = Console()
     if arguments.run is None:
-        status.print_runs(Path(arguments.workspace).expanduser().resolve(), console)
+        status.print_runs(_existing_workspace(arguments), console)
     else:
         folder, record = _find(arguments)
         status.print_run(folder, record, console)
@@ -205,22 +207,30 @@ def _load(arguments: argparse.Namespace) -> PipelineConfig:
 
 
 def _find(arguments: argparse.Namespace) -> tuple[RunFolder, RunRecord]:
-    workspace = Path(arguments.workspace).expanduser().resolve()
+    workspace = _existing_workspace(arguments)
     folder = RunFolder(workspace, arguments.run)
     record = folder.read()
     if record is None:
-        raise Wrong(f"there is no run {arguments.run} in {workspace}; see: finetune status --workspace FOLDER")
+        raise Wrong(f"there is no run {arguments.run} in {workspace}; see: finetune status{workspace_option(workspace)}")
     return folder, record
 
 
-def _do(config: PipelineConfig, name: str, *, refresh: list[str], keep_server: bool) -> int:
-    """Run the flow in this process, show it, say how it ended."""
-    from flows.server import NoServer, Server, client_environment, serving
+def _existing_workspace(arguments: argparse.Namespace) -> Path:
+    workspace = Path(arguments.workspace).expanduser().resolve()
+    if not workspace.is_dir():
+        raise Wrong(f"there is no workspace {workspace}; name the one of the configuration: --workspace FOLDER")
+    return workspace
+
+
+def _do(config: PipelineConfig, name: str, option: str, *, refresh: list[str], keep_server: bool) -> int:
+    """Run the flow in this process, show it, say how it ended. `option` is the `--workspace` that later commands need."""
+    from flows.display import server_is_off
+    from flows.server import NoServer, Server, client_environment, serving, stays
 
     workspace = config.workspace_path
     folder = RunFolder(workspace, name)
     if folder.is_live():
-        raise Wrong(f"run {name} is going on in another process; see: finetune status {name}")
+        raise Wrong(f"run {name} is going on in another process; see: finetune status {name}{option}")
 
     def prepare(server: Server) -> None:
         os.environ.update(client_environment(workspace, server))
@@ -229,9 +239,11 @@ def _do(config: PipelineConfig, name: str, *, refresh: list[str], keep_server: b
     try:
         (folder.path / "logs").mkdir(parents=True, exist_ok=True)
         with serving(workspace, keep=keep_server, say=_say, meanwhile=prepare) as server:
-            code = _run_flow(config, folder, refresh)
-            if keep_server and server.pid is not None:
+            code = _run_flow(config, folder, option, refresh)
+            if server.pid is not None and stays(workspace):
                 _say(f"the Prefect server stays at {server.page}; to stop it: kill {server.pid}")
+            elif server.pid is not None:
+                _say(server_is_off(name, option))
             return code
     except NoServer as error:
         raise Wrong(_no_space(workspace) or str(error)) from None
@@ -241,7 +253,7 @@ def _do(config: PipelineConfig, name: str, *, refresh: list[str], keep_server: b
         raise Wrong(f"workspace: {workspace} cannot be used: {error}") from None
 
 
-def _run_flow(config: PipelineConfig, folder: RunFolder, refresh: list[str]) -> int:
+def _run_flow(config: PipelineConfig, folder: RunFolder, option: str, refresh: list[str]) -> int:
     from flows.display import Display
     from flows.finetune import finetune
     from flows.quiet import logs_to_file
@@ -251,22 +263,28 @@ def _run_flow(config: PipelineConfig, folder: RunFolder, refresh: list[str]) -> 
     console = Console()
     logs_to_file(folder.log("prefect"))
     reconcile(folder.workspace)
-    go_on = f"Go on: finetune rerun {folder.name}{_workspace_option(folder.workspace)}"
+
+    def how_to_go_on() -> str:
+        record = folder.read()
+        return f"Go on: {go_on(folder.workspace, record, option)}" if record is not None else ""
+
     try:
         with Display(folder, console):
             finetune(config=config, run_name=folder.name, refresh=refresh)  # type: ignore[arg-type]
     except StageFailed as error:
-        _say_errors([str(error)])
-        _say(f"       Log: {shown_path(error.log_file)}\n       {go_on}")
+        record = folder.read()
+        _say_errors([str(error), *(other_failures(record) if record is not None else [])])
+        _say(f"       Log: {shown_path(error.log_file)}\n       {how_to_go_on()}")
         return exit_code(error)
     except Exception as error:
         if told := _no_space(folder.workspace):  # whatever broke first: ours, or the server, whose database is there, too
-            raise Wrong(f"{told}. {go_on}") from None
+            raise Wrong(f"{told}. {how_to_go_on()}".removesuffix(". ")) from None
         traceback.print_exc()
         _say_errors([f"{type(error).__name__}: {error}. This is a defect of ours; Prefect's log: {folder.log('prefect')}"])
         return FAILED
     except BaseException:
-        _say(go_on)
+        if told := how_to_go_on():
+            _say(told)
         raise
     record = folder.read()
     if record is not None:
@@ -283,10 +301,6 @@ def _no_space(folder: Path) -> str | None:
 def exit_code(error: StageFailed) -> int:
     """Our exit code for a stage's failure."""
     return {"bad input": BAD, "gate failed": GATE}.get(error.reason, FAILED)
-
-
-def _workspace_option(workspace: Path) -> str:
-    return "" if workspace == Path("workspace").resolve() else f" --workspace {workspace}"
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from stages.contracts.words import plain, seconds
 WIDTH = max(map(len, SPECS))
 MARKS = {"ran": ("✓", "green"), "cached": ("✓", "cyan"), "failed": ("✗", "red"), "stopped": ("■", "yellow")}
 BAR = 16  # characters
+LONGEST_ERROR = 100  # characters of it in a line of the list; the whole of it is told elsewhere
 
 
 def node_text(node: str, record: NodeRecord) -> Text:
@@ -35,7 +36,15 @@ def node_text(node: str, record: NodeRecord) -> Text:
             full = round(BAR * record.done)
             text.append("▕" + "█" * full + " " * (BAR - full) + "▏ ", style="green")
         return text.append(plain(record.doing or ""))
-    return text.append(plain(record.error or record.figure or ""), style="red" if record.state == "failed" else "")
+    told = brief(record.error) if record.error else plain(record.figure or "")
+    return text.append(told, style="red" if record.state == "failed" else "")
+
+
+def brief(error: str) -> str:
+    """The beginning of an error's first line."""
+    first = error.partition("\n")[0]
+    shown = first if len(first) <= LONGEST_ERROR else first[:LONGEST_ERROR].rstrip() + " …"
+    return plain(shown)
 
 
 def _running_for(record: NodeRecord) -> str:
@@ -46,6 +55,11 @@ def header(record: RunRecord) -> Text:
     """The first line of a run."""
     text = Text("finetune-llama2", style="bold").append(" · run ").append(record.name, style="bold")
     return text.append(f" · {record.page}") if record.page else text
+
+
+def server_is_off(name: str, option: str) -> str:
+    """What to say of a page whose local server has ended. `option` as in `go_on`."""
+    return f"UI:         its server ended with the run; finetune rerun {name}{option} --keep-server leaves it on"
 
 
 class Display:

@@ -34,7 +34,9 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
         BadConfig: with every problem that could be found at once.
     """
     data = _read(file)
-    sources = dict(_override(data, text) for text in overrides)  # path -> the override it came from
+    sources: dict[tuple[str, ...], str] = {}  # path -> the override it came from, which may have made the section, too
+    for text in overrides:
+        sources |= dict.fromkeys(_override(data, text), text)
     problems = [f"{_where(file, sources, path)}: {told}" for path, told in _impossible_numbers(data)]
     if not problems:
         try:
@@ -55,16 +57,26 @@ def check_ready(config: PipelineConfig, where: str) -> None:
     """
     problems = []
     for key, source in (("model.source", config.model.source), ("data.source", config.data.source)):
-        if _looks_local(source) and not Path(source).expanduser().exists():
+        if _looks_local(source) and not _exists(source):
             problems.append(f"{key}: {source}: no such file or folder (seen from {Path.cwd()})")
     if config.push.to == "hub" and not os.environ.get("HF_TOKEN"):
         problems.append(
             "push.to: hub needs a token: set the environment variable HF_TOKEN to one that may write to "
             f"{config.push.repo}, or push.to: dry-run"
         )
-    problems += preflight.check(config)
+    try:
+        problems += preflight.check(config)
+    except Exception as error:  # a broken config.json may do anything to what reads it
+        problems.append(f"model.source or push: cannot be checked ({type(error).__name__}: {error})")
     if problems:
         raise BadConfig([f"{where}: {problem}" for problem in problems])
+
+
+def _exists(source: str) -> bool:
+    try:
+        return Path(source).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # no such user, too long a name, a NUL byte
+        return False
 
 
 def _looks_local(source: str) -> bool:
@@ -75,8 +87,11 @@ def _looks_local(source: str) -> bool:
 def _read(file: Path) -> dict[str, Any]:
     try:
         data = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         raise BadConfig([f"{file}: no such file"]) from None
+    except IsADirectoryError:
+        inside = ", ".join(map(str, sorted(file.glob("*.y*ml")))) or "none"
+        raise BadConfig([f"{file}: is a folder; name a configuration, a YAML file. In this folder: {inside}"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadConfig([f"{file}: cannot be read: {error}"]) from None
     except DuplicateKeyError as error:
@@ -95,8 +110,8 @@ def _read(file: Path) -> dict[str, Any]:
     return data
 
 
-def _override(data: dict[str, Any], text: str) -> tuple[tuple[str, ...], str]:
-    """Put one `a.b=value` into the data."""
+def _override(data: dict[str, Any], text: str) -> list[tuple[str, ...]]:
+    """Put one `a.b=value` into the data. Returns the paths that were not there like this before."""
     key, sign, value = text.partition("=")
     path = tuple(key.strip().split("."))
     if not sign or not all(path):
@@ -105,16 +120,17 @@ def _override(data: dict[str, Any], text: str) -> tuple[tuple[str, ...], str]:
         parsed = YAML(typ="safe", pure=True).load(value)
     except YAMLError:
         parsed = value
-    here = data
-    for part in path[:-1]:
+    here, made = data, [path]
+    for depth, part in enumerate(path[:-1], start=1):
         inner = here.get(part)
         if inner is None:
             inner = here[part] = {}
+            made.append(path[:depth])
         if not isinstance(inner, dict):
             raise BadConfig([f"--set {text}: {part} is no section"])
         here = inner
     here[path[-1]] = parsed
-    return path, text
+    return made
 
 
 def _impossible_numbers(data: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -126,7 +142,12 @@ def _impossible_numbers(data: Any, path: tuple[str, ...] = ()) -> Iterator[tuple
 
 
 def _where(file: Path, sources: dict[tuple[str, ...], str], path: tuple[str, ...]) -> str:
-    return f"--set {sources[path]}" if path in sources else ": ".join(filter(None, [str(file), ".".join(path)]))
+    """Where a person has to look: the override that a key, or the section it is in, came from, else the file."""
+    key = ".".join(path)
+    for length in range(len(path), 0, -1):
+        if text := sources.get(path[:length]):
+            return f"--set {text}" if text.partition("=")[0].strip() == key else f"--set {text}: {key}"
+    return ": ".join(filter(None, [str(file), key]))
 
 
 def _line(where: str, told: str) -> str:

@@ -45,7 +45,7 @@ def _runs(nodes: list[str]) -> str:
 
 
 def _plan_node(spec: Spec) -> NodePlan:
-    if (artifact := a.find_intact(spec.folder)) is not None:
+    if (artifact := a.find_reusable(spec.folder)) is not None:
         return NodePlan(spec.NODE, "cached", artifact.figure, artifact)
     return NodePlan(spec.NODE, "run", _why(spec))
 

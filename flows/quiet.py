@@ -10,6 +10,7 @@ def logs_to_file(file: Path) -> None:
     """Replace every handler that writes to the terminal."""
     ensure_logging_setup()
     logging.raiseExceptions = False  # a log that cannot be written (a full disk) is nothing to fill the terminal with
+    logging.getLogger("prefect.task_runs").addFilter(_is_news)
     handler = logging.FileHandler(file, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s %(message)s"))
     names = [None, *logging.root.manager.loggerDict]
@@ -18,3 +19,8 @@ def logs_to_file(file: Path) -> None:
             if isinstance(old, logging.StreamHandler) and not isinstance(old, logging.FileHandler):
                 logger.removeHandler(old)
                 logger.addHandler(handler)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that every task ran its hook, twice a task. A hook that failed is an error, and stays."""
+    return record.levelno > logging.INFO or not record.getMessage().startswith(("Running hook ", "Hook "))

@@ -37,7 +37,7 @@ class ArtifactSerializer(Serializer):  # not Serializer[Any]: Prefect registers 
         if blob.startswith(b'{"error"'):
             return RuntimeError(json.loads(blob)["error"])
         artifact = a.parse_artifact(blob)
-        found = a.find_intact(artifact.folder(Path(self.workspace))) if self.workspace is not None else None
+        found = a.find_reusable(artifact.folder(Path(self.workspace))) if self.workspace is not None else None
         if found is None or found.fingerprint != artifact.fingerprint:
             raise a.DamagedArtifact(f"{artifact.path}: no longer what this record says")
         return found

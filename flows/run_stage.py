@@ -33,7 +33,7 @@ def run_stage(run: Run, kind: type[A], spec_type: type[Spec], **inputs: a.Artifa
     spec = spec_type.of(run.config, **inputs)
     node = spec.NODE
     run.record.node(node, key=spec.key, path=spec.path)
-    if node not in run.refresh and (found := a.find_intact(spec.folder)) is not None:
+    if node not in run.refresh and (found := a.find_reusable(spec.folder)) is not None:
         # To Prefect a returned state is the task's own state; the task's caller gets its data.
         return cast(A, Completed(name="Cached", message="its folder is intact", data=found))
 

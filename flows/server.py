@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -105,6 +106,20 @@ def serving(
         yield server
 
 
+def stays(workspace: Path) -> bool:
+    """Whether the workspace's server was asked to stay, by this run or by another."""
+    return (workspace / "prefect" / "server.keep").exists()
+
+
+def page_is_lost(page: str | None, flow_run_id: str | None) -> bool:
+    """Whether a run's page was on a server of this machine that does not show it any more.
+
+    Only loopback is asked, which answers or refuses at once; servers elsewhere do not end with a run.
+    """
+    at = re.match(r"http://(127\.0\.0\.1|localhost):\d+", page or "")
+    return at is not None and _get(f"{at[0]}/api", f"flow_runs/{flow_run_id}") is None
+
+
 @contextlib.contextmanager
 def _locked(file: Path, how: int) -> Iterator[int]:
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
@@ -133,7 +148,8 @@ def _running(home: Path) -> Server | None:
 
 
 def _start(home: Path, say: Callable[[str], None]) -> Server:
-    say("starting a Prefect server in the workspace (the first time takes longer) …")
+    is_first = not (home / "prefect.db").exists()
+    say(f"starting a Prefect server in the workspace{' (the first time takes longer)' if is_first else ''} …")
     (home / "server.keep").unlink(missing_ok=True)
     port = _free_port()
     command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
@@ -198,7 +214,8 @@ def _is_of(api: str, home: Path) -> bool:
 def _get(api: str, path: str) -> bytes | None:
     """What a server answers to a request, or None where it does not."""
     try:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({})) if "127.0.0.1" in api else None
+        is_here = "127.0.0.1" in api or "localhost" in api
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({})) if is_here else None
         request = f"{api.rstrip('/')}/{path}"
         with opener.open(request, timeout=5) if opener else urllib.request.urlopen(request, timeout=5) as response:
             return bytes(response.read()) if response.status == 200 else None

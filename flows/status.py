@@ -8,8 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from flows.display import header, node_text
+from flows.display import brief, header, node_text, server_is_off
+from flows.go_on import go_on, other_failures, workspace_option
 from flows.run_record import RunFolder, RunRecord, all_runs, now
+from flows.server import page_is_lost
 from flows.summary import print_summary, shown_path
 from stages.contracts.specs import SPECS
 from stages.contracts.words import ago, plain, seconds
@@ -29,7 +31,9 @@ def print_runs(workspace: Path, console: Console) -> None:
     for run in runs:
         node = current_node(run)
         line = Text(f"{run.name:<{width}}  {ago(run.started, now()):<9}  ")
-        line.append(f"{run.state:<8}", style=STYLES[run.state]).append(f"  {node:<{at}}  {plain(_remark(run, node))}")
+        line.append(f"{run.state:<8}", style=STYLES[run.state]).append(
+            f"  {node:<{at}}  {plain(_remark(workspace, run, node))}"
+        )
         console.print(line, soft_wrap=True, highlight=False)
 
 
@@ -43,13 +47,13 @@ def current_node(run: RunRecord) -> str:
     return finished[-1] if finished else ""
 
 
-def _remark(run: RunRecord, node: str) -> str:
+def _remark(workspace: Path, run: RunRecord, node: str) -> str:
     if run.state == "done":
         return run.nodes["train"].figure or run.nodes[node].figure or ""
     if run.state == "running":
         return (run.nodes[node].doing or "") if node else "starting"
     told = (run.nodes[node].error if node else None) or run.error or ""
-    return f"{told} · finetune rerun {run.name}".removeprefix(" · ")
+    return f"{brief(told)} · {go_on(workspace, run, workspace_option(workspace))}".removeprefix(" · ")
 
 
 def print_run(folder: RunFolder, record: RunRecord, console: Console) -> None:
@@ -58,15 +62,17 @@ def print_run(folder: RunFolder, record: RunRecord, console: Console) -> None:
     def say(text: Text | str) -> None:
         console.print(text, soft_wrap=True, highlight=False)
 
+    option = workspace_option(folder.workspace)
     took = ((record.finished or now()) - record.started).total_seconds()
-    say(header(record))
+    is_lost = page_is_lost(record.page, record.flow_run_id)
+    say(header(record.model_copy(update={"page": None}) if is_lost else record))
     say(
         Text(record.state, style=STYLES[record.state]).append(
             f" · started {ago(record.started, now())} · {seconds(took)}", style="default not bold"
         )
     )
-    if record.error:
-        say(Text(f"error: {plain(record.error)}", style="red"))
+    for error in [*filter(None, [record.error]), *other_failures(record)]:
+        say(Text(f"error: {plain(error)}", style="red"))
     say("")
     for node, state in record.nodes.items():
         say(node_text(node, state))
@@ -79,4 +85,6 @@ def print_run(folder: RunFolder, record: RunRecord, console: Console) -> None:
     else:
         say(f"Logs:       {shown_path(folder.path / 'logs')}")
         if record.state != "running":
-            say(f"Go on:      finetune rerun {record.name}")
+            say(f"Go on:      {go_on(folder.workspace, record, option)}")
+    if is_lost:
+        say(server_is_off(record.name, option))

@@ -48,7 +48,8 @@ class Journal:
         window.add(loss=loss, tokens=tokens, seconds=seconds, is_skipped=not math.isfinite(grad_norm))
         # A mean that forgets: steady enough to read, and right again soon after the machine's pace changed.
         self._seconds_per_step = 0.9 * self._seconds_per_step + 0.1 * seconds if self._seconds_per_step else seconds
-        left = duration((self.steps - step) * self._seconds_per_step)
+        seconds_left = (self.steps - step) * self._seconds_per_step
+        left = duration(seconds_left)
         if step % self.log_interval == 0 or step == self.steps or not self._tokens_per_second:
             self._tokens_per_second = window.tokens_per_second
         self._report.progress(
@@ -64,7 +65,8 @@ class Journal:
             )
             self._write(
                 step, loss=window.loss, lr=lr, grad_norm=grad_norm, tokens=window.tokens, seconds=round(window.seconds, 4),
-                tokens_per_second=round(window.tokens_per_second, 1), skipped_steps=window.skipped_steps,
+                tokens_per_second=round(window.tokens_per_second, 1), seconds_left=round(seconds_left, 1),
+                skipped_steps=window.skipped_steps,
             )  # fmt: skip
             self._window = Window()
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from stages.contracts import artifacts as a
 from stages.contracts import words
+from stages.contracts.publishing import TAG
 
-TAG = "megatron-flows"  # in the card of every model that push published
 NOT_SHOWN = {"checkpoint_interval", "keep_checkpoints", "log_interval", "eval_interval", "eval_batches"}
 
 

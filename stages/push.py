@@ -21,15 +21,15 @@ from huggingface_hub.utils.logging import set_verbosity
 from megatron_core_impl.checkpoint.durable import sync
 from stages import runtime
 from stages.contracts import artifacts as a
-from stages.contracts import words
+from stages.contracts import publishing, words
 from stages.contracts.config import PushSettings
+from stages.contracts.publishing import CARD
 from stages.contracts.specs import PushSpec
 from stages.hub_errors import Repo, endpoint, hub_token, told
-from stages.model_card import TAG, Lineage, model_card
+from stages.model_card import Lineage, model_card
 from stages.model_files import copy_file, listed
 from stages.runtime import BadInput, Context, GateFailed
 
-CARD = "README.md"
 # Weights of an earlier push that this one does not overwrite would be loaded in place of the new ones.
 STALE = [
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
@@ -120,12 +120,9 @@ def _to_folder(settings: PushSettings, upload: Path, files: dict[str, a.FileReco
         BadInput: something else is in the way.
     """
     assert settings.folder is not None  # the settings saw to it
-    target = Path(settings.folder).expanduser() / (settings.repo or "")
-    if target.exists() and not _is_ours(target):
-        raise BadInput(
-            f"push.folder: {target} holds something else than an earlier push: "
-            f"{listed([p.name for p in target.iterdir()]) if target.is_dir() else 'a file'}. Name another folder, or empty it"
-        )
+    target = publishing.target_folder(settings)
+    if problem := publishing.in_the_way(settings):
+        raise BadInput(f"push.{problem}")
     partial, old = (target.absolute().with_name(f".{target.name}.{word}") for word in ("partial", "old"))
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
@@ -147,14 +144,6 @@ def _to_folder(settings: PushSettings, upload: Path, files: dict[str, a.FileReco
         for left_over in (partial, old):
             shutil.rmtree(left_over, ignore_errors=True)
     return Published(str(target))
-
-
-def _is_ours(target: Path) -> bool:
-    """Whether a folder is empty, or holds a model that push published."""
-    if not target.is_dir():
-        return False
-    card = target / CARD
-    return not any(target.iterdir()) or (card.is_file() and f"\n- {TAG}\n" in card.read_text(errors="replace"))
 
 
 # The Hub

@@ -294,7 +294,7 @@ def execute(spec: S, run: Callable[[S, Context], a.Artifact], *, resumable: bool
     _make_folder(final.parent)
     scratch = final.parent / f".{spec.key}.partial"
     with _locked(final.parent / f".{spec.key}.lock"):
-        existing = a.find_intact(final)
+        existing = a.find_reusable(final)
         if existing is not None:
             return existing
         if not resumable:
@@ -307,7 +307,7 @@ def execute(spec: S, run: Callable[[S, Context], a.Artifact], *, resumable: bool
             sync_tree(scratch)
             _replace_folder(scratch, final)
         except BaseException:
-            if not resumable:
+            if not resumable or not any(scratch.iterdir()):
                 shutil.rmtree(scratch, ignore_errors=True)
             raise
         return artifact

@@ -246,3 +246,13 @@ def start(spec: specs.Spec, **environment: str) -> subprocess.CompletedProcess[s
         [sys.executable, "-m", f"stages.{spec.STAGE}", str(file)],
         capture_output=True, text=True, cwd=Path(__file__).parents[1], env={**os.environ, **environment}, check=False,
     )  # fmt: skip
+
+
+def rewrite(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Make an artifact say something else, in earnest: with the fingerprint of what it then says."""
+    file = folder / a.ARTIFACT_FILE
+    content = json.loads(file.read_text())
+    edit(content)
+    artifact = a.parse_artifact(json.dumps(content))
+    content["fingerprint"] = a.fingerprint_of(artifact.kind, artifact.files, artifact.facts())
+    file.write_text(json.dumps(content))

@@ -49,8 +49,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=heads if kv_heads is None else kv_heads,
         head_dim=hidden_size // heads if head_dim is None else head_dim,
-        max_position_embeddings=hf.get("max_position_embeddings", 2048),
-        rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+        max_position_embeddings=_size({"max_position_embeddings": 2048} | dict(hf), "max_position_embeddings"),
+        rms_norm_eps=_number(hf, "rms_norm_eps", 1e-6),
         rope_theta=_rope_theta(hf),
         tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
     )
@@ -92,17 +92,27 @@ def tensors(config: ModelConfig) -> list[TensorSpec]:
 def _size(hf: Mapping[str, Any], name: str) -> int:
     if (value := hf.get(name)) is None:
         raise ValueError(f"config.json: {name} is missing")
-    return int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"config.json: {name}={value!r} must be a whole number")
+    return value
+
+
+def _number(hf: Mapping[str, Any], name: str, default: float) -> float:
+    if not isinstance(value := hf.get(name, default), int | float) or isinstance(value, bool):
+        raise ValueError(f"config.json: {name}={value!r} must be a number")
+    return float(value)
 
 
 def _rope_theta(hf: Mapping[str, Any]) -> float:
     """The base of the rotary embedding, from either spelling; refuses every variant that is not the plain one."""
     for field in ("rope_parameters", "rope_scaling"):
         rope = hf.get(field) or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"config.json: {field}={rope!r} must be an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(
                 f"config.json: {field}={rope!r} is not supported; only plain rotary embeddings (rope_type default) are"
             )
     theta = (hf.get("rope_parameters") or {}).get("rope_theta", hf.get("rope_theta"))
-    return 10000.0 if theta is None else float(theta)
+    return _number({} if theta is None else {"rope_theta": theta}, "rope_theta", 10000.0)

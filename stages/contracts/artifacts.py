@@ -227,15 +227,18 @@ def load_artifact(folder: Path) -> AnyArtifact:
     """Read the artifact of a folder.
 
     Raises:
-        DamagedArtifact: there is no readable `artifact.json`.
+        DamagedArtifact: there is no readable `artifact.json`, or it was changed.
     """
     file = folder / ARTIFACT_FILE
     try:
-        return parse_artifact(file.read_bytes())
+        artifact = parse_artifact(file.read_bytes())
     except FileNotFoundError:
         raise DamagedArtifact(f"{folder}: no {ARTIFACT_FILE} in it, so no finished result of a stage") from None
     except ValueError as error:
         raise DamagedArtifact(f"{file}: not a readable artifact ({error}). Remove {folder} and run again") from error
+    if artifact.fingerprint != fingerprint_of(artifact.kind, artifact.files, artifact.facts()):
+        raise DamagedArtifact(f"{file}: its facts do not give its fingerprint: it was changed. Remove {folder} and run again")
+    return artifact
 
 
 def file_sha256(path: Path) -> str:
@@ -272,10 +275,23 @@ def find_intact(folder: Path) -> AnyArtifact | None:
     try:
         artifact = load_artifact(folder)
         check_files(folder, artifact, thorough=False)
-        if isinstance(artifact, PushArtifact) and artifact.to == "folder":
-            for name, record in artifact.published.items():
-                if (Path(artifact.target) / name).stat().st_size != record.size:
-                    return None
     except (DamagedArtifact, OSError):
         return None
+    return artifact
+
+
+def find_reusable(folder: Path) -> AnyArtifact | None:
+    """The artifact of a folder, if making it again would change nothing: it is intact, and so is what it put elsewhere.
+
+    A published folder is compared file by file. What is on the Hub may have been changed by anybody: a push to it is always
+    done again, which uploads nothing that is there already.
+    """
+    artifact = find_intact(folder)
+    if isinstance(artifact, PushArtifact) and artifact.to != "dry-run":
+        target = Path(artifact.target)
+        try:
+            is_there = all(file_sha256(target / name) == record.sha256 for name, record in artifact.published.items())
+        except OSError:
+            is_there = False
+        return artifact if is_there and artifact.to == "folder" else None
     return artifact

@@ -1,6 +1,6 @@
 """The pipeline's configuration: what a person writes in YAML, typed and checked before anything starts.
 
-Every field's description is what `finetune run --help`, the web UI's form and the error messages show. Settings of a stage are
+Every field's description is what the web UI's form and the help of a single stage show. Settings of a stage are
 part of that stage's key (see `specs.py`), except those marked with `NOT_IN_KEY`, which change how a result is made but not
 the result.
 """
@@ -56,7 +56,7 @@ class VerifySettings(Frozen):
 
     batches: int = Field(2, ge=1, description="batches compared")
     batch_size: int = Field(2, ge=1, description="sequences per batch")
-    sequence_length: int = Field(256, ge=2, description="tokens per sequence")
+    sequence_length: int = Field(256, ge=2, le=2**24, description="tokens per sequence")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="precision both models compute in")
     max_mean_error: float | None = Field(
         None,
@@ -84,13 +84,13 @@ class LayoutSettings(Frozen):
 class TrainSettings(Frozen):
     """Training, in optimizer steps."""
 
-    steps: int = Field(ge=1, description="optimizer updates")
-    sequence_length: int = Field(1024, ge=2, description="tokens per sample")
+    steps: int = Field(ge=1, le=10**9, description="optimizer updates")
+    sequence_length: int = Field(1024, ge=2, le=2**24, description="tokens per sample")
     micro_batch_size: int = Field(
-        1, ge=1, description="samples per forward pass of one replica; can be lowered to go on after out of memory",
+        1, ge=1, le=2**20, description="samples per forward pass of one replica; can be lowered to go on after out of memory",
         json_schema_extra=NOT_IN_KEY,
     )  # fmt: skip
-    global_batch_size: int = Field(8, ge=1, description="samples per optimizer update, over all replicas")
+    global_batch_size: int = Field(8, ge=1, le=2**24, description="samples per optimizer update, over all replicas")
     optimizer: Literal["adamw"] = Field("adamw", description="AdamW with decoupled weight decay, none on 1-D parameters")
     lr: float = Field(3e-4, gt=0, description="highest learning rate")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the decay")
@@ -106,7 +106,7 @@ class TrainSettings(Frozen):
     seed: int = Field(1234, ge=0, lt=2**32, description="of the order of data")
     split: str = Field("969,30,1", description="shares of train, valid, test documents")
     eval_interval: int = Field(100, ge=1, description="steps between evaluations on the valid split")
-    eval_batches: int = Field(4, ge=1, description="global batches per evaluation, the same ones each time")
+    eval_batches: int = Field(4, ge=1, le=10**6, description="global batches per evaluation, the same ones each time")
     checkpoint_interval: int = Field(100, ge=1, description="steps between checkpoints", json_schema_extra=NOT_IN_KEY)
     keep_checkpoints: int = Field(2, ge=2, description="newest checkpoints that are kept", json_schema_extra=NOT_IN_KEY)
     log_interval: int = Field(10, ge=1, description="steps between lines of the log", json_schema_extra=NOT_IN_KEY)
@@ -118,8 +118,8 @@ class TrainSettings(Frozen):
             shares = [float(part) for part in value.split(",")]
         except ValueError:
             shares = []
-        if len(shares) != 3 or min(shares) < 0 or shares[0] <= 0:
-            raise ValueError('must be three shares of train, valid and test such as "969,30,1", the first above 0')
+        if len(shares) != 3 or min(shares) < 0 or min(shares[:2]) == 0:
+            raise ValueError('must be three shares of train, valid and test such as "969,30,1", the first two above 0')
         return value
 
     @model_validator(mode="after")
@@ -128,7 +128,7 @@ class TrainSettings(Frozen):
         if self.warmup_steps >= decay:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be less than the {decay} steps of the schedule")
         if self.min_lr > self.lr:
-            raise ValueError(f"min_lr={self.min_lr} must not exceed lr={self.lr}")
+            raise ValueError(f"min_lr={self.min_lr} must not exceed lr={self.lr}: lower min_lr too, or raise lr")
         return self
 
 

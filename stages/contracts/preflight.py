@@ -1,10 +1,11 @@
-"""What can be known to be wrong before any stage starts, because the model lies on this disk."""
+"""What can be known to be wrong before any stage starts, because it lies on this disk."""
 
 import json
 from pathlib import Path
 
 from megatron_core_impl.config import Layout
 from megatron_core_impl.models import families
+from stages.contracts import publishing
 from stages.contracts.config import PipelineConfig
 
 
@@ -13,14 +14,21 @@ def check(config: PipelineConfig) -> list[str]:
 
     Only local models are looked at: what the Hub holds is known once it is downloaded.
     """
-    file = Path(config.model.source).expanduser() / "config.json"
+    problems = [f"push.{problem}" for problem in [publishing.in_the_way(config.push)] if problem]
+    folder = Path(config.model.source).expanduser()
+    if not folder.is_dir():
+        return problems  # a Hub id
     try:
-        model = families.config_from_hf(json.loads(file.read_text()))
-    except (FileNotFoundError, NotADirectoryError):
-        return []  # a Hub id, or a folder that download refuses with a better message
+        hf = json.loads((folder / "config.json").read_text())
+        if not isinstance(hf, dict):
+            raise ValueError("config.json: is no JSON object")
+        model = families.config_from_hf(hf)
+    except FileNotFoundError:
+        return [*problems, f"model.source: {folder} has no config.json, so it is no Hugging Face model folder"]
+    except OSError as error:
+        return [*problems, f"model.source: {folder}/config.json cannot be read: {error.strerror}"]
     except ValueError as error:
-        return [f"model.source: {file}: {error}"]
-    problems = []
+        return [*problems, f"model.source: {folder}: {error}"]
     try:
         Layout(tp=config.layout.tp, pp=config.layout.pp, dp=config.layout.dp).check(model)
     except ValueError as error:

@@ -157,8 +157,8 @@ class ShardSpec(Spec):
 
     NODE = STAGE = "shard"
     INPUTS = {"weights": a.WeightsArtifact}
-    tp: int = Field(1, ge=1)
-    pp: int = Field(1, ge=1)
+    tp: int = Field(1, ge=1, description="tensor parallel: ranks that share each layer")
+    pp: int = Field(1, ge=1, description="pipeline parallel: ranks that hold different layers")
 
     @classmethod
     def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:

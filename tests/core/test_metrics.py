@@ -33,7 +33,7 @@ def test_journal_writes_and_talks(tmp_path: Path) -> None:
     ]
     assert read_metrics(tmp_path)[1] == {
         "step": 2, "loss": 3.5, "lr": 3e-4, "grad_norm": 1.25, "tokens": 48_200, "seconds": 2.0,
-        "tokens_per_second": 24_100.0, "skipped_steps": 0,
+        "tokens_per_second": 24_100.0, "seconds_left": 98.0, "skipped_steps": 0,
     }  # fmt: skip
 
 

@@ -1,7 +1,9 @@
 """The `finetune` command as a process, with stand-in stages that are processes too."""
 
+import itertools
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,14 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_stages import make_results
+from fake_stages import config, make_results
 from processes import lives, wait_until
 
 from flows import cli
 from flows import server as servers
+from flows.go_on import go_on, other_failures
 from flows.launch.protocol import Reason, StageFailed
 from flows.load_config import load_config
-from flows.run_record import RunFolder, RunRecord, all_runs
+from flows.run_record import NodeRecord, RunFolder, RunRecord, all_runs, now
 from flows.server import Server
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +70,14 @@ def finetune(tmp_path: Path, server: Server) -> Iterator[Command]:
         process.communicate()
 
 
+def damage(file: Path) -> None:
+    """Change a byte as a bad disk does: size and time stay."""
+    stat = file.stat()
+    data = file.read_bytes()
+    file.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
 def ran(record: RunRecord) -> list[str]:
     return [node for node, state in record.nodes.items() if state.state == "ran"]
 
@@ -92,6 +103,7 @@ def test_run_status_and_rerun(finetune: Command) -> None:
     assert " done " in out
     code, out, _ = finetune("status", "brisk-otter")
     assert "workspace/train/" in out
+    assert out.startswith("finetune-llama2 · run brisk-otter · http://127.0.0.1:")  # a server answers there
     code, _, err = finetune("rerun", "brisk-otter", "--stage", "trian")
     assert (code, err.startswith("error: there is no stage trian. Legal here: ")) == (2, True)
     code, _, err = finetune("rerun", "calm-heron")
@@ -113,6 +125,68 @@ def test_a_stage_that_fails(finetune: Command) -> None:
     assert finetune.record().nodes["preprocess"].state == "ran"  # what did not depend on it was finished
     log = (finetune.workspace / "runs" / "calm-heron" / "logs" / "convert.log").read_text()
     assert "Traceback (most recent call last)" in log
+
+
+def test_a_damaged_input_and_the_hint_that_mends_it(finetune: Command) -> None:
+    workspace = finetune.folder / "my workspace"
+    made = make_results(load_config(finetune.folder / "mine.yaml", [f"workspace={workspace}"]), until="convert")
+    damage(made["convert"].folder(workspace) / "content.txt")
+    code, out, err = finetune("run", "mine.yaml", "--name", "calm-heron", "--workspace", "my workspace")
+    assert (code, "its SHA-256 is not the one its artifact records" in err) == (2, True)
+    hint = f"finetune rerun calm-heron --workspace '{workspace}' --stage convert"
+    assert err.endswith(f"       Go on: {hint}\n")
+    [line] = [line for line in out.splitlines() if line.startswith("  verify ")]
+    assert line.endswith(" …")
+    assert len(line) < 140
+
+    _, out, _ = finetune("status", "--workspace", "my workspace")
+    assert out.endswith(f" … · {hint}\n")
+    _, out, _ = finetune("status", "calm-heron", "--workspace", "my workspace")
+    assert f"Go on:      {hint}\n" in out
+    code, _, err = finetune(*shlex.split(hint)[1:])
+    assert (code, err) == (0, "")
+    assert ran(all_runs(workspace)[0])[:2] == ["convert", "verify"]
+
+
+def test_a_finished_training_is_not_done_again_for_a_damaged_input(tmp_path: Path) -> None:
+    made = make_results(config(tmp_path))
+    told = "inputs.model: /x: missing. Remove /y and run again, or: finetune rerun RUN --stage download"
+    record = RunRecord(name="calm-heron", config={}, cwd="/", pid=1, started=now(), state="failed")
+    record.nodes["download-model"].path = made["download-model"].path
+    record.nodes["export"] = NodeRecord(state="failed", error=told)
+    command = "finetune rerun calm-heron --workspace ws"
+    assert go_on(tmp_path, record, " --workspace ws") == f"rm -r {tmp_path / made['download-model'].path} && {command}"
+    record.nodes["export"].error = told.replace("inputs.model", "inputs.weights")
+    assert go_on(tmp_path, record, " --workspace ws") == f"{command} --stage merge"
+    record.nodes["export"].error = "inputs.model: vocab_size=3 of the data exceeds 2"
+    assert go_on(tmp_path, record, " --workspace ws") == command
+    assert other_failures(record) == ["export: inputs.model: vocab_size=3 of the data exceeds 2"]
+
+
+def test_a_workspace_that_is_not_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["status"], ["status", "calm-heron"], ["rerun", "calm-heron"]):
+        assert cli.main(arguments) == 2
+        told = f"error: there is no workspace {tmp_path}/workspace; name the one of the configuration: --workspace FOLDER\n"
+        assert capsys.readouterr().err == told
+
+
+def test_a_page_whose_server_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder(tmp_path, "calm-heron")
+    folder.path.mkdir(parents=True)
+    page = "http://127.0.0.1:9/runs/flow-run/1"
+    record = RunRecord(name="calm-heron", config={}, cwd="/", pid=1, started=now(), state="done", page=page, flow_run_id="1")
+    folder.write(record)
+    assert cli.main(["status", "calm-heron", "--workspace", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert page not in out
+    option = f"--workspace {tmp_path} --keep-server"
+    assert f"UI:         its server ended with the run; finetune rerun calm-heron {option} leaves it on\n" in out
+    folder.write(record.model_copy(update={"page": "https://prefect.example/runs/1"}))  # does not end with a run
+    assert cli.main(["status", "calm-heron", "--workspace", str(tmp_path)]) == 0
+    assert "https://prefect.example/runs/1\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -197,3 +271,22 @@ def test_help_is_worth_reading(arguments: list[str], told: str, capsys: pytest.C
     with pytest.raises(SystemExit):
         cli.main([*arguments, "--help"])
     assert told in " ".join(capsys.readouterr().out.split())
+
+
+def shown_commands() -> list[str]:
+    """The `finetune` commands with `--set` that the help and the README show."""
+    texts = [cli._parser().format_help(), (ROOT / "README.md").read_text()]
+    return [found.strip() for text in texts for found in re.findall(r"finetune (?:run|plan)[^|`#\n]*--set[^|`#\n]*", text)]
+
+
+@pytest.mark.parametrize("command", shown_commands())
+def test_the_examples_of_help_and_readme_are_good(command: str) -> None:
+    words = shlex.split(re.split(r"\s{3,}", command)[0].replace("[", "").replace("]", ""))
+    file = "configs/demo.yaml" if words[2] == "CONFIG.yaml" else words[2]
+    overrides = [value for option, value in itertools.pairwise(words) if option == "--set"]
+    assert overrides
+    load_config(ROOT / file, overrides)
+
+
+def test_there_are_examples() -> None:
+    assert len(shown_commands()) >= 3

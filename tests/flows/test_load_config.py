@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from flows.load_config import BadConfig, check_ready, load_config
+from stages.contracts import preflight
 
 GOOD = """
 model: {source: somebody/model}
@@ -91,6 +92,39 @@ def test_missing_file_and_wrong_override(tmp_path: Path) -> None:
         load_config(tmp_path / "nothing.yaml")
     assert problems(tmp_path, GOOD, "train.lr") == ["--set train.lr: must be key.path=value, e.g. --set train.lr=1e-4"]
     assert problems(tmp_path, GOOD, "train.lr.x=1") != []
+    (tmp_path / "a.yaml").touch()
+    with pytest.raises(BadConfig) as caught:
+        load_config(tmp_path)
+    folder = f"{tmp_path}: is a folder; name a configuration, a YAML file. In this folder: "
+    assert caught.value.problems == [f"{folder}{tmp_path / 'a.yaml'}, {tmp_path / 'mine.yaml'}"]
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("trian.lr=1", "--set trian.lr=1: trian: unknown key. Did you mean train?"),
+        ("train={steps: 1, lrr: 1}", "--set train={steps: 1, lrr: 1}: train.lrr: unknown key. Did you mean train.lr?"),
+        ("push.to=hub", "--set push.to=hub: push: to=hub needs repo"),  # the section was not there before
+        ("train.warmup_steps=10", "mine.yaml: train: warmup_steps=10 must be less than the 10 steps"),
+    ],
+)
+def test_a_key_that_an_override_made_is_not_blamed_on_the_file(tmp_path: Path, override: str, told: str) -> None:
+    [problem] = problems(tmp_path, GOOD, override)
+    assert problem.startswith(told)
+
+
+def test_a_check_that_breaks_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(config: object) -> list[str]:
+        raise KeyError("hidden_size")
+
+    monkeypatch.setattr(preflight, "check", check)
+    (tmp_path / "mine.yaml").write_text(GOOD.replace("somebody/data", "~nobody-of-this-name/text.jsonl"))
+    with pytest.raises(BadConfig) as caught:
+        check_ready(load_config(tmp_path / "mine.yaml"), "mine.yaml")
+    assert caught.value.problems == [
+        f"mine.yaml: data.source: ~nobody-of-this-name/text.jsonl: no such file or folder (seen from {Path.cwd()})",
+        "mine.yaml: model.source or push: cannot be checked (KeyError: 'hidden_size')",
+    ]
 
 
 def test_what_is_known_before_any_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

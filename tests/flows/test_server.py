@@ -40,6 +40,9 @@ def test_shared_while_used_and_gone_with_the_last_user(tmp_path: Path) -> None:
     home = tmp_path / "prefect"
     keeper = use(tmp_path, "keep")
     api = api_of(keeper)
+    assert servers.stays(tmp_path)
+    page = api.replace("/api", "/runs/flow-run/x")
+    assert servers.page_is_lost(page, "00000000-0000-0000-0000-000000000000")  # it answers, but knows nothing of that run
     assert (home / "prefect.db").exists()
     assert home.stat().st_mode & 0o777 == 0o700
     keeper.communicate()

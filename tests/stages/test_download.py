@@ -153,9 +153,7 @@ def test_model_from_the_hub(hub: HubServer, tmp_path: Path) -> None:
     assert artifact.tokenizer_files == ("tokenizer.json", "tokenizer_config.json")
     assert artifact.model.dtype == "float32", "that of most numbers"
     assert artifact.model.parameters == 2 * 16 * 8 + 3 * 8 + (2 * 8 + 2 * 4) * 8 + 3 * 16 * 8
-    assert artifact.figure == "856 parameters, vocabulary 16, float32, N bytes".replace(
-        "N", str(len(MODEL["model.safetensors"]))
-    )
+    assert artifact.figure == "856 parameters, vocabulary 16, float32, N B".replace("N", str(len(MODEL["model.safetensors"])))
     assert not any((tmp_path / "ws/.cache/hub").iterdir()), "nothing is kept twice"
     assert not hub.asked("GET", "pytorch_model.bin")
 
@@ -423,7 +421,7 @@ def test_dataset_from_the_hub(hub: HubServer, tmp_path: Path) -> None:
     assert "∘" in (spec.folder / "data.jsonl").read_text(), "text is written as it is"
     assert (artifact.documents, artifact.text_bytes) == (2, 8 + 15)
     assert artifact.revision == repo.branches["main"]
-    assert artifact.figure == "2 documents, 23 bytes of text"
+    assert artifact.figure == "2 documents, 23 B of text"
     repo.gated = False
     column, split, folder = refused_together(
         data_spec(tmp_path / "ws", "big/code", data_dir="julia"),
@@ -514,7 +512,7 @@ def test_folder_of_source_files(tmp_path: Path) -> None:
     assert documents(spec) == [
         {"id": "a-b.py", "text": "c = 3"}, {"id": "a/x.py", "text": "x = 'é'\n"}, {"id": "b.py", "text": "b = 2\r\n"},
     ]  # fmt: skip
-    assert artifact.figure == "3 files, 21 bytes of text (left out: 1 empty, 1 not UTF-8)"
+    assert artifact.figure == "3 files, 21 B of text (left out: 1 empty, 1 not UTF-8)"
     assert artifact.source == "src"
     hidden = data_spec(workspace, root, include=(".git/*",))
     done(hidden)

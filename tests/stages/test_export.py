@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from workspaces import STEP, Tensors, Workspace, make_workspace, publish, references, start
+from workspaces import STEP, Tensors, Workspace, make_workspace, publish, references, rewrite, start
 
 from megatron_core_impl.data.tokenizer import load_tokenizer
 from stages import export, runtime
@@ -62,7 +62,7 @@ def test_as_a_process(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (ExitCode.OK, "")
     artifact = a.load_artifact(spec.folder)
     assert isinstance(artifact, a.ExportArtifact)
-    expected = r"Hugging Face folder, 0\.6 MB · logits equal to training's \(mean \|Δ\| \d\.\de-0[678]\)"
+    expected = r"Hugging Face folder, 575 kB · logits equal to training's \(mean \|Δ\| \d\.\de-0[678]\)"
     assert re.fullmatch(expected, artifact.figure)
     assert (artifact.loss_before, artifact.loss_after, artifact.license) == (5.5, 2.25, "mit")
     assert (artifact.source, artifact.source_revision) == ("source", None)
@@ -259,10 +259,7 @@ def test_weights_of_another_model(tmp_path: Path, facts: dict[str, Any], message
 def with_checkpoint(workspace: Workspace, edit: Callable[[dict[str, Any]], None]) -> specs.ExportSpec:
     """A spec whose checkpoint says something else."""
     checkpoint, merged = workspace.train(trained(workspace.tensors()))
-    file = checkpoint.folder(workspace.root) / "artifact.json"
-    facts = json.loads(file.read_text())
-    edit(facts)
-    file.write_text(json.dumps(facts))
+    rewrite(checkpoint.folder(workspace.root), edit)
     spec = workspace.export_spec(checkpoint, merged)
     refs = {**spec.inputs, "checkpoint": specs.Ref(path=checkpoint.path)}
     return spec.model_copy(update={"inputs": refs})

@@ -186,8 +186,11 @@ def test_folder(tmp_path: Path, inputs: dict[str, Ref]) -> None:
     }
     assert "# shelf" in (target / "README.md").read_text()
     assert artifact.target == str(target)
-    (target / "config.json").write_text("{}")
-    assert a.find_intact(spec.folder) is None, "the folder is no longer as it was published"
+    assert a.find_reusable(spec.folder) == artifact
+    same_size = b"x" * len(FILES["config.json"])
+    (target / "config.json").write_bytes(same_size)
+    assert a.find_reusable(spec.folder) is None, "the folder is no longer as it was published"
+    assert a.find_intact(spec.folder) == artifact, "its own files are"
     assert (tmp_path / "ws/ExportArtifact/model/config.json").read_bytes() == FILES["config.json"], "its files are its own"
     (target / "left-over.txt").write_text("of the push before")
     done(spec)

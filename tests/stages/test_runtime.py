@@ -114,6 +114,15 @@ def test_damage_is_named(spec: DownloadDataSpec, damage: Callable[[Path], object
         a.check_files(spec.folder, a.load_artifact(spec.folder), thorough=True)
 
 
+def test_a_changed_fact_is_damage(spec: DownloadDataSpec) -> None:
+    made(spec)
+    file = spec.folder / "artifact.json"
+    file.write_text(file.read_text().replace('"documents": 1', '"documents": 2'))
+    assert a.find_intact(spec.folder) is None
+    with pytest.raises(a.DamagedArtifact, match="its facts do not give its fingerprint: it was changed"):
+        a.load_artifact(spec.folder)
+
+
 def test_damage_with_an_old_time_is_found_by_a_thorough_check(spec: DownloadDataSpec) -> None:
     artifact = made(spec)
     (spec.folder / "data.jsonl").write_text("onf\n")

@@ -251,8 +251,8 @@ def test_layout_that_cannot_hold_the_model(tmp_path: Path) -> None:
         ({"sequence_length": 64}, "train.sequence_length=64 exceeds weights.model.max_position_embeddings=32"),
         ({"global_batch_size": 6, "dp": 2}, "global_batch_size=6 is not a multiple of micro_batch_size × dp = 2 × 2"),
         ({"sequence_length": 15, "micro_batch_size": 1, "tp": 2}, "layout.tp=2 does not divide the tokens of a micro batch"),
-        ({"split": "100,0,0"}, 'train.split="100,0,0" gives the valid split 0 of 40 documents with 0 tokens, and one sample '
-         'needs 17. Set train.split to "95,5,0", or lower train.sequence_length (now 16)'),
+        ({"split": "100,0.001,0"}, 'train.split="100,0.001,0" gives the valid split 0 of 40 documents with 0 tokens, and one '
+         'sample needs 17. Set train.split to "95,5,0", or lower train.sequence_length (now 16)'),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit(tmp_path: Path, settings: dict[str, Any], text: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
-from workspaces import HEAD_DIM, HIDDEN, Tensors, Workspace, make_workspace, start
+from workspaces import HEAD_DIM, HIDDEN, Tensors, Workspace, make_workspace, rewrite, start
 
 from megatron_core_impl.data.gpt_dataset import GPTDataset
 from megatron_core_impl.data.indexed_dataset import IndexedDataset
@@ -299,10 +299,7 @@ def with_inputs(spec: specs.VerifySpec, **artifacts: a.Artifact) -> specs.Verify
 
 def test_data_of_another_tokenizer(tmp_path: Path) -> None:
     workspace = make_workspace(tmp_path)
-    file = workspace.dataset.folder(tmp_path) / "artifact.json"
-    facts = json.loads(file.read_text())
-    facts["tokenizer"]["vocab_size"] = 32000
-    file.write_text(json.dumps(facts))
+    rewrite(workspace.dataset.folder(tmp_path), lambda facts: facts["tokenizer"].update(vocab_size=32000))
     spec = with_inputs(workspace.verify_spec(), dataset=workspace.dataset)
     with pytest.raises(BadInput, match=r"tokenizer\.vocab_size=32000 of the data exceeds vocab_size=400 of the model"):
         runtime.execute(spec, verify.run)

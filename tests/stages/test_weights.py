@@ -16,6 +16,7 @@ from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.config import Layout
 from stages import convert, merge, runtime, shard
 from stages.contracts import artifacts as a
+from stages.contracts import words
 from stages.contracts.specs import ConvertSpec, MergeSpec, ShardSpec
 from stages.runtime import BadInput, GateFailed
 
@@ -62,7 +63,7 @@ def test_convert_keeps_every_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     assert all(same_bits(stored[name], tensor) for name, tensor in tensors.items())
     size = sum(tensor.nbytes for tensor in tensors.values())
     assert (artifact.tensors, artifact.bytes, artifact.tp, artifact.pp, artifact.trained_steps) == (30, size, 1, 1, 0)
-    assert artifact.figure == f"30 tensors, {size / 1000:.1f} kB, bit for bit"
+    assert artifact.figure == f"30 tensors, {words.size(size)}, bit for bit"
     assert artifact.model.parameters == sum(tensor.numel() for tensor in tensors.values())
 
 
