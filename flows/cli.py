@@ -235,6 +235,7 @@ def _do(config: PipelineConfig, name: str, option: str, *, refresh: list[str], k
     def prepare(server: Server) -> None:
         os.environ.update(client_environment(workspace, server))
         import_module("flows.finetune")  # and with it Prefect, while the server starts
+        import_module("prefect.context").refresh_global_settings_context()  # the second time, the address is another
 
     try:
         (folder.path / "logs").mkdir(parents=True, exist_ok=True)

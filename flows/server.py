@@ -81,7 +81,8 @@ def serving(
     say: Callable[[str], None] = print,
     meanwhile: Callable[[Server], None] = lambda server: None,
 ) -> Iterator[Server]:
-    """A server for as long as this lasts; longer with `keep`, if it is ours. `meanwhile` is called before it answers.
+    """A server for as long as this lasts; longer with `keep`, if it is ours. `meanwhile` is called before it
+    answers, and once more where another server took its port and it is started anew.
 
     Raises:
         NoServer: the named one does not answer, or the local one does not start.
@@ -103,6 +104,7 @@ def serving(
         meanwhile(server)
         while not _wait_for(server, home):
             server = _own(home, keep, say)
+            meanwhile(server)
         yield server
 
 

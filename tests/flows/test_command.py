@@ -95,6 +95,9 @@ def test_run_status_and_rerun(finetune: Command) -> None:
     logs = finetune.workspace / "runs" / "brisk-otter" / "logs"
     assert "this is push, token [hidden]" in (logs / "push.log").read_text()
     assert "this is train, token unset" in (logs / "train.log").read_text()
+    prefect = (logs / "prefect.log").read_text()
+    assert "this is train" in prefect
+    assert "hook" not in prefect.lower()
 
     code, out, err = finetune("rerun", "brisk-otter", "--stage", "export")
     assert (code, err, ran(finetune.record())) == (0, "", ["export", "push"])

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,7 +37,13 @@ def api_of(user: subprocess.Popen[str]) -> str:
     return user.stdout.readline().strip()
 
 
-def test_shared_while_used_and_gone_with_the_last_user(tmp_path: Path) -> None:
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_shared_while_used_and_gone_with_the_last_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "prefect"
     keeper = use(tmp_path, "keep")
     api = api_of(keeper)
@@ -54,6 +61,15 @@ def test_shared_while_used_and_gone_with_the_last_user(tmp_path: Path) -> None:
     (home / "server.keep").unlink()
     first.communicate()
     time.sleep(1.2)  # there is a user left
+    assert servers._answers(api)
+
+    # Another workspace's server that chose the same port at the same moment loses it, and gets another.
+    ports = [int(api.removesuffix("/api").rpartition(":")[2]), free_port()]
+    monkeypatch.setattr(servers, "_free_port", lambda: ports.pop(0))
+    told: list[Server] = []
+    with serving(tmp_path / "other", say=lambda text: None, meanwhile=told.append) as other:
+        assert [server.api for server in told] == [api, other.api]
+        assert servers._is_of(other.api, tmp_path / "other" / "prefect")
     assert servers._answers(api)
 
     os.killpg(second.pid, signal.SIGKILL)
