@@ -24,7 +24,6 @@ from megatron_core_impl.checkpoint import training as checkpoints
 from megatron_core_impl.config import Layout, ModelConfig
 from megatron_core_impl.data.gpt_dataset import split_documents
 from megatron_core_impl.data.indexed_dataset import IndexedDataset
-from megatron_core_impl.data.sampler import step_samples
 from stages import runtime, torchrun
 from stages.contracts import artifacts as a
 from stages.contracts.specs import TrainSpec
@@ -95,15 +94,6 @@ def check(spec: TrainSpec, weights: a.WeightsArtifact, dataset: a.DatasetArtifac
         Layout(tp=layout.tp, pp=layout.pp, dp=layout.dp).check(ModelConfig(**model.config_fields()))
     except ValueError as error:
         raise runtime.BadInput(f"layout: {error}") from None
-    try:
-        step_samples(0, settings.global_batch_size, settings.micro_batch_size, layout.dp, 0)
-    except ValueError as error:
-        raise runtime.BadInput(f"train: {error}") from None
-    if (settings.micro_batch_size * settings.sequence_length) % layout.tp:
-        raise runtime.BadInput(
-            f"layout.tp={layout.tp} does not divide the tokens of a micro batch, train.micro_batch_size × "
-            f"train.sequence_length = {settings.micro_batch_size} × {settings.sequence_length}, which it shares out"
-        )
 
 
 def check_data(spec: TrainSpec, prefix: Path) -> str:

@@ -19,7 +19,7 @@ Progress = Callable[[float, float, str], None]  # done, total, what is being don
 
 
 class NotEqual(Exception):
-    """What was written is not what was read. The message names the tensor."""
+    """What was written is not what was read, or cannot be. The message names the tensor."""
 
 
 def reshard(
@@ -43,7 +43,7 @@ def reshard(
 
     Raises:
         WeightsError: the source lacks a tensor, holds another shape, or is damaged.
-        NotEqual: what lies on the disk now differs from the source.
+        NotEqual: what lies on the disk now differs from the source, or a number is beyond float16, where that was asked for.
     """
     check_tensors(source, specs)
     total = 2 * count_bytes(source, (spec.name for spec in specs))
@@ -61,6 +61,11 @@ def reshard(
                 stored = source.dtype(name)
                 for block in row_blocks(piece, stored.itemsize):
                     rows = source.read(name, block, dtype)
+                    if rows.dtype == torch.float16 != stored and not torch.isfinite(rows).all():
+                        raise NotEqual(
+                            f"{name}: holds numbers that float16 cannot, beyond ±65,504, in {format_slice(block)}. "
+                            "Start from the model in bfloat16 or float32"
+                        )
                     writer.write_rows(name, block[0][0] - piece[0][0] if piece else 0, rows)
                     advance(rows, stored, f"writing {name}")
     write_index(folder, layout={"tp": layout.tp, "pp": layout.pp, "dp": 1})

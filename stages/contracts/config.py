@@ -132,6 +132,25 @@ class TrainSettings(Frozen):
         return self
 
 
+def check_batches(train: TrainSettings, layout: LayoutSettings) -> None:
+    """Refuse batches that the layout cannot share out.
+
+    Raises:
+        ValueError: naming the settings and their values.
+    """
+    unit = train.micro_batch_size * layout.dp
+    if train.global_batch_size % unit:
+        raise ValueError(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size × layout.dp = {train.micro_batch_size} × {layout.dp} = {unit}"
+        )
+    if (train.micro_batch_size * train.sequence_length) % layout.tp:
+        raise ValueError(
+            f"layout.tp={layout.tp} does not divide the {train.micro_batch_size} × {train.sequence_length} tokens "
+            "of a micro batch (train.micro_batch_size × train.sequence_length), which it shares out"
+        )
+
+
 class ExportSettings(Frozen):
     """The Hugging Face folder."""
 
@@ -181,16 +200,5 @@ class PipelineConfig(Frozen):
 
     @model_validator(mode="after")
     def _batches_fit_layout(self) -> Self:
-        train, layout = self.train, self.layout
-        unit = train.micro_batch_size * layout.dp
-        if train.global_batch_size % unit:
-            raise ValueError(
-                f"train.global_batch_size={train.global_batch_size} is not a multiple of "
-                f"train.micro_batch_size × layout.dp = {train.micro_batch_size} × {layout.dp} = {unit}"
-            )
-        if (train.micro_batch_size * train.sequence_length) % layout.tp:
-            raise ValueError(
-                f"layout.tp={layout.tp} does not divide the {train.micro_batch_size} × {train.sequence_length} tokens "
-                "of a micro batch (train.micro_batch_size × train.sequence_length), which it shares out"
-            )
+        check_batches(self.train, self.layout)
         return self

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.contracts import artifacts as a
 from stages.contracts import config as c
@@ -172,6 +172,11 @@ class TrainSpec(Spec):
     INPUTS = {"weights": a.WeightsArtifact, "dataset": a.DatasetArtifact}
     layout: c.LayoutSettings = c.LayoutSettings()
     settings: c.TrainSettings
+
+    @model_validator(mode="after")
+    def _batches_fit_layout(self) -> Self:
+        c.check_batches(self.settings, self.layout)
+        return self
 
     @classmethod
     def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:

@@ -56,6 +56,22 @@ def test_hub_revision_counts() -> None:
     assert one.path == f"download/{one.key}"
 
 
+@pytest.mark.parametrize(
+    ("train", "layout", "message"),
+    [
+        (
+            {"global_batch_size": 6, "micro_batch_size": 2},
+            {"dp": 2},
+            "not a multiple of train.micro_batch_size × layout.dp = 2 × 2",
+        ),
+        ({"sequence_length": 15}, {"tp": 2}, "layout.tp=2 does not divide the 1 × 15 tokens of a micro batch"),
+    ],
+)
+def test_a_spec_by_hand_has_batches_that_fit(train: dict[str, int], layout: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainSpec.model_validate({"workspace": "/w", "settings": {"steps": 1, **train}, "layout": layout})
+
+
 def test_graph_is_complete() -> None:
     """Every input of every spec has a source that comes earlier and makes that kind of artifact."""
     made: dict[str, type[a.Artifact]] = {

@@ -97,6 +97,13 @@ def test_shard_then_train_then_merge(tmp_path: Path) -> None:
     assert all(same_bits(stored[name], master.bfloat16()) for name, master in masters.items())
 
 
+def test_merge_refuses_what_float16_cannot_hold(tmp_path: Path) -> None:
+    masters = {name: tensor.float() for name, tensor in random_model().items()}
+    masters["model.layers.1.mlp.up_proj.weight"][40, 3] = 70_000.0
+    with pytest.raises(GateFailed, match=r"model\.layers\.1\.mlp\.up_proj\.weight: holds numbers that float16 cannot"):
+        merged(tmp_path, make_checkpoint(tmp_path, masters, layout=Layout(), dtype="float16"))
+
+
 def test_merge_of_a_float32_model_is_the_masters(tmp_path: Path) -> None:
     masters = random_model(dtype=torch.float32)
     artifact = merged(tmp_path, make_checkpoint(tmp_path, masters, layout=Layout(tp=2, dp=2), dtype="float32"))
