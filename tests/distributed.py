@@ -12,10 +12,18 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 TIMEOUT = 120.0  # seconds that a function may take on all ranks together, the start of workers included; a hang ends there
+
+POOL = "pool-of-tests"  # in the names of the pool's processes
+
+
+def started_children() -> list[BaseProcess]:
+    """The living children of this process that a test has started: all but the pool's."""
+    return [child for child in mp.active_children() if not child.name.startswith(POOL)]
 
 
 class WorkerError(AssertionError):
@@ -56,7 +64,7 @@ class GlooPool:
 
     def _start(self) -> None:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(theirs,), daemon=True)
+        process = self._context.Process(target=_work, args=(theirs,), name=f"{POOL}-{len(self._workers)}", daemon=True)
         process.start()
         theirs.close()
         self._workers.append((process, ours))

@@ -1,6 +1,5 @@
 """JSON lines to tokens in several processes: every line once, the same result for any cut, and no process left behind."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from distributed import started_children
 from tiny_tokenizers import CODE, train_sentencepiece
 
 from megatron_core_impl.data.jsonl import MalformedLine, read_lines, text_of
@@ -106,7 +106,7 @@ def test_result_depends_on_no_worker_and_no_cut(folder: Path) -> None:
     assert sizes == [len(ids) for ids in documents]
     assert empty == 12
     assert malformed == [(8, "not JSON: Expecting value at column 1"), (42, 'no key "text"')]
-    assert not multiprocessing.active_children()
+    assert not started_children()
 
 
 def test_end_of_text_is_appended_only_on_demand(folder: Path) -> None:
@@ -118,18 +118,18 @@ def test_end_of_text_is_appended_only_on_demand(folder: Path) -> None:
 def test_killed_worker_is_an_error_and_the_others_are_ended(folder: Path) -> None:
     results = tokenize_file(job(folder), 2)
     next(results)
-    victim = multiprocessing.active_children()[0]
+    victim = started_children()[0]
     os.kill(victim.pid or 0, signal.SIGKILL)
     with pytest.raises(WorkerDied, match=f"worker process {victim.pid} was killed by SIGKILL"):
         list(results)
-    assert not multiprocessing.active_children()
+    assert not started_children()
 
 
 def test_workers_leave_the_end_to_their_parent(folder: Path) -> None:
     """Ctrl-C and SIGTERM reach the whole process group; only the parent acts on them."""
     results = tokenize_file(job(folder), 2)
     next(results)
-    for child in multiprocessing.active_children():
+    for child in started_children():
         os.kill(child.pid or 0, signal.SIGINT)
         os.kill(child.pid or 0, signal.SIGTERM)
     assert len(list(results)) == job(folder).num_chunks - 1
@@ -139,7 +139,7 @@ def test_workers_leave_the_end_to_their_parent(folder: Path) -> None:
 def test_defect_in_a_worker_comes_with_its_traceback(folder: Path) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)tokenizing failed in a worker process:.*OverflowError"):
         list(tokenize_file(job(folder, dtype=np.dtype("<i1")), 1))
-    assert not multiprocessing.active_children()
+    assert not started_children()
 
 
 def test_worker_that_cannot_start_is_an_error(folder: Path, tmp_path: Path) -> None:
@@ -151,9 +151,9 @@ def test_worker_that_cannot_start_is_an_error(folder: Path, tmp_path: Path) -> N
 def test_closing_early_ends_the_workers(folder: Path) -> None:
     results = tokenize_file(job(folder), 2)
     next(results)
-    assert len(multiprocessing.active_children()) == 2
+    assert len(started_children()) == 2
     results.close()
-    assert not multiprocessing.active_children()
+    assert not started_children()
 
 
 PARENT = """

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
+from distributed import started_children
 from tiny_tokenizers import CODE, train_huggingface, train_sentencepiece
 
 from megatron_core_impl.data.indexed_dataset import IndexedDataset
@@ -152,7 +152,7 @@ def test_first_malformed_line_ends_the_stage_where_none_is_allowed(
 ) -> None:
     with pytest.raises(runtime.BadInput, match=r"\d of the first \d+ lines are malformed"):
         execute(prepare(malformed(TEXTS)))
-    assert not active_children()
+    assert not started_children()
 
 
 def test_malformed_lines_within_the_share_are_left_out(
@@ -206,7 +206,7 @@ def test_killed_worker_can_be_run_again(
 ) -> None:
     spec = prepare(lines_of(TEXTS))
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.Context, "progress", lambda *_: [child.kill() for child in active_children()])
+        patch.setattr(runtime.Context, "progress", lambda *_: [child.kill() for child in started_children()])
         with pytest.raises(runtime.Interrupted) as error:
             execute(spec)
     assert re.match(
