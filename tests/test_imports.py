@@ -55,7 +55,7 @@ def offences(module: str, names: set[str]) -> list[str]:
         return bad + [n for n in names if starts(n, "torch", "stages.runtime")]
     hub_is_fine = module in ("stages.download", "stages.push")
     if not hub_is_fine:
-        bad += [n for n in names if starts(n, "huggingface_hub")]
+        bad += [n for n in names if starts(n, "huggingface_hub", "datasets")]
     if package == "stages":
         return bad + [n for n in names if starts(n, *(f"stages.{other}" for other in STAGES)) and not starts(n, module)]
     bad += [n for n in names if starts(n, "stages")]
