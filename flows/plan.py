@@ -94,10 +94,9 @@ def _time(file: Path) -> float:
 
 def _flat(model: Frozen, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The fields that decide a key, by their path; an input by its fingerprint."""
-    for name, field in type(model).model_fields.items():
-        extra = field.json_schema_extra
+    for name in model.decisive():
         value = getattr(model, name)
-        if (not prefix and name == "workspace") or (isinstance(extra, dict) and extra.get("not_in_key")):
+        if not prefix and name == "workspace":
             continue
         if not prefix and name == "inputs":
             yield from ((f"inputs.{key}", ref.fingerprint) for key, ref in value.items())
@@ -113,7 +112,7 @@ def _difference(spec: Spec, path: str, earlier: Any, value: Any) -> str:
         return f"{rest} (from {SOURCES[spec.NODE][rest]}) is another one"
     if head == "stamp":
         return "the source's files changed"
-    name = {"settings": f"{spec.STAGE}.{rest}", "tp": "layout.tp", "pp": "layout.pp"}.get(head, path)
+    name = f"{spec.STAGE}.{rest}" if head == "settings" else f"layout.{head}" if head in ("tp", "pp", "vpp") else path
     return f"{name} {_shown(earlier)} → {_shown(value)}"
 
 
@@ -134,21 +133,22 @@ def describe(config: PipelineConfig, plans: list[NodePlan]) -> list[tuple[str, s
     if isinstance(dataset, a.DatasetArtifact):
         data.append(f"{count(dataset.tokens)} tokens")
     replicas = train.micro_batch_size * layout.dp
-    tokens = train.steps * train.global_batch_size * train.sequence_length
-    length = (
-        f"{count(train.steps)} steps × {count(train.global_batch_size)} × {count(train.sequence_length)}"
-        f" = {short(tokens)} tokens"
-    )
+    tokens = train.batches().samples_of(train.steps) * train.sequence_length
+    batch = count(train.global_batch_size)
+    if train.ramp_start is not None:
+        batch = f"{count(train.ramp_start)} … {batch}"
+    length = f"{count(train.steps)} steps × {batch} × {count(train.sequence_length)} = {short(tokens)} tokens"
     if isinstance(dataset, a.DatasetArtifact):
         shares = [float(share) for share in train.split.split(",")]
         length += f" = {tokens * sum(shares) / (dataset.tokens * shares[0]):.2g} epochs"
+    interleaved = f" (vpp {layout.vpp})" if layout.vpp > 1 else ""
     processes = f"{layout.world_size} process{'es' if layout.world_size > 1 else ''}"
     return [
         ("model", " · ".join([*parts, f"trained in {train.precision}"])),
         ("data", " · ".join(data)),
         (
             "layout",
-            f"{processes} = dp {layout.dp} × tp {layout.tp} × pp {layout.pp} · micro batch {train.micro_batch_size}"
+            f"{processes} = dp {layout.dp} × tp {layout.tp} × pp {layout.pp}{interleaved} · micro batch {train.micro_batch_size}"
             f" · global batch {count(train.global_batch_size)} ({count(train.global_batch_size // replicas)} micro batches)",
         ),
         ("length", length),

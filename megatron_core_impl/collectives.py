@@ -17,7 +17,7 @@ All ranks of a group must issue its collectives in the same order.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -69,27 +69,77 @@ def all_reduce_(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.Redu
     return x
 
 
-def reduce_scatter_blocks_(blocks: Sequence[Tensor], group: Group, rank: int) -> None:
+class Launched(Protocol):
+    """Collectives that may still be under way."""
+
+    def wait(self) -> Any: ...
+
+
+def reduce_scatter_blocks_(blocks: Sequence[Tensor], group: Group, rank: int) -> Launched | None:
     """Of each [size·c, ...] tensor, leave in this rank's own c rows their SUM over the group; the other rows become undefined.
 
-    One launch for all of them. Needs no memory beside the tensors.
+    One launch for all of them, which returns at once; None: there is nothing to wait for. Needs no memory beside the tensors.
     """
     if group is None:
-        return
-    with _coalescing_manager(group=group, async_ops=True) as pending:
+        return None
+    with _coalescing_manager(group=group, async_ops=True) as launched:
         for block in blocks:
             _reduce_scatter(block.chunk(group.size())[rank], block, group=group)
-    pending.wait()
+    return launched  # type: ignore[no-any-return]
 
 
-def all_gather_blocks_(blocks: Sequence[Tensor], group: Group, rank: int) -> None:
-    """Of each [size·c, ...] tensor, send this rank's own c rows to all and receive theirs. One launch for all of them."""
+def all_gather_blocks_(blocks: Sequence[Tensor], group: Group, rank: int) -> Launched | None:
+    """Of each [size·c, ...] tensor, send this rank's own c rows to all and receive theirs.
+
+    One launch for all of them, which returns at once; None: there is nothing to wait for.
+    """
     if group is None:
-        return
-    with _coalescing_manager(group=group, async_ops=True) as pending:
+        return None
+    with _coalescing_manager(group=group, async_ops=True) as launched:
         for block in blocks:
             _all_gather(block, block.chunk(group.size())[rank], group=group)
-    pending.wait()
+    return launched  # type: ignore[no-any-return]
+
+
+def all_reduce_blocks_(blocks: Sequence[Tensor], group: Group) -> None:
+    """Leave in each tensor its SUM over the group. One launch for all of them."""
+    if group is None or not blocks:
+        return
+    with _coalescing_manager(group=group, async_ops=True) as launched:
+        for block in blocks:
+            dist.all_reduce(block, group=group)
+    launched.wait()
+
+
+class Messages:
+    """Messages between single ranks, all under way at once."""
+
+    def __init__(self, works: Sequence[dist.Work] = (), sent: Sequence[Tensor] = ()) -> None:
+        self._works, self._sent = works, sent
+
+    def wait(self) -> None:
+        """After it, what was to be received is there, and what was sent is let go. May be called again."""
+        for work in self._works:  # NCCL has one for all messages, gloo one for each
+            work.wait()
+        self._works, self._sent = (), ()  # gloo waits for ever when it is asked twice
+
+
+def send_and_receive(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], group: Group) -> Messages:
+    """Send tensors to, and receive into tensors from, single ranks of a group, numbered within it.
+
+    At once a rank sends at most one tensor to each other rank. The n-th that a sends to b is the n-th that b receives from a.
+    What is sent must not change, and what is received not be read, before `wait()`.
+    """
+    sends = [(tensor.contiguous(), peer) for tensor, peer in sends]
+    messages = [dist.P2POp(dist.isend, tensor, group=group, group_peer=peer) for tensor, peer in sends]
+    messages += [dist.P2POp(dist.irecv, tensor, group=group, group_peer=peer) for tensor, peer in receives]
+    return Messages(dist.batch_isend_irecv(messages), [tensor for tensor, _ in sends])
+
+
+def connect(group: Group, device: torch.device) -> None:
+    """Comes once, on all ranks of a group, before the first message in it: NCCL's first call in a group needs all of them."""
+    if group is not None:
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 class _ReduceScatterTokens(torch.autograd.Function):

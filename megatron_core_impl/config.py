@@ -3,9 +3,36 @@
 Words are those of Hugging Face configurations. A mesh has *axes* (pp, dp, tp), a tensor has *dims*.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+NormKind = Literal["rmsnorm", "layernorm"]
+Range = tuple[int, int]  # half-open
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary embeddings reach beyond the positions that a model was first trained on.
+
+    `linear` divides positions by `factor` (https://arxiv.org/abs/2306.15595). `llama3` divides the slow frequencies only: those
+    whose wavelength exceeds original / low_freq_factor; those below original / high_freq_factor stay, and in between it blends.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0  # of llama3, as the two that follow
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ValueError(f"rope_scaling: factor={self.factor} must be at least 1")
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"rope_scaling: low_freq_factor={self.low_freq_factor} must be positive and less than "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +51,28 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float = 1e-5
+    norm: NormKind = "rmsnorm"
+    norm_eps: float = 1e-5
+    activation: Activation = "silu"  # gelu is the exact one, by the error function
+    is_gated: bool = True  # act(gate) · up (SwiGLU, GeGLU, ReGLU), or plain act(up)
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    is_parallel: bool = False  # attention and MLP both read the layer's input: x + attention(norm(x)) + mlp(norm(x))
+    has_shared_norm: bool = False  # parallel: one norm for both, else one each
+    sliding_window: int | None = None  # keys that a query sees, itself included; None: all before it
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
         for name in (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+            "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
         ):  # fmt: skip
             value = getattr(self, name)
+            if name == "sliding_window" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive integer")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -42,8 +81,56 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs of numbers")
-        if self.rms_norm_eps <= 0 or self.rope_theta <= 0:
-            raise ValueError(f"rms_norm_eps={self.rms_norm_eps} and rope_theta={self.rope_theta} must be positive")
+        if self.norm_eps <= 0 or self.rope_theta <= 0:
+            raise ValueError(f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be positive")
+        if self.has_shared_norm and not self.is_parallel:
+            raise ValueError(
+                "has_shared_norm=True needs is_parallel=True: one after the other, attention and MLP read two inputs"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropout:
+    """What is zeroed at random while training: shares of numbers, the rest scaled up. Not part of a model's function."""
+
+    hidden: float = 0.0  # of the embeddings, and of what attention and MLP add to the residual stream
+    attention: float = 0.0  # of the attention weights
+    lima: bool = (
+        False  # hidden grows linearly from 0 in the first layer to its value in the last (https://arxiv.org/abs/2305.11206)
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "attention"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}_dropout={getattr(self, name)} must be at least 0 and less than 1")
+        if self.lima and not self.hidden:
+            raise ValueError("lima_dropout=True needs hidden_dropout above 0: the share of the last layer")
+
+    def of_layer(self, layer: int, num_layers: int) -> float:
+        """The share of a layer's hidden states."""
+        return self.hidden * layer / max(1, num_layers - 1) if self.lima else self.hidden
+
+    @property
+    def of_embeddings(self) -> float:
+        return 0.0 if self.lima else self.hidden
+
+    @property
+    def is_active(self) -> bool:
+        return self.hidden > 0 or self.attention > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recompute:
+    """Which activations are computed again in the backward pass instead of being kept (https://arxiv.org/abs/2205.05198)."""
+
+    mode: Literal["none", "selective", "full"] = "none"  # selective: what is large and cheap; full: everything inside a unit
+    layers_per_unit: int = 1  # full: layers between two kept activations
+
+    def __post_init__(self) -> None:
+        if self.layers_per_unit < 1:
+            raise ValueError(f"layers_per_unit={self.layers_per_unit} must be at least 1")
+        if self.mode != "full" and self.layers_per_unit != 1:
+            raise ValueError(f"layers_per_unit={self.layers_per_unit} is of recompute mode full; here it is {self.mode}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +140,14 @@ class Layout:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    vpp: int = 1  # virtual pp stages per rank: chunks of layers that a rank holds, for the interleaved schedule
 
     def __post_init__(self) -> None:
-        for axis in ("tp", "pp", "dp"):
+        for axis in ("tp", "pp", "dp", "vpp"):
             if getattr(self, axis) < 1:
                 raise ValueError(f"{axis}={getattr(self, axis)} must be at least 1")
+        if self.vpp > 1 and self.pp == 1:
+            raise ValueError(f"vpp={self.vpp} needs pp of at least 2: virtual stages shorten the bubble of a pipeline")
 
     @property
     def world_size(self) -> int:
@@ -69,42 +159,112 @@ class Layout:
         pp_rank, dp_rank = divmod(rest, self.dp)
         return pp_rank, dp_rank, tp_rank
 
+    def kv_replicas(self, config: ModelConfig) -> int:
+        """Neighbouring tp ranks that hold the same key/value head: 1 unless tp exceeds their number."""
+        return max(1, self.tp // config.num_key_value_heads)
+
     def check(self, config: ModelConfig) -> None:
         """Refuse a layout that cannot hold this model, naming the legal values.
 
         Raises:
-            ValueError: tp does not divide the heads or the feed-forward width, or pp exceeds the layers.
+            ValueError: tp cannot share out the heads or the feed-forward width, or pp × vpp exceeds the layers.
         """
-        for name in ("num_key_value_heads", "num_attention_heads", "intermediate_size"):
-            value = getattr(config, name)
-            if value % self.tp:
-                legal = ", ".join(str(n) for n in _common_divisors(config))
-                raise ValueError(f"tp={self.tp} does not divide {name}={value}. Legal here: {legal}")
-        if self.pp > config.num_hidden_layers:
+        if not _is_legal_tp(config, self.tp):
+            legal = ", ".join(str(n) for n in range(1, config.num_attention_heads + 1) if _is_legal_tp(config, n))
             raise ValueError(
-                f"pp={self.pp} exceeds num_hidden_layers={config.num_hidden_layers}. "
-                f"Legal here: 1 to {config.num_hidden_layers}"
+                f"tp={self.tp} cannot share out num_attention_heads={config.num_attention_heads} with "
+                f"num_key_value_heads={config.num_key_value_heads} and intermediate_size={config.intermediate_size}. "
+                f"Legal here: {legal}"
+            )
+        layers = config.num_hidden_layers
+        if self.pp > layers:
+            raise ValueError(f"pp={self.pp} exceeds num_hidden_layers={layers}. Legal here: 1 to {layers}")
+        if self.pp * self.vpp > layers:
+            raise ValueError(
+                f"pp={self.pp} × vpp={self.vpp} exceeds num_hidden_layers={layers}. Legal vpp here: 1 to {layers // self.pp}"
             )
 
 
-def _common_divisors(config: ModelConfig) -> Iterable[int]:
-    sizes = (config.num_key_value_heads, config.num_attention_heads, config.intermediate_size)
-    return (n for n in range(1, min(sizes) + 1) if all(size % n == 0 for size in sizes))
+def _is_legal_tp(config: ModelConfig, tp: int) -> bool:
+    """Whether every tp rank gets whole key/value heads, or a part of the query heads of one, and an equal part of the MLP."""
+    kv_heads, heads = config.num_key_value_heads, config.num_attention_heads
+    return config.intermediate_size % tp == 0 and (kv_heads % tp == 0 or (tp % kv_heads == 0 and tp <= heads))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """A dim made of attention heads, and which of them a tp rank holds.
+
+    Up to tp = num_key_value_heads every rank holds as many key/value heads, and the query heads that look at them. Beyond, a
+    key/value head lies on tp / num_key_value_heads neighbouring ranks, and these share its query heads out, the first ranks
+    one more where it does not come out even: 71 heads on 2 ranks are 36 and 35.
+    """
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    is_kv: bool  # the dim holds key/value heads, not query heads
+
+    def range(self, tp: int, tp_rank: int) -> Range:
+        """The part of the dim that a rank holds."""
+        per_kv = self.num_attention_heads // self.num_key_value_heads
+        if tp <= self.num_key_value_heads:
+            kv_heads = self.num_key_value_heads // tp
+            first, last = tp_rank * kv_heads, (tp_rank + 1) * kv_heads
+            heads = (first, last) if self.is_kv else (first * per_kv, last * per_kv)
+        else:
+            kv_head, part = divmod(tp_rank, tp // self.num_key_value_heads)
+            start, stop = balanced(per_kv, tp // self.num_key_value_heads, part)
+            heads = (kv_head, kv_head + 1) if self.is_kv else (kv_head * per_kv + start, kv_head * per_kv + stop)
+        return heads[0] * self.head_dim, heads[1] * self.head_dim
+
+    def replica(self, tp: int, tp_rank: int) -> int:
+        """Which of the ranks that hold the same part this one is; 0 where nobody else does."""
+        return tp_rank % max(1, tp // self.num_key_value_heads) if self.is_kv else 0
+
+
+def balanced(total: int, parts: int, part: int) -> Range:
+    """The range of one of `parts` contiguous parts of `total` things: the first parts one longer where it is not even."""
+    block, longer = divmod(total, parts)
+    start = part * block + min(part, longer)
+    return start, start + block + (part < longer)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """One canonical tensor of a model: its Hugging Face name, its global shape and how a layout cuts it.
+    """One canonical tensor of a model: its name, its global shape and how a layout cuts it.
 
-    A family's list of these (`models/<family>.py: tensors(config)`) is all that checkpoints know of a family.
+    A model's list of these (`models.families.tensors`) is all that checkpoints know of it.
     """
 
     name: str
     shape: tuple[int, ...]  # global; dim 0 of an embedding is the true vocabulary
     tp_dim: int | None  # the dim that is cut over tp; None: every tp rank holds the whole tensor
-    place: Literal["first", "layer", "last"]  # which pp stage holds it: the first, its layer's, the last
+    place: Literal["first", "layer", "last", "ends"]  # which pp stage holds it: first, its layer's, last, both first and last
     layer: int = 0  # number of the transformer layer, where place == "layer"
     padded: bool = False  # dim 0 is the vocabulary: cut as if padded to the layout's need, stored without padding
+    heads: Heads | None = None  # tp_dim is made of attention heads
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a tensor: start … stop-1 of its dim 0."""
+
+    tensor: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class StackedTensor:
+    """A tensor of one layout as rows of the tensors of another, one below the other.
+
+    How a foreign checkpoint stores a model is a list of these, made of canonical tensors. Turned round
+    (`checkpoint.foreign.invert`) the same list tells where in it each canonical tensor lies.
+    """
+
+    name: str
+    parts: tuple[Rows, ...]
 
 
 VOCAB_MULTIPLE = 128  # rows per tp rank are a multiple of this: GEMMs of the output layer like it (Megatron's default)

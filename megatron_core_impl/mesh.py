@@ -29,6 +29,7 @@ class Mesh:
     pp_group: dist.ProcessGroup | None  # None: the axis has size 1
     dp_group: dist.ProcessGroup | None
     tp_group: dist.ProcessGroup | None
+    kv_group: dist.ProcessGroup | None  # tp ranks that hold the same key/value heads; None: nobody else does
     world_group: dist.ProcessGroup | None  # all axes together; None: this process is alone
     device: torch.device
 
@@ -38,13 +39,18 @@ class Mesh:
         return cls(
             layout=Layout(),
             rank=0, pp_rank=0, dp_rank=0, tp_rank=0,
-            pp_group=None, dp_group=None, tp_group=None, world_group=None,
+            pp_group=None, dp_group=None, tp_group=None, kv_group=None, world_group=None,
             device=torch.device(device),
         )  # fmt: skip
 
 
-def init_mesh(layout: Layout, device: torch.device | str) -> Mesh:
+def init_mesh(layout: Layout, device: torch.device | str, *, kv_replicas: int = 1) -> Mesh:
     """This process's place in a layout. Every process of the run calls it, after `init_process_group`.
+
+    Args:
+        layout: the axes.
+        device: this process's.
+        kv_replicas: neighbouring tp ranks that hold the same key/value heads (`Layout.kv_replicas`).
 
     Raises:
         ValueError: the number of processes is not that of the layout.
@@ -65,12 +71,15 @@ def init_mesh(layout: Layout, device: torch.device | str) -> Mesh:
     sizes = (layout.pp, layout.dp, layout.tp)
     axes = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
     groups = {axis: axes.get_group(axis) if size > 1 else None for axis, size in zip(AXES, sizes, strict=True)}
+    if kv_replicas > 1:  # tp ranks are neighbours in the numbering, so their replicas are too
+        blocks = init_device_mesh(device.type, (layout.world_size // kv_replicas, kv_replicas), mesh_dim_names=("rest", "kv"))
+        groups["kv"] = blocks.get_group("kv")
     rank = dist.get_rank()
     pp_rank, dp_rank, tp_rank = layout.coordinates(rank)
     return Mesh(
         layout=layout,
         rank=rank, pp_rank=pp_rank, dp_rank=dp_rank, tp_rank=tp_rank,
-        pp_group=groups["pp"], dp_group=groups["dp"], tp_group=groups["tp"],
+        pp_group=groups["pp"], dp_group=groups["dp"], tp_group=groups["tp"], kv_group=groups.get("kv"),
         world_group=dist.group.WORLD if layout.world_size > 1 else None,
         device=device,
     )  # fmt: skip

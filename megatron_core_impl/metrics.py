@@ -1,7 +1,8 @@
 """What training tells of itself: a line for people, a line of JSON and TensorBoard scalars every few steps, and how far it is.
 
 `metrics.jsonl` holds one object per line: `{"step", "loss", "lr", "grad_norm", "tokens", "seconds", …}` for the steps since
-the line before, `{"step", "valid_loss", "valid_perplexity"}` for an evaluation. A figure that is not finite is null there.
+the line before, with `loss_scale` and `batch_size` where these may change; `{"step", "valid_loss", "valid_perplexity"}` for an
+evaluation. A figure that is not finite, or that there is not, is null.
 Importing this module loads no torch; making a `Journal` that writes does.
 """
 
@@ -42,10 +43,26 @@ class Journal:
         self._seconds_per_step = 0.0
         self._tokens_per_second = 0.0
 
-    def step(self, step: int, *, loss: float, tokens: int, seconds: float, lr: float, grad_norm: float) -> None:
-        """Take in a finished step: the mean loss over its tokens, its time."""
+    def step(
+        self,
+        step: int,
+        *,
+        loss: float,
+        tokens: int,
+        seconds: float,
+        lr: float,
+        grad_norm: float | None,
+        loss_scale: float | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        """Take in a finished step: the mean loss over its tokens, its time.
+
+        Args:
+            grad_norm: not finite: the step was skipped for that; None: it was not meant to update anything.
+            loss_scale, batch_size: given where they may change from step to step.
+        """
         window = self._window
-        window.add(loss=loss, tokens=tokens, seconds=seconds, is_skipped=not math.isfinite(grad_norm))
+        window.add(loss=loss, tokens=tokens, seconds=seconds, is_skipped=grad_norm is not None and not math.isfinite(grad_norm))
         # A mean that forgets: steady enough to read, and right again soon after the machine's pace changed.
         self._seconds_per_step = 0.9 * self._seconds_per_step + 0.1 * seconds if self._seconds_per_step else seconds
         seconds_left = (self.steps - step) * self._seconds_per_step
@@ -58,15 +75,24 @@ class Journal:
             f"step {step}/{self.steps} · loss {loss:.4g} · {self._tokens_per_second:,.0f} tokens/s · {left} left",
         )
         if step % self.log_interval == 0 or step == self.steps:
-            skipped = f" · {window.skipped_steps} of {window.steps} steps skipped" if window.skipped_steps else ""
-            self._report.log(
-                f"{self._place(step)} · loss {window.loss:.4f} · lr {lr:.2e} · "
-                f"grad norm {grad_norm:.3g} · {window.tokens_per_second:,.0f} tokens/s · {left} left{skipped}"
-            )
+            parts = [
+                f"loss {window.loss:.4f}",
+                f"lr {lr:.2e}",
+                f"grad norm {grad_norm:.3g}" if grad_norm is not None else "no update, as skip_steps asks",
+                f"loss scale {loss_scale:g}" if loss_scale is not None else "",
+                f"batch {batch_size}" if batch_size is not None else "",
+                f"{window.tokens_per_second:,.0f} tokens/s",
+                f"{left} left",
+                f"{window.skipped_steps} of {window.steps} steps skipped" if window.skipped_steps else "",
+            ]
+            self._report.log(" · ".join(filter(None, [self._place(step), *parts])))
+            vary = {
+                name: value for name, value in (("loss_scale", loss_scale), ("batch_size", batch_size)) if value is not None
+            }
             self._write(
-                step, loss=window.loss, lr=lr, grad_norm=grad_norm, tokens=window.tokens, seconds=round(window.seconds, 4),
-                tokens_per_second=round(window.tokens_per_second, 1), seconds_left=round(seconds_left, 1),
-                skipped_steps=window.skipped_steps,
+                step, loss=window.loss, lr=lr, grad_norm=math.nan if grad_norm is None else grad_norm, tokens=window.tokens,
+                seconds=round(window.seconds, 4), tokens_per_second=round(window.tokens_per_second, 1),
+                seconds_left=round(seconds_left, 1), skipped_steps=window.skipped_steps, **vary,
             )  # fmt: skip
             self._window = Window()
 

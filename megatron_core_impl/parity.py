@@ -23,20 +23,29 @@ Batch = tuple[Tensor, Tensor]  # tokens [B, S], labels [B, S]: int64
 
 ROWS = 512  # logits are compared so many rows at a time: a large vocabulary makes rows of half a megabyte
 LOGITS = "lm_head"  # the point whose hidden state is the logits themselves
+EPSILON = "rms_norm_eps (layer_norm_epsilon)"  # as config.json calls it, by the kind of norm
 
 
 @dataclass(frozen=True)
 class Side:
     """One of the two models.
 
-    `module` has submodules and parameters under the canonical (Hugging Face) names, parameters whole except for padding at
-    the end of the vocabulary; `logits` computes [T, V] or [B, S, V] from tokens [B, S].
+    `logits` computes [T, V] or [B, S, V] from tokens [B, S]. Submodules and parameters are asked for by canonical names; a
+    model that has others says how to find them. Parameters are whole, except for padding at the end of the vocabulary.
     """
 
     name: str  # as messages call it
     module: nn.Module
     logits: Callable[[Tensor], Tensor]
     num_layers: int
+    own_name: Callable[[str], str] = str  # canonical name of a submodule -> its name in `module`
+    parameter: Callable[[str], Tensor | None] | None = None  # by canonical name; None: those of `module`, under these names
+
+    def find(self, name: str) -> Tensor | None:
+        """The parameter with a canonical name, if there is one."""
+        if self.parameter is not None:
+            return self.parameter(name)
+        return dict(self.module.named_parameters()).get(name)
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,7 @@ def compare(ours: Side, reference: Side, batches: Iterable[Batch]) -> Comparison
                     value[start : start + ROWS].float(), theirs[start : start + ROWS].to(value).float(), start, shape
                 )
 
-        with _observe(ours.module, names, check):
+        with _observe(ours, names, check):
             logits = _rows(ours.logits(tokens))  # [T, V]
         tally.add(logits, expected[LOGITS].to(logits.device), labels)
         check(LOGITS, logits)
@@ -169,15 +178,15 @@ def _record(side: Side, names: list[str], tokens: Tensor, broken: list[str]) -> 
         _note_broken(broken, side.name, name, value)
         seen[name] = value.clone()  # a later module may write into its input
 
-    with _observe(side.module, names, keep):
+    with _observe(side, names, keep):
         logits = _rows(side.logits(tokens))
     _note_broken(broken, side.name, LOGITS, logits)
     return {**seen, LOGITS: logits}
 
 
 @contextmanager
-def _observe(module: nn.Module, names: list[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call `see(name, output [T, ...])` for each named submodule as it computes."""
+def _observe(side: Side, names: list[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `see(name, output [T, ...])` for each submodule with these canonical names as it computes."""
 
     def hook(name: str) -> Callable[[nn.Module, object, object], None]:
         def on_output(_module: nn.Module, _arguments: object, output: object) -> None:
@@ -187,7 +196,7 @@ def _observe(module: nn.Module, names: list[str], see: Callable[[str, Tensor], N
 
         return on_output
 
-    handles = [module.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    handles = [side.module.get_submodule(side.own_name(name)).register_forward_hook(hook(name)) for name in names]
     try:
         yield
     finally:
@@ -277,7 +286,7 @@ def explain(first: Difference, ours: Side, reference: Side) -> str:
         return weights
     if first.output == "attention output":
         if first.start > 0.1 * first.relative:
-            return "Its weights agree, and position 0 differs too: compare rms_norm_eps and how heads share keys and values."
+            return f"Its weights agree, and position 0 differs too: compare {EPSILON} and how heads share keys and values."
         if first.early < 0.25 * first.late:
             return (
                 "Its weights agree, and the error grows along the sequence from 0 at position 0: "
@@ -288,9 +297,9 @@ def explain(first: Difference, ours: Side, reference: Side) -> str:
             "this is what a wrong RoPE convention (interleaved for half-split), or a wrong scale of the scores, looks like."
         )
     if first.output == "mlp output":
-        return "Its weights agree: compare the activation function (hidden_act) and rms_norm_eps."
+        return f"Its weights agree: compare the activation function (hidden_act, or activation) and {EPSILON}."
     if first.output == "final norm":
-        return "Its weight agrees: compare rms_norm_eps."
+        return f"Its weight agrees: compare {EPSILON}."
     return "Its weights agree, so it is the computation that differs."
 
 
@@ -301,12 +310,9 @@ def _explain_weights(module: str, ours: Side, reference: Side) -> str | None:
     differing = sorted(name for name in pairs if not torch.equal(*pairs[name]))
     if not differing:
         return None
-    short = {name.split(".")[-2]: name for name in differing}
-    if {"gate_proj", "up_proj"} <= short.keys():
-        gate, up = short["gate_proj"], short["up_proj"]
-        if torch.equal(mine[gate], other[up]) and torch.equal(mine[up], other[gate]):
-            return "gate_proj and up_proj are swapped."
-    listed = " and ".join(short)
+    if all(_gate_for_up(name) in other and torch.equal(mine[name], other[_gate_for_up(name)]) for name in differing):
+        return "gate_proj and up_proj are swapped."
+    listed = " and ".join(dict.fromkeys(name.split(".")[-2] for name in differing))
     if all(_is_shifted(*pairs[name]) for name in differing):
         return f"Rows of {listed} are those of {reference.name} shifted by one."
     if all(_is_interleaved(*pairs[name]) for name in differing):
@@ -325,15 +331,22 @@ def _parameters(module: str, ours: Side, reference: Side) -> dict[str, tuple[Ten
     Both without padding at the end of a vocabulary, on our device, in our dtype.
     """
     parent, _, last = module.rpartition(".")
-    norm = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}.get(last)
-    prefixes = (f"{module}.", f"{parent}.{norm}.") if norm else (f"{module}.",)
-    theirs = dict(reference.module.named_parameters())
+    mine = {name: parameter.detach() for name, parameter in ours.module.named_parameters()}
+    norms = {"self_attn": ["input_layernorm"], "mlp": ["post_attention_layernorm", "mlp_layernorm", "input_layernorm"]}
+    normed = next((name for name in norms.get(last, []) if f"{parent}.{name}.weight" in mine), None)
+    prefixes = (f"{module}.", *([f"{parent}.{normed}."] if normed else []))
     pairs = {}
-    for name, mine in ours.module.named_parameters():
-        if name.startswith(prefixes) and name in theirs:
-            rows = min(len(mine), len(theirs[name]))
-            pairs[name] = (mine.detach()[:rows], theirs[name].detach()[:rows].to(mine))
+    for name, parameter in mine.items():
+        if name.startswith(prefixes) and (theirs := reference.find(name)) is not None:
+            rows = min(len(parameter), len(theirs))
+            pairs[name] = (parameter[:rows], theirs.detach()[:rows].to(parameter))
     return pairs
+
+
+def _gate_for_up(name: str) -> str:
+    """The name of the up projection for that of the gate, and the reverse."""
+    words = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+    return ".".join(words.get(part, part) for part in name.split("."))
 
 
 def _is_shifted(mine: Tensor, other: Tensor) -> bool:
@@ -350,10 +363,10 @@ def _is_interleaved(mine: Tensor, other: Tensor) -> bool:
 
 def _has_same_rows(mine: Tensor, other: Tensor) -> bool:
     """Whether two parameters hold the same rows in some order, told by the rows' sums and sums of squares."""
-    if mine.dim() != 2 or mine.shape != other.shape:
+    if mine.shape != other.shape:
         return False
     for power in (1, 2):
-        a, b = (part.double().pow(power).sum(1).sort().values for part in (mine, other))
+        a, b = (part.double().pow(power).reshape(len(part), -1).sum(1).sort().values for part in (mine, other))
         if not torch.allclose(a, b, rtol=1e-9, atol=1e-12):
             return False
     return True

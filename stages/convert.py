@@ -1,22 +1,24 @@
-"""Hugging Face weights to canonical ones: the same tensors, bit for bit, each accounted for.
+"""Hugging Face weights to canonical ones: the same numbers, bit for bit, each accounted for.
 
-Every tensor that config.json implies must be there with the right shape, and nothing else may be. Precisions are kept, tensor
-by tensor; one block of rows is in memory at a time. What was written is read back and compared with the source.
+Every tensor that config.json implies must be there with the right shape, and nothing else may be. A family's table tells what
+the tensors are called there and how they are fused. Precisions are kept, tensor by tensor; one block of rows is in memory at a
+time. What was written is read back and compared with the source.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_core_impl.checkpoint.foreign import Rearranged, invert
 from megatron_core_impl.checkpoint.index import read_json
-from megatron_core_impl.checkpoint.reshard import NotEqual, check_tensors, list_names, reshard, same_bits
+from megatron_core_impl.checkpoint.reshard import NotEqual, list_names, reshard, same_bits
 from megatron_core_impl.checkpoint.safetensors_io import WeightsError
-from megatron_core_impl.checkpoint.sharded import WeightsReader, count_bytes, open_weights
+from megatron_core_impl.checkpoint.sharded import WeightsReader, WeightsSource, count_bytes, open_weights
 from megatron_core_impl.config import Layout, ModelConfig, TensorSpec
 from megatron_core_impl.models import families
 from stages import runtime
@@ -26,7 +28,7 @@ from stages.contracts.specs import ConvertSpec
 from stages.runtime import BadInput, Context, GateFailed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BUFFERS = ".rotary_emb.inv_freq"  # old transformers saved these tables; they follow from config.json
+BUFFERS = ".inv_freq"  # old transformers saved these tables of rotary embeddings; they follow from config.json
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
 )  # fmt: skip
@@ -38,9 +40,10 @@ def run(spec: ConvertSpec, ctx: Context) -> a.WeightsArtifact:
     allow_pickle = bool(model.spec.get("model", {}).get("allow_pickle", False))
     try:
         config = _read_config(folder / "files" / "config.json", model.model)
-        source = open_weights(folder / "files", allow_pickle=allow_pickle)
+        files = open_weights(folder / "files", allow_pickle=allow_pickle)
+        _check(files, config)
+        source = Rearranged(files, invert(families.family_of(config).hf_tensors(config)))
         specs = families.tensors(config)
-        _check(source, config, specs)
         _warn_of_other_dtypes(source, specs, model.model.dtype, ctx)
         reshard(source, ctx.scratch, specs, Layout(), progress=ctx.progress)
     except WeightsError as error:
@@ -67,45 +70,49 @@ def _read_config(path: Path, facts: a.ModelFacts) -> ModelConfig:
         raise
     except ValueError as error:
         raise BadInput(f"{path.parent}: {error}") from error
-    says = {**asdict(config), "parameters": families.count_parameters(config)}
+    in_file = families.family_of(config).hf_fields
+    says = {**vars(config), "parameters": families.count_parameters(config)}
     for field, value in says.items():
         if (fact := getattr(facts, field)) != value:
+            field = in_file.get(field, field)
             raise BadInput(f"{path}: {field} is {value!r}, the model artifact says {fact!r}: run download again")
     return config
 
 
-def _check(source: WeightsReader, config: ModelConfig, specs: Sequence[TensorSpec]) -> None:
+def _check(source: WeightsReader, config: ModelConfig) -> None:
     """Refuse weights that are not exactly the tensors of the model, by name."""
     names = set(source.names)
-    for tensor in specs:
-        if tensor.name in names and source.shape(tensor.name) != tensor.shape:
-            raise BadInput(f"{source.folder}: {_shape_fault(config, tensor, source.shape(tensor.name))}")
-    check_tensors(source, specs)
-    expected = {tensor.name for tensor in specs}
-    copies = _tied_copies(source, config, specs)
+    expected = families.hf_shapes(config)
+    for name, shape in expected.items():
+        if name in names and source.shape(name) != shape:
+            raise BadInput(f"{source.folder}: {_shape_fault(config, name, source.shape(name), shape)}")
+    if missing := [name for name in expected if name not in names]:
+        raise BadInput(f"{source.folder}: lacks {list_names(missing)}")
+    copies = _tied_copies(source, config)
     unexpected = [n for n in source.names if n not in expected and n not in copies and not n.endswith(BUFFERS)]
     if unexpected:
         raise BadInput(
             f"{source.folder}: holds tensors that a {config.family} model of this config.json does not have: "
             f"{list_names(unexpected)}. Is it a plain {config.family} model: no adapter, no quantization, no further head?"
         )
-    for tensor in specs:
-        if (dtype := source.dtype(tensor.name)) not in FLOATS:
+    for name in expected:
+        if (dtype := source.dtype(name)) not in FLOATS:
             raise BadInput(
-                f"{source.folder}: {tensor.name} is stored as {str(dtype).removeprefix('torch.')}: quantized weights cannot "
+                f"{source.folder}: {name} is stored as {str(dtype).removeprefix('torch.')}: quantized weights cannot "
                 "be trained. Start from the model's float32, bfloat16 or float16 weights"
             )
 
 
-def _shape_fault(config: ModelConfig, tensor: TensorSpec, shape: tuple[int, ...]) -> str:
+def _shape_fault(config: ModelConfig, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
     """What a tensor of another shape means: the fields of config.json that say otherwise."""
-    if len(shape) != len(tensor.shape):
-        return f"{tensor.name} has shape {list(shape)}, config.json says {list(tensor.shape)}"
-    dim = next(dim for dim, size in enumerate(shape) if size != tensor.shape[dim])
-    fields = ", ".join(f"{field}={getattr(config, field)}" for field in _fields_behind(config, tensor.name, dim))
+    if len(shape) != len(expected):
+        return f"{name} has shape {list(shape)}, config.json says {list(expected)}"
+    dim = next(dim for dim, size in enumerate(shape) if size != expected[dim])
+    in_file = families.family_of(config).hf_fields
+    fields = ", ".join(f"{in_file.get(field, field)}={getattr(config, field)}" for field in _fields_behind(config, name, dim))
     return (
-        f"{tensor.name} has shape {list(shape)}, config.json says {list(tensor.shape)}: "
-        f"dim {dim} is {shape[dim]}, and {tensor.shape[dim]} by {fields}"
+        f"{name} has shape {list(shape)}, config.json says {list(expected)}: "
+        f"dim {dim} is {shape[dim]}, and {expected[dim]} by {fields}"
     )
 
 
@@ -113,7 +120,7 @@ def _fields_behind(config: ModelConfig, name: str, dim: int) -> list[str]:
     """The fields that decide a dim of a tensor: those that move it when they change. The family's own table is asked."""
 
     def size(of: ModelConfig) -> int:
-        return next(tensor.shape[dim] for tensor in families.tensors(of) if tensor.name == name)
+        return families.hf_shapes(of)[name][dim]
 
     found = []
     for field in SIZES:
@@ -129,13 +136,13 @@ def _fields_behind(config: ModelConfig, name: str, dim: int) -> list[str]:
     return found
 
 
-def _tied_copies(source: WeightsReader, config: ModelConfig, specs: Sequence[TensorSpec]) -> set[str]:
+def _tied_copies(source: WeightsReader, config: ModelConfig) -> set[str]:
     """Tensors beside those of a tied model that repeat its embedding: some writers store the output layer as well."""
     if not config.tie_word_embeddings:
         return set()
-    untied = {tensor.name for tensor in families.tensors(replace(config, tie_word_embeddings=False))}
-    copies = (untied - {tensor.name for tensor in specs}) & set(source.names)
-    embedding = next(tensor.name for tensor in specs if tensor.padded)
+    untied = families.hf_shapes(replace(config, tie_word_embeddings=False))
+    copies = (untied.keys() - families.hf_shapes(config).keys()) & set(source.names)
+    embedding = next(iter(untied))  # tensors are in the order of the forward pass
     for name in copies:
         if not same_bits(source.read(name), source.read(embedding)):
             raise BadInput(
@@ -145,7 +152,7 @@ def _tied_copies(source: WeightsReader, config: ModelConfig, specs: Sequence[Ten
     return copies
 
 
-def _warn_of_other_dtypes(source: WeightsReader, specs: Sequence[TensorSpec], dtype: str, ctx: Context) -> None:
+def _warn_of_other_dtypes(source: WeightsSource, specs: Sequence[TensorSpec], dtype: str, ctx: Context) -> None:
     stored: Counter[str] = Counter()
     for tensor in specs:
         stored[str(source.dtype(tensor.name)).removeprefix("torch.")] += prod(tensor.shape)

@@ -1,9 +1,9 @@
 """export: trained weights to a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` load.
 
-Weights are written as safetensors under Hugging Face's names, one block of rows in memory at a time. config.json, the
-generation settings, the tokenizer and the licence are the base model's own files, byte for byte where nothing changed. Then
-transformers loads the folder, and the comparison of verify runs against our model from the trained weights: a folder that
-computes something else than what was trained is never published.
+Weights are written as safetensors under the family's own Hugging Face names, fused as it fuses them, one block of rows in
+memory at a time. config.json, the generation settings, the tokenizer and the licence are the base model's own files, byte for
+byte where nothing changed. Then transformers loads the folder, and the comparison of verify runs against our model from the
+trained weights: a folder that computes something else than what was trained is never published.
 
     python -m stages.export SPEC.json
 
@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 
+from megatron_core_impl.checkpoint.foreign import Rearranged
 from megatron_core_impl.checkpoint.index import read_json
+from megatron_core_impl.checkpoint.reshard import check_tensors
 from megatron_core_impl.checkpoint.safetensors_io import SafetensorsWriter, row_blocks
 from megatron_core_impl.checkpoint.sharded import count_bytes, open_weights
 from megatron_core_impl.checkpoint.slicing import whole
@@ -38,6 +40,7 @@ MODEL_FOLDER = "model"
 COMPARISON = "comparison.json"
 SAMPLES = "samples.json"
 CARRIED = re.compile(r"generation_config\.json|(LICEN[SC]E|NOTICE|USE_POLICY)[\w.-]*", re.IGNORECASE)  # beside the tokenizer
+SAME = ("norm_eps", "activation", "sliding_window", "rope_theta", "rope_scaling", "max_position_embeddings")  # with the base
 SHARD_BYTES = 5_000_000_000  # a file of weights is not larger, unless one tensor is
 
 
@@ -96,7 +99,7 @@ def _check_inputs(
     Raises:
         BadInput: naming the field and both values.
     """
-    gate.check_model(weights.model, base.model, also=("rms_norm_eps", "rope_theta", "max_position_embeddings"))
+    gate.check_model(weights.model, base.model, also=SAME)
     gate.check_model(weights.model, checkpoint.model)
     gate.check_tokenizer(dataset, weights.model)
     if weights.trained_steps != checkpoint.step:
@@ -125,9 +128,10 @@ def write_weights(source: Path, model: a.ModelFacts, folder: Path, ctx: Context)
         BadInput: the weights are not those of the model, or damaged.
     """
     try:
-        reader = open_weights(source)
-        names = [spec.name for spec in families.tensors(ModelConfig(**model.config_fields()))]
-        sizes = {name: count_bytes(reader, [name]) for name in names}
+        canonical, config = open_weights(source), ModelConfig(**model.config_fields())
+        check_tensors(canonical, families.tensors(config))
+        reader = Rearranged(canonical, families.family_of(config).hf_tensors(config))
+        sizes = {name: count_bytes(reader, [name]) for name in reader.names}
     except ValueError as error:
         raise BadInput(f"inputs.weights: {error}") from error
     total, done = sum(sizes.values()), 0
@@ -176,9 +180,11 @@ def write_config(source: Path, target: Path, model: a.ModelFacts) -> None:
     else:
         target.write_text(json.dumps({**config, **changed}, indent=2, ensure_ascii=False) + "\n")
     described = families.config_from_hf({**config, **changed})
+    in_file = families.family_of(described).hf_fields
     for field, value in model.config_fields().items():
-        if getattr(described, field) != value:
-            raise GateFailed(f"config.json says {field}={getattr(described, field)}, the trained model has {field}={value}")
+        if (says := getattr(described, field)) != value:
+            name = in_file.get(field, field)
+            raise GateFailed(f"config.json says {name}={says}, the trained model has {name}={value}")
 
 
 def copy_files(base: a.ModelArtifact, source: Path, target: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_core_impl import parity
+from megatron_core_impl.checkpoint.foreign import assemble, invert
 from megatron_core_impl.checkpoint.index import read_json
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.config import ModelConfig
@@ -88,11 +89,13 @@ def check_model(ours: a.ModelFacts, source: a.ModelFacts, *, also: tuple[str, ..
         BadInput: naming the field and both values.
     """
     for field in ("family", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                  "num_key_value_heads", "head_dim", "tie_word_embeddings", *also):  # fmt: skip
+                  "num_key_value_heads", "head_dim", "norm", "is_gated", "qkv_bias", "o_bias", "mlp_bias", "is_parallel",
+                  "has_shared_norm", "tie_word_embeddings", *also):  # fmt: skip
         mine, other = getattr(ours, field), getattr(source, field)
         if mine != other:
+            name = families.FAMILIES[source.family].hf_fields.get(field, field)  # as config.json says it
             raise BadInput(
-                f"inputs: {field}={mine} of the weights is not {field}={other} of the model: they do not belong together; "
+                f"inputs: {name}={mine} of the weights is not {name}={other} of the model: they do not belong together; "
                 "take weights that were converted from this model"
             )
 
@@ -198,12 +201,18 @@ def load_transformers(folder: Path, precision: Precision) -> parity.Side:
     if lacking := sorted(str(key) for fault in ("missing_keys", "mismatched_keys") for key in loading[fault]):
         raise BadInput(f"{folder}: has no weights that fit {lacking[0]} ({len(lacking)} such tensors), says transformers")
     module = module.eval().to(_device())
+    config = families.config_from_hf(read_json(folder / "config.json"))
+    family = families.family_of(config)
+    canonical = {stacked.name: stacked for stacked in invert(family.hf_tensors(config))}
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = module(tokens.to(_device()), use_cache=False).logits
         return result
 
-    return parity.Side("transformers", module, logits, module.config.num_hidden_layers)
+    def parameter(name: str) -> torch.Tensor | None:
+        return assemble(canonical[name], module.get_parameter) if name in canonical else None
+
+    return parity.Side("transformers", module, logits, config.num_hidden_layers, family.hf_name, parameter)
 
 
 def quiet_transformers() -> Any:
@@ -271,8 +280,9 @@ def _judge(comparison: parity.Comparison, settings: VerifySettings) -> tuple[Gat
 def _config_differences(model: a.ModelFacts, reference: Path) -> list[str]:
     """The fields in which our model is built otherwise than config.json says, one sentence each."""
     described = families.config_from_hf(read_json(reference / "config.json"))
+    in_file = families.family_of(described).hf_fields
     return [
-        f"Our model is built with {field}={value}, config.json says {getattr(described, field)}."
+        f"Our model is built with {in_file.get(field, field)}={value}, config.json says {getattr(described, field)}."
         for field, value in model.config_fields().items()
         if getattr(described, field) != value
     ]

@@ -1,4 +1,4 @@
-"""Canonical weights, cut for (tp, pp): one safetensors file per rank, and an index of which slice lies where.
+"""Canonical weights, cut for (tp, pp, vpp): one safetensors file per rank, and an index of which slice lies where.
 
 What was written is read back, and every tensor must be its source bit for bit. The vocabulary is cut as training pads it, but
 never stored padded: the last tensor-parallel ranks hold fewer rows, or none.
@@ -19,8 +19,8 @@ def run(spec: ShardSpec, ctx: Context) -> a.WeightsArtifact:
     """Cut the weights of a spec."""
     weights, folder = ctx.input("weights", a.WeightsArtifact)
     config = ModelConfig(**weights.model.config_fields())
-    layout = Layout(tp=spec.tp, pp=spec.pp)
     try:
+        layout = Layout(tp=spec.tp, pp=spec.pp, vpp=spec.vpp)
         layout.check(config)
     except ValueError as error:
         raise BadInput(f"layout: {error}") from error
@@ -32,10 +32,11 @@ def run(spec: ShardSpec, ctx: Context) -> a.WeightsArtifact:
         raise GateFailed(str(error)) from error
     return ctx.artifact(
         a.WeightsArtifact,
-        figure=f"tp {spec.tp} · pp {spec.pp}",
+        figure=f"tp {spec.tp} · pp {spec.pp}" + (f" · vpp {spec.vpp}" if spec.vpp > 1 else ""),
         model=weights.model,
         tp=spec.tp,
         pp=spec.pp,
+        vpp=spec.vpp,
         tensors=len(written.names),
         bytes=count_bytes(written, written.names),
         trained_steps=weights.trained_steps,

@@ -1,11 +1,11 @@
-"""Train a model on tp × dp processes: weights and a dataset in, a checkpoint out.
+"""Train a model on tp × pp × dp processes: weights and a dataset in, a checkpoint out.
 
 Started as a stage, this process loads no torch. It checks that weights, data, layout and settings fit each other, starts the
 workers through torchrun, passes on what they say, and publishes the last checkpoint. Each worker runs this module again, with
 RANK set, and trains.
 
-Asked to stop (SIGTERM, Ctrl-C), the workers finish their step and save a checkpoint. However training ends, the same spec
-goes on from the newest checkpoint that is intact.
+Asked to stop (SIGTERM, Ctrl-C), or after `stop_after_minutes`, the workers finish their step and save a checkpoint. However
+training ends, the same spec goes on from the newest checkpoint that is intact.
 """
 
 import os
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import megatron_core_impl
 from megatron_core_impl import metrics
 from megatron_core_impl.checkpoint import training as checkpoints
-from megatron_core_impl.config import Layout, ModelConfig
+from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.data.gpt_dataset import split_documents
 from megatron_core_impl.data.indexed_dataset import IndexedDataset
 from stages import runtime, torchrun
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 CHECKPOINTS = "checkpoints"
 LOG = "logs/workers.log"
 SPEC_FILE = "spec.json"  # the workers' copy
+RESETS = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")  # settings that look for the end of documents
 
 
 class WorkerCrashed(runtime.StageError):
@@ -59,6 +60,7 @@ def run(spec: TrainSpec, ctx: runtime.Context) -> a.CheckpointArtifact:
             log=ctx.scratch / LOG,
             on_event=listener.take,
         )
+        outcome.is_stopped |= listener.is_paused
         if not listener.is_done:
             raise failure(outcome, spec, ctx.scratch, listener.step)
     finally:
@@ -83,7 +85,7 @@ def check(spec: TrainSpec, weights: a.WeightsArtifact, dataset: a.DatasetArtifac
             f"train.sequence_length={settings.sequence_length} exceeds "
             f"weights.model.max_position_embeddings={model.max_position_embeddings}. Lower train.sequence_length"
         )
-    for axis in ("tp", "pp"):
+    for axis in ("tp", "pp", "vpp"):
         ours, theirs = getattr(layout, axis), getattr(weights, axis)
         if ours != theirs:
             raise runtime.BadInput(
@@ -91,9 +93,16 @@ def check(spec: TrainSpec, weights: a.WeightsArtifact, dataset: a.DatasetArtifac
                 f"layout.{axis} to {theirs}"
             )
     try:
-        Layout(tp=layout.tp, pp=layout.pp, dp=layout.dp).check(ModelConfig(**model.config_fields()))
+        layout.layout().check(ModelConfig(**model.config_fields()))
     except ValueError as error:
         raise runtime.BadInput(f"layout: {error}") from None
+    resets = [f"train.{name}" for name in RESETS if getattr(settings, name)]
+    if resets and (dataset.tokenizer.eod_id is None or not dataset.append_eod):
+        missing = "append_eod=False" if dataset.tokenizer.eod_id is not None else "tokenizer.eod_id=None"
+        raise runtime.BadInput(
+            f"{' and '.join(resets)} need a token at the end of each document, but dataset.{missing}: preprocess the text with "
+            f"preprocess.append_eod=true{'' if 'append' in missing else ' and a tokenizer that has one'}, or leave them out"
+        )
 
 
 def check_data(spec: TrainSpec, prefix: Path) -> str:
@@ -129,11 +138,13 @@ def check_data(spec: TrainSpec, prefix: Path) -> str:
             f"(now {settings.sequence_length})"
         )
     documents, tokens = parts["train"]
-    seen = settings.steps * settings.global_batch_size * settings.sequence_length
+    layout, sizes = spec.layout, settings.batches().sizes
+    seen = settings.batches().samples_of(settings.steps) * settings.sequence_length
+    samples = f"{sizes[0]} to {sizes[-1]} samples" if len(sizes) > 1 else f"{sizes[0]} samples"
     return (
-        f"{spec.layout.world_size} processes, dp {spec.layout.dp} × tp {spec.layout.tp} · {settings.steps:,} steps × "
-        f"{settings.global_batch_size} samples × {settings.sequence_length:,} tokens = {seen:,} tokens = {seen / tokens:.2f} "
-        f"epochs of {documents:,} documents"
+        f"{layout.world_size} process{'es' if layout.world_size > 1 else ''}, dp {layout.dp} × tp {layout.tp} × pp {layout.pp}"
+        f"{f' (vpp {layout.vpp})' if layout.vpp > 1 else ''} · {settings.steps:,} steps × {samples} × "
+        f"{settings.sequence_length:,} tokens = {seen:,} tokens = {seen / tokens:.2f} epochs of {documents:,} documents"
     )
 
 
@@ -144,6 +155,7 @@ class Listener:
     ctx: runtime.Context
     step: int = 0  # the last one that is finished
     is_done: bool = False
+    is_paused: bool = False  # the workers have ended with a checkpoint, before the last step
 
     def take(self, event: torchrun.Event) -> None:
         match event:
@@ -156,6 +168,8 @@ class Listener:
                 self.ctx.warn(text)
             case {"event": "done"}:
                 self.is_done = True
+            case {"event": "paused"}:
+                self.is_paused = True
 
 
 def failure(outcome: torchrun.Outcome, spec: TrainSpec, scratch: Path, step: int) -> BaseException:
@@ -168,7 +182,8 @@ def failure(outcome: torchrun.Outcome, spec: TrainSpec, scratch: Path, step: int
     less_memory = (
         f"Lower train.micro_batch_size (now {settings.micro_batch_size})"
         if settings.micro_batch_size > 1
-        else f"Lower train.sequence_length (now {settings.sequence_length}) or raise layout.tp (now {spec.layout.tp})"
+        else f"Set train.recompute to full (now {settings.recompute}), lower train.sequence_length (now "
+        f"{settings.sequence_length}), or raise layout.tp (now {spec.layout.tp}) or pp (now {spec.layout.pp})"
     )
     if outcome.killed is not None:
         rank, number = outcome.killed
@@ -245,6 +260,7 @@ def publish(
         tp=spec.layout.tp,
         pp=spec.layout.pp,
         dp=spec.layout.dp,
+        vpp=spec.layout.vpp,
         loss_before=before,
         loss_after=after,
     )
@@ -267,8 +283,8 @@ def work(spec_file: Path) -> int:
         torchrun.tell("error", **_told(error), trace=traceback.format_exc())
         sys.stderr.flush()
         os._exit(1)  # at once: other ranks may wait for this one, and torch's threads for them
-    if finished and os.environ["RANK"] == "0":
-        torchrun.tell("done")
+    if os.environ["RANK"] == "0":
+        torchrun.tell("done" if finished else "paused")
     return 0
 
 
@@ -299,28 +315,32 @@ def _train(spec: TrainSpec, scratch: Path, should_stop: Callable[[], bool]) -> b
     import torch.distributed as dist
 
     from megatron_core_impl.mesh import init_mesh
-    from megatron_core_impl.trainer import Job, TrainConfig, train
+    from megatron_core_impl.train_config import Job
+    from megatron_core_impl.trainer import train
 
     workspace = Path(spec.workspace)
     weights_folder = workspace / spec.inputs["weights"].path
     dataset_folder = workspace / spec.inputs["dataset"].path
     weights, dataset = a.load_artifact(weights_folder), a.load_artifact(dataset_folder)
     assert isinstance(weights, a.WeightsArtifact)
+    assert isinstance(dataset, a.DatasetArtifact)
+    model, layout = ModelConfig(**weights.model.config_fields()), spec.layout.layout()
     job = Job(
-        config=TrainConfig(**spec.settings.model_dump()),
-        model=ModelConfig(**weights.model.config_fields()),
+        config=spec.settings.train_config(),
+        model=model,
         weights=weights_folder,
         dataset=dataset_folder / "data",
         dataset_fingerprint=dataset.fingerprint,
         folder=scratch,
+        eod_id=dataset.tokenizer.eod_id,
     )
     report = metrics.Report(
         log=lambda text: torchrun.tell("log", text=text),
         warn=lambda text: torchrun.tell("warn", text=text),
         progress=lambda done, total, text: torchrun.tell("progress", done=done, total=total, text=text),
     )
-    layout = Layout(tp=spec.layout.tp, pp=spec.layout.pp, dp=spec.layout.dp)
-    state = train(job, init_mesh(layout, _join_group()), report=report, should_stop=should_stop)
+    mesh = init_mesh(layout, _join_group(), kv_replicas=layout.kv_replicas(model))
+    state = train(job, mesh, report=report, should_stop=should_stop)
     dist.destroy_process_group()
     return state.step == spec.settings.steps
 
@@ -339,7 +359,7 @@ def _join_group() -> "torch.device":
     needed, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     if there < needed:
         raise runtime.BadInput(
-            f"layout: its {needed} processes need a GPU each, this machine has {there}. Lower layout.dp or tp"
+            f"layout: its {needed} processes need a GPU each, this machine has {there}. Lower layout.dp, tp or pp"
         )
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)

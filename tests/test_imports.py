@@ -16,7 +16,8 @@ STAGES = ("download", "preprocess", "convert", "verify", "shard", "train", "merg
 LAYERS = ["config", "mesh", "collectives", "layers", "models", "parallel", "top"]
 PART_OF = {
     "config": "config", "mesh": "mesh", "collectives": "collectives", "layers": "layers", "models": "models",
-    "parallel": "parallel", "optim": "parallel", "trainer": "top", "parity": "top", "metrics": "top",
+    "parallel": "parallel", "optim": "parallel", "loss_scale": "parallel", "trainer": "top", "parity": "top", "metrics": "top",
+    "train_config": "top", "train_step": "top", "batches": "top", "resume": "top", "memory": "top",
 }  # fmt: skip
 
 

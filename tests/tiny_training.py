@@ -17,12 +17,12 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
-def write_weights(folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Random canonical weights of `MODEL`, the same ones every time."""
+def write_weights(folder: Path, dtype: torch.dtype = torch.float32, model: ModelConfig = MODEL) -> None:
+    """Random canonical weights of a model, the same ones every time."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(7)
     pieces = []
-    for spec in tensors(MODEL):
+    for spec in tensors(model):
         values = torch.randn(spec.shape, generator=generator, dtype=torch.float64) * 0.2
         values = values if len(spec.shape) > 1 else 1 + values
         pieces.append((spec.name, spec.shape, whole(spec.shape), values.to(dtype)))

@@ -16,8 +16,9 @@ import sentencepiece
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizerFast, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaTokenizerFast, PreTrainedTokenizerFast
 
+from megatron_core_impl.checkpoint.foreign import Rearranged, invert
 from megatron_core_impl.checkpoint.sharded import open_weights, write_index, write_rank_file
 from megatron_core_impl.checkpoint.slicing import whole
 from megatron_core_impl.data.indexed_dataset import IndexedDatasetWriter
@@ -62,8 +63,10 @@ def write_tokenizer(folder: Path, kind: str) -> None:
     PreTrainedTokenizerFast(tokenizer_object=model._tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
-def write_model(folder: Path, *, tokenizer: str = "sentencepiece", seed: int = 0, **changes: Any) -> None:
-    """Save a small random Llama with grouped-query attention and its tokenizer as a Hugging Face folder."""
+def write_model(
+    folder: Path, *, tokenizer: str = "sentencepiece", seed: int = 0, model_type: str = "llama", **changes: Any
+) -> None:
+    """Save a small random model with grouped-query attention and its tokenizer as a Hugging Face folder."""
     folder.mkdir(parents=True)
     write_tokenizer(folder, tokenizer)
     torch.manual_seed(seed)
@@ -73,10 +76,10 @@ def write_model(folder: Path, *, tokenizer: str = "sentencepiece", seed: int = 0
         "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2, "dtype": "float32",
     }  # fmt: skip
     fields |= changes
-    model = LlamaForCausalLM(LlamaConfig(**fields))
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)  # ones would hide a norm that is forgotten
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)  # ones and zeros would hide a norm or a bias that is forgotten
     model.to(getattr(torch, fields["dtype"])).save_pretrained(folder)
 
 
@@ -96,8 +99,7 @@ class Workspace:
 
     def tensors(self) -> Tensors:
         """The base model's weights."""
-        reader = open_weights(self.source)
-        return {name: reader.read(name) for name in reader.names}
+        return read_canonical(self.source)
 
     def verify_spec(self, **settings: Any) -> specs.VerifySpec:
         inputs = {"model": self.model, "weights": self.weights, "dataset": self.dataset}
@@ -131,6 +133,13 @@ class Workspace:
             settings=c.ExportSettings(prompts=prompts, max_new_tokens=8),
             verify=c.VerifySettings(**small(settings)),
         )
+
+
+def read_canonical(folder: Path) -> Tensors:
+    """The canonical tensors of a Hugging Face folder."""
+    config = families.config_from_hf(json.loads((folder / "config.json").read_text()))
+    reader = Rearranged(open_weights(folder), invert(families.family_of(config).hf_tensors(config)))
+    return {name: reader.read(name) for name in reader.names}
 
 
 def small(settings: dict[str, Any]) -> dict[str, Any]:
@@ -196,6 +205,7 @@ def make_workspace(
     workspace = str(root)
     source = root / "source"
     write_model(source, tokenizer=tokenizer, **model)
+    tensors = read_canonical(source)
     if files is not None:
         files(source)
     hf = families.config_from_hf(json.loads((source / "config.json").read_text()))
@@ -229,8 +239,6 @@ def make_workspace(
         dtype="uint16", documents=len(ids), empty_documents=0, malformed_lines=0,
         tokens=sum(map(len, ids)), append_eod=True,
     )  # fmt: skip
-    reader = open_weights(source)
-    tensors = {name: reader.read(name) for name in reader.names}
     if edit is not None:
         edit(tensors)
     convert_spec = specs.ConvertSpec(workspace=workspace, inputs=references({"model": downloaded}))

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 
 from megatron_core_impl.checkpoint.safetensors_io import WeightsError, format_slice, row_blocks
-from megatron_core_impl.checkpoint.sharded import WeightsReader, count_bytes, open_rank_file, open_weights, write_index
-from megatron_core_impl.checkpoint.slicing import Slice, rank_slices
+from megatron_core_impl.checkpoint.sharded import (
+    WeightsReader,
+    WeightsSource,
+    count_bytes,
+    open_rank_file,
+    open_weights,
+    write_index,
+)
+from megatron_core_impl.checkpoint.slicing import Slice, rank_slices, replica
 from megatron_core_impl.config import Layout, TensorSpec
 
 Progress = Callable[[float, float, str], None]  # done, total, what is being done
@@ -23,7 +30,7 @@ class NotEqual(Exception):
 
 
 def reshard(
-    source: WeightsReader,
+    source: WeightsSource,
     folder: Path,
     specs: Sequence[TensorSpec],
     layout: Layout,
@@ -76,23 +83,23 @@ def reshard(
 
 
 def plan(specs: Sequence[TensorSpec], layout: Layout) -> list[dict[str, Slice]]:
-    """What each rank's file holds, rank by rank: name -> slice. A tensor that tp does not cut is stored by tp rank 0 alone.
+    """What each rank's file holds, rank by rank: name -> slice. What several ranks hold is stored by the first of them alone.
 
     Raises:
         ValueError: the layout cannot cut a tensor.
     """
     num_layers = 1 + max(spec.layer for spec in specs)
     by_name = {spec.name: spec for spec in specs}
-    weights = Layout(tp=layout.tp, pp=layout.pp)
+    weights = Layout(tp=layout.tp, pp=layout.pp, vpp=layout.vpp)
     ranks = []
     for rank in range(weights.world_size):
-        _, _, tp_rank = weights.coordinates(rank)
+        pp_rank, _, tp_rank = weights.coordinates(rank)
         slices = rank_slices(specs, num_layers, weights, rank)
-        ranks.append({name: piece for name, piece in slices.items() if tp_rank == 0 or by_name[name].tp_dim is not None})
+        ranks.append({n: piece for n, piece in slices.items() if replica(by_name[n], weights, pp_rank, tp_rank) == 0})
     return ranks
 
 
-def check_tensors(source: WeightsReader, specs: Iterable[TensorSpec]) -> None:
+def check_tensors(source: WeightsSource, specs: Iterable[TensorSpec]) -> None:
     """Refuse weights that lack a tensor of the model or hold it in another shape.
 
     Raises:
@@ -116,8 +123,8 @@ def list_names(names: Sequence[str]) -> str:
 
 
 def _prove_equal(
-    source: WeightsReader,
-    written: WeightsReader,
+    source: WeightsSource,
+    written: WeightsSource,
     name: str,
     dtype: torch.dtype | None,
     advance: Callable[[Tensor, torch.dtype, str], None],

@@ -52,6 +52,22 @@ class TensorFile(Protocol):
     def read(self, name: str, piece: Slice | None = None) -> Tensor: ...
 
 
+class WeightsSource(Protocol):
+    """Weights that can be read by global slices: a folder's, or the same under other names (`checkpoint.foreign`)."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str, piece: Slice | None = None, dtype: torch.dtype | None = None) -> Tensor: ...
+
+
 class WeightsReader:
     """The tensors of a folder by global slices. Made by `open_weights`."""
 
@@ -233,7 +249,7 @@ def _described_pieces(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
             yield name, StoredTensor(dtype, shape, (Piece(path.name, piece),))
 
 
-def count_bytes(reader: WeightsReader, names: Iterable[str]) -> int:
+def count_bytes(reader: WeightsSource, names: Iterable[str]) -> int:
     """Bytes of the values of some tensors, as stored."""
     return sum(math.prod(reader.shape(name)) * reader.dtype(name).itemsize for name in names)
 

@@ -6,9 +6,8 @@ shards optimizer state: ceil(rows / dp) rows each, so trailing ranks may hold fe
 
 from collections.abc import Sequence
 
-from megatron_core_impl.config import Layout, TensorSpec, padded_vocab_size
+from megatron_core_impl.config import Layout, Range, TensorSpec, balanced, padded_vocab_size
 
-Range = tuple[int, int]
 Slice = tuple[Range, ...]
 
 
@@ -33,6 +32,9 @@ def tp_slice(spec: TensorSpec, tp: int, tp_rank: int) -> Slice:
     piece = list(whole(spec.shape))
     if spec.tp_dim is not None:
         size = spec.shape[spec.tp_dim]
+        if spec.heads is not None:
+            piece[spec.tp_dim] = spec.heads.range(tp, tp_rank)
+            return tuple(piece)
         if spec.padded:
             block = padded_vocab_size(size, tp) // tp
         elif size % tp:
@@ -49,26 +51,40 @@ def dp_rows(rows: int, dp: int, dp_rank: int) -> Range:
     return min(dp_rank * block, rows), min((dp_rank + 1) * block, rows)
 
 
-def pp_layers(num_layers: int, pp: int, pp_rank: int) -> Range:
-    """The layers of a pp stage: contiguous, the first stages one longer where pp does not divide them."""
-    block, longer = divmod(num_layers, pp)
-    start = pp_rank * block + min(pp_rank, longer)
-    return start, start + block + (pp_rank < longer)
+def chunk_layers(num_layers: int, layout: Layout, pp_rank: int) -> list[Range]:
+    """The layers of each chunk of a pp rank, in the order of the model.
+
+    The model is cut into pp × vpp contiguous chunks, the first ones a layer longer where it does not come out even, and dealt
+    out to the pp ranks in turn: chunk c goes to rank c mod pp.
+    """
+    chunks = layout.pp * layout.vpp
+    return [balanced(num_layers, chunks, chunk) for chunk in range(pp_rank, chunks, layout.pp)]
 
 
-def is_on_pp_stage(spec: TensorSpec, num_layers: int, pp: int, pp_rank: int) -> bool:
-    """Whether a pp stage holds a tensor."""
-    if spec.place == "first":
-        return pp_rank == 0
-    if spec.place == "last":
-        return pp_rank == pp - 1
-    start, stop = pp_layers(num_layers, pp, pp_rank)
-    return start <= spec.layer < stop
+def is_on_pp_rank(spec: TensorSpec, num_layers: int, layout: Layout, pp_rank: int) -> bool:
+    """Whether a pp rank holds a tensor."""
+    is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
+    match spec.place:
+        case "first":
+            return is_first
+        case "last":
+            return is_last
+        case "ends":
+            return is_first or is_last
+        case "layer":
+            return any(start <= spec.layer < stop for start, stop in chunk_layers(num_layers, layout, pp_rank))
+
+
+def replica(spec: TensorSpec, layout: Layout, pp_rank: int, tp_rank: int) -> int:
+    """0 on the one rank, of all that hold the same part of a tensor on one dp rank, that counts it and writes it."""
+    if spec.place == "ends" and pp_rank != 0:
+        return 1
+    if spec.tp_dim is None:
+        return tp_rank
+    return spec.heads.replica(layout.tp, tp_rank) if spec.heads is not None else 0
 
 
 def rank_slices(specs: Sequence[TensorSpec], num_layers: int, layout: Layout, rank: int) -> dict[str, Slice]:
-    """All that a rank's model holds: name -> slice, replicas over dp and tp included."""
+    """All that a rank's model holds: name -> slice, replicas included."""
     pp_rank, _, tp_rank = layout.coordinates(rank)
-    return {
-        spec.name: tp_slice(spec, layout.tp, tp_rank) for spec in specs if is_on_pp_stage(spec, num_layers, layout.pp, pp_rank)
-    }
+    return {spec.name: tp_slice(spec, layout.tp, tp_rank) for spec in specs if is_on_pp_rank(spec, num_layers, layout, pp_rank)}

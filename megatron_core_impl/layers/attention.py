@@ -1,9 +1,18 @@
 """Causal self-attention with grouped queries (https://arxiv.org/abs/2305.13245), its heads cut over the tp group.
 
-Letters: T tokens of this rank, B sequences of S tokens each (B·S = T·tp), H hidden, N query and K key/value heads of this
-rank, D features per head. The kernel is chosen in `attend` and nowhere else.
+Letters: T tokens of this rank, B sequences of S tokens each (B·S = T·tp), H hidden, N query and K key/value heads of this rank,
+D features per head. Query head n looks at key/value head n // (N/K). Both numbers follow from the rank's weights, as ranks may
+differ by a head. The kernel is chosen in `choose_kernel` and nowhere else; none repeats keys and values for their query heads.
 """
 
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import ModuleType
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,33 +22,197 @@ from megatron_core_impl.layers.linear import ColumnParallelLinear, RowParallelLi
 from megatron_core_impl.layers.parameter import ParameterFactory
 from megatron_core_impl.layers.rope import Rotation, rotate
 
+# flash-attn: the package of that name.  varlen: PyTorch's kernel for packed documents and windows. Both: CUDA, half precision.
+# sdpa: PyTorch's scaled_dot_product_attention, everywhere: FlashAttention on CUDA in half precision, a blocked one on the CPU.
+Kernel = Literal["flash-attn", "varlen", "sdpa"]
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D, causal) v: [B, S, N, D], [B, S, K, D], [B, S, K, D] → [B, S, N, D].
+WINDOW_BLOCK = 512  # queries that `sdpa` takes at a time under a sliding window
 
-    Query head n looks at key/value head n // (N/K). PyTorch picks the kernel: its FlashAttention on CUDA in bf16, a blocked
-    one on the CPU; both take grouped heads as they are, and neither stores S × S numbers.
+
+@dataclass(frozen=True)
+class Sequences:
+    """How the tokens of a micro batch form sequences. Made once per micro batch, and used by all layers."""
+
+    batch_size: int
+    rotation: Rotation
+    document_lengths: tuple[int, ...] | None = None  # of the B·S tokens: attention stays inside each. None: B documents of S
+
+    @cached_property
+    def boundaries(self) -> Tensor:
+        """Where documents start, and where the last one ends: int32, on the device of the rotation."""
+        assert self.document_lengths is not None
+        lengths = torch.tensor((0, *self.document_lengths), dtype=torch.int32)
+        return lengths.cumsum(0, dtype=torch.int32).to(self.rotation.cos.device, non_blocking=True)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences,
+    *, window: int | None = None, dropout: float = 0.0, kernel: Kernel | None = None,
+) -> Tensor:  # fmt: skip
+    """dropout(softmax(q kᵀ / √D)) v, where a query sees the last `window` keys of its document up to itself.
+
+    Args:
+        q: [B, S, N, D].
+        k, v: [B, S, K, D].
+        sequences: where the documents are.
+        window: keys that a query sees, itself included; None: all up to itself.
+        dropout: the part of the weights that is set to zero.
+        kernel: one in particular; default: the fastest that can do this.
+
+    Returns:
+        [B, S, N, D].
+
+    Raises:
+        ValueError: the kernel that is asked for cannot do this here; the message says why.
     """
-    q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    lengths = sequences.document_lengths
+    longest = q.shape[1] if lengths is None else max(lengths)
+    if window is not None and window >= longest:
+        window = None
+    is_plain = lengths is None and window is None
+    match choose_kernel(q.device, q.dtype, is_plain=is_plain, has_dropout=dropout > 0, wanted=kernel):
+        case "flash-attn":
+            return _flash_attn(q, k, v, sequences, window, dropout)
+        case "varlen":
+            return _varlen(q, k, v, sequences, window)
+        case "sdpa":
+            return _sdpa(q, k, v, lengths, window, dropout)
+
+
+def choose_kernel(
+    device: torch.device, dtype: torch.dtype, *, is_plain: bool, has_dropout: bool, wanted: Kernel | None
+) -> Kernel:
+    """The kernel to use.
+
+    Args:
+        is_plain: every sequence is one document, and no window is shorter.
+        wanted: one in particular, or None.
+
+    Raises:
+        ValueError: the wanted kernel cannot do this here.
+    """
+    fits_gpu_kernels = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    if wanted in ("flash-attn", "varlen") and not fits_gpu_kernels:
+        raise ValueError(f"kernel={wanted!r} computes on CUDA in bf16 or fp16, not on {device.type} in {dtype}. Use 'sdpa'")
+    if wanted == "flash-attn" and flash_attn_package() is None:
+        raise ValueError("kernel='flash-attn' needs the package flash-attn, which is not installed. Install it, or use 'sdpa'")
+    if wanted == "varlen" and has_dropout:
+        raise ValueError("kernel='varlen' has no attention dropout. Use 'flash-attn' or 'sdpa', or set attention dropout to 0")
+    if wanted is not None:
+        return wanted
+    if not fits_gpu_kernels:
+        return "sdpa"
+    if flash_attn_package() is not None:
+        return "flash-attn"
+    return "sdpa" if is_plain or has_dropout else "varlen"
+
+
+def flash_attn_package() -> ModuleType | None:
+    """The flash-attn package, imported when first asked for; None where it is not installed."""
+    try:
+        return importlib.import_module("flash_attn")
+    except ModuleNotFoundError:
+        return None
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window: int | None, dropout: float) -> Tensor:
+    package = flash_attn_package()
+    assert package is not None
+    before = (-1, -1) if window is None else (window - 1, 0)  # the query's own key is not among those before it
+    if sequences.document_lengths is None:
+        return package.flash_attn_func(q, k, v, dropout_p=dropout, causal=True, window_size=before)  # type: ignore[no-any-return]
+    bounds, longest = sequences.boundaries, max(sequences.document_lengths)
+    packed = package.flash_attn_varlen_func(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bounds, bounds, longest, longest,
+        dropout_p=dropout, causal=True, window_size=before,
+    )  # fmt: skip
+    return packed.view_as(q)  # type: ignore[no-any-return]
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window: int | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # here: it loads GPU kernels
+
+    if sequences.document_lengths is None:
+        sequences = replace(sequences, document_lengths=(q.shape[1],) * q.shape[0])
+    bounds, longest = sequences.boundaries, max(sequences.document_lengths or ())
+    before = (-1 if window is None else window - 1, 0)
+    packed = varlen_attn(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bounds, bounds, longest, longest,
+        window_size=before, enable_gqa=q.shape[2] != k.shape[2],
+    )  # fmt: skip
+    assert isinstance(packed, Tensor)
+    return packed.view_as(q)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None, window: int | None, dropout: float) -> Tensor:
+    """Document by document, and under a window block by block: nothing of S × S numbers is made."""
+    if lengths is None:
+        return _sdpa_document(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window, dropout).transpose(1, 2)
+    packed = (x.flatten(0, 1).unsqueeze(0).transpose(1, 2) for x in (q, k, v))  # [1, heads, B·S, D]
+    queries, keys, values = (torch.split(x, list(lengths), 2) for x in packed)
+    documents = zip(queries, keys, values, strict=True)
+    attended = [_sdpa_document(*document, window=window, dropout=dropout) for document in documents]
+    return torch.cat(attended, 2).transpose(1, 2).reshape(q.shape)
+
+
+def _sdpa_document(q: Tensor, k: Tensor, v: Tensor, window: int | None, dropout: float) -> Tensor:
+    """Sequences that are one document each: [B, N, S, D], [B, K, S, D], [B, K, S, D] → [B, N, S, D]."""
+    length = q.shape[2]
+    if window is None or window >= length:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=True)
+    blocks = []
+    for start in range(0, length, WINDOW_BLOCK):
+        stop, first = min(start + WINDOW_BLOCK, length), max(0, start - window + 1)
+        age = torch.arange(start, stop, device=q.device).unsqueeze(1) - torch.arange(first, stop, device=q.device)
+        blocks.append(
+            F.scaled_dot_product_attention(
+                q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop],
+                attn_mask=(age >= 0) & (age < window), dropout_p=dropout, enable_gqa=True,
+            )
+        )  # fmt: skip
+    return torch.cat(blocks, 2)
 
 
 class SelfAttention(nn.Module):
-    """[T, H] → [T, H]. Each tp rank computes its own heads for all tokens."""
+    """[T, H] → [T, H]. Each tp rank computes its own heads for all tokens.
 
-    def __init__(self, config: ModelConfig, group: Group, parameter: ParameterFactory, prefix: str) -> None:
+    Args:
+        attention_dropout: the part of the attention weights that is set to zero, in training only. Ranks of a tp group hold
+            different heads, so each needs its own random numbers.
+        kernel: what computes the attention; default: the fastest there is (`choose_kernel`).
+    """
+
+    def __init__(
+        self, config: ModelConfig, group: Group, parameter: ParameterFactory, prefix: str,
+        *, attention_dropout: float = 0.0, kernel: Kernel | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.head_dim = config.head_dim
+        self.window = config.sliding_window
         self.group = group
-        self.q_proj = ColumnParallelLinear(parameter(f"{prefix}.q_proj.weight"), group)
-        self.k_proj = ColumnParallelLinear(parameter(f"{prefix}.k_proj.weight"), group)
-        self.v_proj = ColumnParallelLinear(parameter(f"{prefix}.v_proj.weight"), group)
-        self.o_proj = RowParallelLinear(parameter(f"{prefix}.o_proj.weight"), group)
+        self.attention_dropout = attention_dropout
+        self.kernel = kernel
 
-    def forward(self, x: Tensor, rotation: Rotation, batch_size: int) -> Tensor:
+        def column(name: str) -> ColumnParallelLinear:
+            bias = parameter(f"{prefix}.{name}.bias") if config.qkv_bias else None
+            return ColumnParallelLinear(parameter(f"{prefix}.{name}.weight"), group, bias)
+
+        self.q_proj, self.k_proj, self.v_proj = column("q_proj"), column("k_proj"), column("v_proj")
+        bias = parameter(f"{prefix}.o_proj.bias", sees_all_tokens=False) if config.o_bias else None
+        self.o_proj = RowParallelLinear(parameter(f"{prefix}.o_proj.weight"), group, bias)
+
+    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (
-            y.view(batch_size, -1, y.shape[-1] // self.head_dim, self.head_dim)  # [B, S, heads, D]
-            for y in column_linear(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, group=self.group)
-        )
-        y = attend(rotate(q, rotation), rotate(k, rotation), v)
-        return self.o_proj(y.reshape(-1, y.shape[2] * self.head_dim))  # type: ignore[no-any-return]
+            y.view(sequences.batch_size, -1, y.shape[-1] // self.head_dim, self.head_dim)  # [B, S, heads, D]
+            for y in column_linear(
+                x, *(projection.weight for projection in projections),
+                group=self.group, biases=[projection.bias for projection in projections],
+            )
+        )  # fmt: skip
+        q, k = rotate(q, sequences.rotation), rotate(k, sequences.rotation)
+        y = attend(
+            q, k, v, sequences,
+            window=self.window, dropout=self.attention_dropout if self.training else 0.0, kernel=self.kernel,
+        )  # fmt: skip
+        return self.o_proj(y.reshape(-1, y.shape[-2] * self.head_dim))  # type: ignore[no-any-return]

@@ -1,63 +1,161 @@
-"""Cross-entropy over a vocabulary that is cut over the tp group; the logits are never gathered.
+"""The output layer and the loss in one, block of tokens by block: the logits of a micro batch never exist as a whole.
 
-Letters: S tokens of the micro batch, V rows of the padded vocabulary on this rank.
+The loss is a weighted sum of the tokens' losses, and the weights are known beforehand. So the gradient of a block's logits is
+made where the logits are, at once, and becomes its part of dx and of dW; the backward pass only scales both.
+
+With logits z = x Wᵀ and p = softmax(z):    dx = c w (p - onehot) W,    dW = Σ c w (p - onehot)ᵀ x
+
+c is the gradient of the loss (a loss scale, 1/N) and w a token's weight. Both come in last, in single precision, so that in
+fp16 nothing vanishes before the loss scale is there; only the *ratios* of the weights meet x in the model's precision, and
+those of a mask are 0 and 1.
+
+Letters: T tokens of this rank, S of the micro batch, R of a block, H hidden, V rows of the padded vocabulary on this rank.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_core_impl import collectives
 from megatron_core_impl.collectives import Group
+from megatron_core_impl.layers.parameter import ShardedParameter
+
+BLOCK = 1 << 25  # logits that exist at a time: large enough for efficient products, small beside a micro batch's
+CACHED = 1 << 18  # logits that a CPU works on at a time: in single precision they stay in its cache
 
 
-class _VocabParallelCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor, num_real: int, group: Group) -> Tensor:
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        # Padded rows stay out of the softmax: out of the maximum by fill, then out of the sum as exp(-inf) = 0.
-        real = logits[:, :num_real]
-        highest = real.amax(dim=1) if num_real else logits.new_full(logits.shape[:1], -torch.inf)
-        highest = collectives.all_reduce_(highest.to(wide), group, dist.ReduceOp.MAX)
-        exponentials = logits - highest.unsqueeze(1)  # [S, V], in `wide`: the only copy of the logits
-        exponentials[:, num_real:] = -torch.inf
-
-        rows = labels - (group.rank() * logits.shape[1] if group else 0)
-        is_elsewhere = (rows < 0) | (rows >= num_real)
-        rows = rows.masked_fill_(is_elsewhere, 0).unsqueeze(1)
-        of_label = exponentials.gather(1, rows).squeeze(1).masked_fill_(is_elsewhere, 0)
-        total = exponentials.exp_().sum(dim=1)
-        total, of_label = collectives.all_reduce_(torch.stack((total, of_label)), group)
-
+    def forward(
+        ctx: Any, x: Tensor, weight: ShardedParameter, labels: Tensor, weights: Tensor, num_real: int, group: Group, grads: bool
+    ) -> Tensor:
+        gathered = collectives.all_gather(x, group).wait()  # [S, H]
+        wide = torch.promote_types(x.dtype, torch.float32)
         weights = weights.to(wide)
-        ctx.save_for_backward(exponentials, total, weights, rows, is_elsewhere)
-        ctx.dtype = logits.dtype
-        return torch.dot(total.log().sub_(of_label), weights)
+        largest = weights.abs().amax().clamp_min_(torch.finfo(wide).tiny)  # all may be 0
+        shares = (weights / largest).to(x.dtype).unsqueeze(1)  # [S, 1]
+        rows = labels - (group.rank() * weight.shape[0] if group else 0)
+        is_elsewhere = (rows < 0) | (rows >= num_real)
+        rows = rows.masked_fill_(is_elsewhere, 0)
+
+        losses = torch.empty_like(weights)
+        grad_x = torch.empty_like(gathered) if grads else None
+        grad_weight = torch.empty_like(weight, dtype=wide, requires_grad=False) if grads else None
+        for block in _blocks(len(gathered), weight.shape[0]):
+            logits = gathered[block] @ weight.t()  # [R, V]
+            of_label = logits.gather(1, rows[block].unsqueeze(1)).squeeze(1).to(wide).masked_fill_(is_elsewhere[block], 0)
+            total = own_total = _softmax_(logits, num_real)
+            if group is not None:
+                shared = collectives.all_gather(torch.stack((own_total, of_label)).unsqueeze(0), group).wait()  # [tp, 2, R]
+                total, of_label_anywhere = shared[:, 0].logsumexp(0), shared[:, 1].sum(0)
+            else:
+                of_label_anywhere = of_label
+            torch.sub(total, of_label_anywhere, out=losses[block])
+            if grad_x is None or grad_weight is None:
+                continue
+            if group is not None:
+                _scale_rows_(logits, (own_total - total).exp_())
+            of_label = torch.expm1(of_label - total).to(x.dtype)  # p - 1, where p is nearly 1 too
+            at = (torch.arange(len(logits), device=logits.device), rows[block])
+            logits[at] = logits[at].where(is_elsewhere[block], of_label)  # (scatter_ would convert all of bf16 logits)
+            torch.mm(logits, weight, out=grad_x[block])
+            _add_product(grad_weight, logits, gathered[block] * shares[block], is_first=block.start == 0)
+        if grad_x is not None:
+            ctx.grad_x, ctx.grad_weight = collectives.reduce_scatter(grad_x, group), grad_weight
+            ctx.weight, ctx.largest = weight, largest
+            ctx.weights = weights if group is None else weights.chunk(group.size())[group.rank()]
+        return torch.dot(losses, weights)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        exponentials, total, weights, rows, is_elsewhere = ctx.saved_tensors
-        weights = weights * grad
-        grad_logits = exponentials.mul_((weights / total).unsqueeze(1))  # in place: a second backward raises
-        grad_logits.scatter_add_(1, rows, weights.neg_().masked_fill_(is_elsewhere, 0).unsqueeze(1))
-        return grad_logits.to(ctx.dtype), None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grad_weight is None:
+            raise RuntimeError("the loss went backward a second time, but its gradients were used up by the first")
+        grad_x, grad_weight = ctx.grad_x.wait(), ctx.grad_weight
+        ctx.grad_x = ctx.grad_weight = None  # the loss may live on
+        grad_x = (grad_x * (ctx.weights * grad).unsqueeze(1)).to(grad_x.dtype)
+        grad_weight.mul_(grad * ctx.largest)
+        if ctx.weight.sink is not None:
+            ctx.weight.sink.add(grad_weight)
+            return grad_x, *[None] * 6
+        return grad_x, grad_weight.to(ctx.weight.dtype), *[None] * 5
 
 
-def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, num_real: int, group: Group) -> Tensor:
-    """The weighted sum of the tokens' losses, the same number on every tp rank.
+def vocab_parallel_linear_cross_entropy(
+    x: Tensor, weight: ShardedParameter, labels: Tensor, weights: Tensor, num_real: int, group: Group
+) -> Tensor:
+    """The weighted sum of the tokens' losses, the same number on every tp rank. Goes backward once.
 
     Args:
-        logits: [S, V], this rank's part of the padded vocabulary.
+        x: [T, H], this rank's tokens.
+        weight: [V, H], this rank's part of the padded vocabulary.
         labels: [S]; an id outside the vocabulary, such as -100, needs weight 0.
         weights: [S], what each token counts: 0 masks it, 1/N of N tokens makes a mean.
         num_real: rows of the true vocabulary among V; the rest is padding.
+        group: tp.
 
     Returns:
-        A scalar in fp32, or fp64 where the logits are.
+        A scalar in fp32, or fp64 where `x` is.
 
-    forward   all-reduce MAX of the highest logit [S];  all-reduce SUM of Σ exp and of the label's logit [2, S]
-    backward  none: w (softmax - one-hot) of this rank's rows is complete
+    forward   all-gather x → [S, H];  per block of tokens, all-gather of log Σ exp and the label's logit  [tp, 2, R]
+              dx [S, H], partial → reduce-scatter → [T, H], under which the forward pass ends and the backward pass starts
+    backward  none
     """
-    return _VocabParallelCrossEntropy.apply(logits, labels, weights, num_real, group)  # type: ignore[no-any-return, no-untyped-call]
+    is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(x, weight, labels, weights, num_real, group, is_trained)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _blocks(tokens: int, vocabulary: int) -> Iterator[slice]:
+    """Cut tokens into as few blocks as BLOCK allows, of nearly one size."""
+    count = min(tokens, -(-tokens * vocabulary // BLOCK))
+    size = -(-tokens // count)
+    return (slice(start, start + size) for start in range(0, tokens, size))
+
+
+def _softmax_(logits: Tensor, num_real: int) -> Tensor:
+    """Softmax over the real columns, in place, computed in single precision; 0 in the others. Returns log Σ exp, [R]."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    totals = torch.full(logits.shape[:1], -torch.inf, dtype=wide, device=logits.device)
+    logits[:, num_real:] = 0
+    if num_real == 0:
+        return totals
+    for part, buffer in _cached(logits):
+        real, result = buffer[:, :num_real], logits[part, :num_real]
+        highest = real.amax(1, keepdim=True)
+        total = real.sub_(highest).exp_().sum(1, keepdim=True)
+        if real.data_ptr() == result.data_ptr():
+            real.div_(total)
+        else:
+            result.copy_(real.div_(total))
+        totals[part] = total.log_().add_(highest).squeeze(1)
+    return totals
+
+
+def _scale_rows_(logits: Tensor, factors: Tensor) -> None:
+    for part, buffer in _cached(logits):
+        buffer.mul_(factors[part].unsqueeze(1))
+        if buffer.dtype != logits.dtype:
+            logits[part].copy_(buffer)
+
+
+def _cached(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows at a time, in single precision at least: views, or where the logits are of less, copies in one buffer."""
+    rows = len(logits) if logits.is_cuda else max(1, CACHED // logits.shape[1])
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    buffer = None if logits.dtype == wide else logits.new_empty(rows, logits.shape[1], dtype=wide)
+    for start in range(0, len(logits), rows):
+        part = logits[start : start + rows]
+        yield slice(start, start + rows), part if buffer is None else buffer[: len(part)].copy_(part)
+
+
+def _add_product(total: Tensor, grad_output: Tensor, x: Tensor, *, is_first: bool) -> None:
+    """Add dyᵀ x to `total`, or make it that."""
+    if total.dtype == x.dtype:
+        torch.addmm(total, grad_output.t(), x, beta=0 if is_first else 1, out=total)  # beta = 0: what is there is not even read
+    elif is_first:
+        total.copy_(grad_output.t() @ x)
+    else:
+        rows = max(1, CACHED // x.shape[1])
+        for part, increment in zip(torch.split(total, rows), torch.split(grad_output.t() @ x, rows), strict=True):
+            part.add_(increment)

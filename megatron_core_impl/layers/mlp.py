@@ -1,5 +1,7 @@
-"""The feed-forward layer with SwiGLU (https://arxiv.org/abs/2002.05202), its width cut over the tp group."""
+"""The feed-forward layer, gated (https://arxiv.org/abs/2002.05202) or plain, its width cut over the tp group."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,40 +9,76 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_core_impl.collectives import Group
+from megatron_core_impl.config import Activation, ModelConfig
 from megatron_core_impl.layers.linear import ColumnParallelLinear, RowParallelLinear, column_linear
 from megatron_core_impl.layers.parameter import ParameterFactory
+from megatron_core_impl.layers.recompute import produced
+
+_aten = torch.ops.aten
+
+# name -> act(x), and the gradient of x from that of act(x)
+_ACTIVATIONS: dict[Activation, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (F.silu, _aten.silu_backward),
+    "gelu": (F.gelu, _aten.gelu_backward),
+    "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh")),
+    "relu": (F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0)),
+}
 
 
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) · up. Keeps its two inputs and computes silu(gate) again, where autograd would keep it too."""
+class _Gated(torch.autograd.Function):
+    """act(gate) · up. Keeps its two inputs and computes act(gate) again, where autograd would keep it too."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        ctx.activation = activation
+        act, _ = _ACTIVATIONS[activation]
+        return act(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, F.silu(gate).mul_(grad)
+        act, act_backward = _ACTIVATIONS[ctx.activation]
+        return act_backward(grad * up, gate), act(gate).mul_(grad), None
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, for tensors of one shape."""
-    return _SwiGLU.apply(gate, up)  # type: ignore[no-any-return, no-untyped-call]
+def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """act(gate) · up, for tensors of one shape: SwiGLU with silu, GeGLU with gelu, ReGLU with relu."""
+    return _Gated.apply(gate, up, activation)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class MLP(nn.Module):
-    """[T, H] → [T, H]. Each tp rank computes its part of the intermediate features for all tokens."""
+    """[T, H] → [T, H]. Each tp rank computes its part of the intermediate features for all tokens.
 
-    def __init__(self, group: Group, parameter: ParameterFactory, prefix: str) -> None:
+    down(act(gate(x)) · up(x)), or down(act(up(x))) where it is not gated.
+    """
+
+    def __init__(
+        self, config: ModelConfig, group: Group, parameter: ParameterFactory, prefix: str, *, keeps_product: bool = True
+    ) -> None:
         super().__init__()
         self.group = group
-        self.gate_proj = ColumnParallelLinear(parameter(f"{prefix}.gate_proj.weight"), group)
-        self.up_proj = ColumnParallelLinear(parameter(f"{prefix}.up_proj.weight"), group)
-        self.down_proj = RowParallelLinear(parameter(f"{prefix}.down_proj.weight"), group)
+        self.keeps_product = keeps_product
+        self.activation = config.activation
+
+        def column(name: str) -> ColumnParallelLinear:
+            bias = parameter(f"{prefix}.{name}.bias") if config.mlp_bias else None
+            return ColumnParallelLinear(parameter(f"{prefix}.{name}.weight"), group, bias)
+
+        self.gate_proj = column("gate_proj") if config.is_gated else None
+        self.up_proj = column("up_proj")
+        bias = parameter(f"{prefix}.down_proj.bias", sees_all_tokens=False) if config.mlp_bias else None
+        self.down_proj = RowParallelLinear(parameter(f"{prefix}.down_proj.weight"), group, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = column_linear(x, self.gate_proj.weight, self.up_proj.weight, group=self.group)
-        return self.down_proj(swiglu(gate, up))  # type: ignore[no-any-return]
+        if self.gate_proj is None:
+            act, _ = _ACTIVATIONS[self.activation]
+            is_kept = self.keeps_product or self.activation == "relu"  # relu keeps its result for itself, not its input
+            with produced(act, self.up_proj(x), is_kept=is_kept) as product:
+                return self.down_proj(product)  # type: ignore[no-any-return]
+        gate, up = column_linear(
+            x, self.gate_proj.weight, self.up_proj.weight,
+            group=self.group, biases=[self.gate_proj.bias, self.up_proj.bias],
+        )  # fmt: skip
+        with produced(partial(gated, activation=self.activation), gate, up, is_kept=self.keeps_product) as product:
+            return self.down_proj(product)  # type: ignore[no-any-return]

@@ -1,43 +1,64 @@
-"""RMSNorm (https://arxiv.org/abs/1910.07467), rounded where transformers rounds."""
+"""RMSNorm (https://arxiv.org/abs/1910.07467) and LayerNorm (1607.06450), rounded where transformers rounds.
 
+Both see this rank's tokens only, so that the gradients of their weights are summed over tp once per step (`parallel.finalize`):
+their parameters are made with `sees_all_tokens=False`. Letters: T tokens of this rank, H hidden.
+"""
+
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_core_impl.layers.parameter import ShardedParameter
+
+CACHED = 1 << 17  # numbers that a CPU works on at a time: in single precision they stay in its cache
 
 
 class _RMSNorm(torch.autograd.Function):
     """With n = x / sqrt(mean(x²) + eps):  y = w n;  dw = Σ dy n;  dx = (dn - n mean(dn n)) / sqrt(mean(x²) + eps), dn = w dy.
 
-    Keeps x and one number per token. Statistics in fp32, or fp64 where x is.
+    Keeps x and one number per token. Statistics in fp32, or fp64 where x is. Works on some tokens at a time (`_parts`).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # [T, 1]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scale = x.new_empty(len(x), 1, dtype=wide)
+        y = torch.empty_like(x)
+        for part in _parts(x):
+            inputs = x[part].to(wide)
+            torch.mean(inputs.square(), -1, keepdim=True, out=scale[part])
+            scale[part].add_(eps).rsqrt_()
+            y[part].copy_(inputs * scale[part]).mul_(weight)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype).mul_(weight)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        wide_grad, wide_weight = grad.to(scale.dtype), weight.to(scale.dtype)
-        normed = x * scale
-        product = wide_grad * normed
-        grad_weight = product.sum(0).to(weight.dtype)
-        inner = (product @ wide_weight).div_(x.shape[-1]).unsqueeze_(-1)  # mean(dn n), [T, 1]
-        grad_x = torch.mul(wide_grad, wide_weight, out=product).addcmul_(normed, inner, value=-1).mul_(scale)
-        return grad_x.to(x.dtype), grad_weight, None
+        wide_weight = weight.to(scale.dtype)
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(wide_weight)
+        for part in _parts(x):
+            normed = x[part] * scale[part] if x.dtype == scale.dtype else x[part].to(scale.dtype).mul_(scale[part])
+            wide_grad = grad[part].to(scale.dtype)
+            product = wide_grad * normed
+            grad_weight += product.sum(0)
+            inner = (product @ wide_weight).div_(x.shape[-1]).unsqueeze_(-1)  # mean(dn n), [T, 1]
+            torch.mul(wide_grad, wide_weight, out=product).addcmul_(normed, inner, value=-1)
+            grad_x[part].copy_(product.mul_(scale[part]))
+        return grad_x, grad_weight.to(weight.dtype), None
+
+
+def _parts(x: Tensor) -> Iterator[slice]:
+    """Rows of which as many as fit into a CPU's cache are worked on at a time; a GPU takes all at once."""
+    rows = max(1, len(x) if x.is_cuda else CACHED // x.shape[-1])
+    return (slice(start, start + rows) for start in range(0, len(x), rows))
 
 
 class RMSNorm(nn.Module):
-    """Scales each token's features to a root mean square of 1, then by a weight: [T, H] → [T, H].
-
-    It sees this rank's tokens only, so that its weight's gradient is summed over tp once per step (`parallel.finalize`).
-    """
+    """Scales each token's features to a root mean square of 1, then by a weight: [T, H] → [T, H]."""
 
     def __init__(self, weight: ShardedParameter, eps: float) -> None:
         super().__init__()
@@ -46,3 +67,16 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class LayerNorm(nn.Module):
+    """Shifts and scales each token's features to mean 0 and variance 1, then by a weight and a bias: [T, H] → [T, H]."""
+
+    def __init__(self, weight: ShardedParameter, bias: ShardedParameter, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)  # statistics at least in fp32

@@ -4,36 +4,51 @@ Feature i of a head is turned together with feature i + D/2. Meta's own weights 
 at import, and there is no switch for it here.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_core_impl.config import ModelConfig
+
 
 @dataclass(frozen=True)
 class Rotation:
-    """The angles of all positions of a micro batch: [S, 1, D/2], or [B, S, 1, D/2] where sequences differ."""
+    """The angles of all positions of a micro batch: [S, 1, D], or [B, S, 1, D] where sequences differ."""
 
-    cos: Tensor
-    sin: Tensor
+    cos: Tensor  # both halves alike
+    sin: Tensor  # negative in the first half
 
 
-def rotation(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
+def rotation(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rotation:
     """The angles of positions [S] or [B, S]. Computed in fp32 (fp64 where `dtype` is), then rounded to `dtype`."""
-    wide = torch.promote_types(dtype, torch.float32)
-    exponents = torch.arange(0, head_dim, 2, dtype=wide, device=positions.device) / head_dim
-    angles = positions[..., None, None].to(wide) * (1.0 / theta**exponents)
-    return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+    speeds = frequencies(config, torch.promote_types(dtype, torch.float32)).to(positions.device)
+    angles = positions[..., None, None].to(speeds.dtype) * speeds
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return Rotation(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+
+
+def frequencies(config: ModelConfig, dtype: torch.dtype) -> Tensor:
+    """By how much each pair of features turns from one position to the next, in radians: [D/2]."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=dtype) / config.head_dim
+    plain = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain
+    slow = plain / scaling.factor
+    if scaling.kind == "linear":
+        return slow
+    # Llama 3: pairs that turn often within the original length stay, those that hardly turn slow down; in between it blends.
+    turns = scaling.original_max_position_embeddings / (2 * math.pi / plain)
+    share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = (1 - share) * plain / scaling.factor + share * plain  # transformers' order, for its very bits
+    return torch.where(share < 0, slow, torch.where(share > 1, plain, blend))
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
-    turned = torch.empty_like(x)
-    first, second = turned.chunk(2, dim=-1)
-    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-direction)
-    torch.mul(b, cos, out=second).addcmul_(a, sin, value=direction)
-    return turned
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin, value=direction)  # rolled: the halves have changed places
 
 
 class _Rotate(torch.autograd.Function):

@@ -1,22 +1,36 @@
 """The families of models, by the `model_type` of their `config.json`. No torch in here."""
 
-from collections.abc import Mapping
-from math import prod
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from megatron_core_impl.config import ModelConfig, TensorSpec
-from megatron_core_impl.models import llama
+from megatron_core_impl.config import ModelConfig, StackedTensor
+from megatron_core_impl.models import falcon, llama, mistral, qwen2
+from megatron_core_impl.models.hf_config import LLAMA_FIELDS, unchanged
+from megatron_core_impl.models.tensors import count_parameters, tensors
 
-
-class Family(Protocol):
-    """What the module of a family offers."""
-
-    def config_from_hf(self, hf: Mapping[str, Any], /) -> ModelConfig: ...
-
-    def tensors(self, config: ModelConfig, /) -> list[TensorSpec]: ...
+__all__ = ["FAMILIES", "Family", "config_from_hf", "count_parameters", "family_of", "hf_shapes", "tensors"]
 
 
-FAMILIES: dict[str, Family] = {"llama": llama}
+@dataclass(frozen=True)
+class Family:
+    """What differs between the families. The defaults are those of a Llama-like one."""
+
+    config_from_hf: Callable[[Mapping[str, Any]], ModelConfig]
+    # How Hugging Face stores the canonical tensors
+    hf_tensors: Callable[[ModelConfig], list[StackedTensor]] = unchanged
+    # transformers' name of a module with a canonical one
+    hf_name: Callable[[str], str] = str
+    # ModelConfig's word -> config.json's, where they differ
+    hf_fields: Mapping[str, str] = field(default_factory=lambda: LLAMA_FIELDS)
+
+
+FAMILIES = {
+    "falcon": Family(falcon.config_from_hf, falcon.hf_tensors, falcon.hf_name, falcon.FIELDS),
+    "llama": Family(llama.config_from_hf),
+    "mistral": Family(mistral.config_from_hf),
+    "qwen2": Family(qwen2.config_from_hf),
+}
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -27,15 +41,19 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """
     model_type = hf.get("model_type")
     if model_type not in FAMILIES:
-        raise ValueError(f"config.json: model_type={model_type!r} is not supported. Supported: {', '.join(sorted(FAMILIES))}")
+        raise ValueError(f"config.json: model_type={model_type!r} is not supported. Supported: {', '.join(FAMILIES)}")
     return FAMILIES[model_type].config_from_hf(hf)
 
 
-def tensors(config: ModelConfig) -> list[TensorSpec]:
-    """Every tensor of a model: its canonical name, its global shape and how a layout cuts it."""
-    return FAMILIES[config.family].tensors(config)
+def family_of(config: ModelConfig) -> Family:
+    """The family that a model belongs to."""
+    return FAMILIES[config.family]
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Numbers that a model stores; a tied output layer counts once."""
-    return sum(prod(spec.shape) for spec in tensors(config))
+def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors that Hugging Face stores for a model: name -> shape."""
+    shapes = {spec.name: spec.shape for spec in tensors(config)}
+    return {
+        stacked.name: (sum(rows.stop - rows.start for rows in stacked.parts), *shapes[stacked.parts[0].tensor][1:])
+        for stacked in family_of(config).hf_tensors(config)
+    }

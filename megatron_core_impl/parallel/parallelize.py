@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_core_impl.checkpoint.slicing import Slice, shape_of
-from megatron_core_impl.config import ModelConfig
+from megatron_core_impl.config import Dropout, ModelConfig, Recompute
 from megatron_core_impl.mesh import Mesh
 from megatron_core_impl.models.transformer import Transformer
 
@@ -19,13 +19,15 @@ class Reader(Protocol):
     def read(self, name: str, piece: Slice | None = None, dtype: torch.dtype | None = None) -> Tensor: ...
 
 
-def parallelize(config: ModelConfig, mesh: Mesh, *, dtype: torch.dtype) -> Transformer:
+def parallelize(
+    config: ModelConfig, mesh: Mesh, *, dtype: torch.dtype, dropout: Dropout | None = None, recompute: Recompute | None = None
+) -> Transformer:
     """This rank's part of a model on its device, its weights still uninitialised.
 
     Raises:
         ValueError: the layout cannot hold the model; the message names the legal values.
     """
-    return Transformer(config, mesh, dtype=dtype, device=mesh.device)
+    return Transformer(config, mesh, dtype=dtype, device=mesh.device, dropout=dropout, recompute=recompute)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter
 
+from megatron_core_impl.config import Activation, NormKind, RopeScaling
 from stages.contracts.config import Frozen
 
 ARTIFACT_FILE = "artifact.json"
@@ -46,15 +47,25 @@ class ModelFacts(Frozen):
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float
+    norm: NormKind
+    norm_eps: float
+    activation: Activation
+    is_gated: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    is_parallel: bool
+    has_shared_norm: bool
+    sliding_window: int | None
     rope_theta: float
+    rope_scaling: RopeScaling | None
     tie_word_embeddings: bool
     dtype: Literal["float32", "bfloat16", "float16"]  # of the stored weights
     parameters: int
 
     def config_fields(self) -> dict[str, Any]:
         """The fields of `ModelConfig`, to build one."""
-        return self.model_dump(exclude={"dtype", "parameters"})
+        return {name: value for name, value in self if name not in ("dtype", "parameters")}
 
 
 class Versions(Frozen):
@@ -139,6 +150,7 @@ class WeightsArtifact(Artifact):
     model: ModelFacts
     tp: int
     pp: int
+    vpp: int = 1
     tensors: int
     bytes: int
     trained_steps: int = 0
@@ -169,6 +181,7 @@ class CheckpointArtifact(Artifact):
     tp: int
     pp: int
     dp: int
+    vpp: int = 1
     loss_before: float  # on the valid split
     loss_after: float
 

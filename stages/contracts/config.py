@@ -10,6 +10,10 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from megatron_core_impl.config import Layout
+from megatron_core_impl.optim import BatchSchedule
+from megatron_core_impl.train_config import TrainConfig
+
 NOT_IN_KEY: dict[str, Any] = {"not_in_key": True}  # json_schema_extra of settings that do not change a stage's result
 
 
@@ -17,6 +21,11 @@ class Frozen(BaseModel):
     """Base of everything here: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    def decisive(self) -> list[str]:
+        """Names of the fields that decide a stage's result, and so belong in its key."""
+        extras = {name: field.json_schema_extra for name, field in type(self).model_fields.items()}
+        return [name for name, extra in extras.items() if not (isinstance(extra, dict) and extra.get("not_in_key"))]
 
 
 class ModelSettings(Frozen):
@@ -73,8 +82,21 @@ class LayoutSettings(Frozen):
     """How many processes share the model and the data. Processes = tp × pp × dp."""
 
     tp: int = Field(1, ge=1, description="tensor parallel: processes that share each layer")
-    pp: Literal[1] = Field(1, description="pipeline parallel: 1 in this version")
+    pp: int = Field(1, ge=1, description="pipeline parallel: processes, or groups of tp, that hold different layers")
     dp: int = Field(1, ge=1, description="data parallel: replicas that share each batch")
+    vpp: int = Field(
+        1, ge=1,
+        description="parts of the layers that each pp rank holds: above 1 the pipeline idles less and sends more (interleaved)",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _vpp_fits(self) -> Self:
+        self.layout()
+        return self
+
+    def layout(self) -> Layout:
+        """The same, as the core has it."""
+        return Layout(tp=self.tp, pp=self.pp, dp=self.dp, vpp=self.vpp)
 
     @property
     def world_size(self) -> int:
@@ -91,25 +113,107 @@ class TrainSettings(Frozen):
         json_schema_extra=NOT_IN_KEY,
     )  # fmt: skip
     global_batch_size: int = Field(8, ge=1, le=2**24, description="samples per optimizer update, over all replicas")
-    optimizer: Literal["adamw"] = Field("adamw", description="AdamW with decoupled weight decay, none on 1-D parameters")
+    ramp_start: int | None = Field(
+        None, ge=1, description="samples of the first updates, where batches grow to global_batch_size; default: they do not"
+    )
+    ramp_increment: int | None = Field(None, ge=1, description="with ramp_start: samples that a batch grows by at a time")
+    ramp_samples: int | None = Field(
+        None, ge=1, description="with ramp_start: samples after which a batch has grown to global_batch_size"
+    )
+
+    optimizer: Literal["adamw", "sgd"] = Field(
+        "adamw", description="adamw, with decoupled weight decay, or sgd; neither decays 1-D parameters"
+    )
     lr: float = Field(3e-4, gt=0, description="highest learning rate")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the decay")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape of the decay")
+    schedule: Literal["cosine", "linear", "constant", "inverse-square-root"] = Field("cosine", description="shape of the decay")
     decay_steps: int | None = Field(None, ge=1, description="step at which min_lr is reached; default: steps")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's first moment")
-    beta2: float = Field(0.95, ge=0, lt=1, description="decay of AdamW's second moment")
-    eps: float = Field(1e-5, gt=0, description="AdamW's epsilon")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay")
+    beta1: float = Field(0.9, ge=0, lt=1, description="adamw: decay of the first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="adamw: decay of the second moment")
+    eps: float = Field(1e-5, gt=0, description="adamw: epsilon")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd: momentum")
+    weight_decay: float = Field(0.1, ge=0, description="weight decay; where it grows, that of the last step")
+    weight_decay_start: float | None = Field(
+        None, ge=0, description="weight decay before the first step, where it grows to weight_decay; default: it does not"
+    )
+    weight_decay_style: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="how weight decay grows from weight_decay_start over all steps"
+    )
     clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0 does not clip")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 keeps fp32 master weights and gradients")
-    seed: int = Field(1234, ge=0, lt=2**32, description="of the order of data")
+
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        "bf16", description="bf16 and fp16 keep fp32 master weights and gradients; fp16 scales the loss"
+    )
+    loss_scale: float | None = Field(None, gt=0, description="fp16: a scale that does not change; default: it is searched for")
+    initial_loss_scale: float = Field(2.0**16, gt=0, description="fp16: where the search for the loss scale begins")
+    min_loss_scale: float = Field(1.0, gt=0, description="fp16: the loss scale never falls below it")
+    loss_scale_window: int = Field(1000, ge=1, description="fp16: finite steps in a row after which the loss scale doubles")
+    loss_scale_hysteresis: int = Field(
+        2, ge=1, description="fp16: steps without a finite gradient, since it last doubled, after which the loss scale halves"
+    )
+    max_skipped_steps: int = Field(
+        20, ge=1, description="steps in a row without a finite gradient, which are skipped, that stop the run",
+        json_schema_extra=NOT_IN_KEY,
+    )  # fmt: skip
+
+    hidden_dropout: float = Field(0.0, ge=0, lt=1, description="share of the hidden states that is zeroed while training")
+    attention_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of the attention weights that is zeroed while training"
+    )
+    lima_dropout: bool = Field(
+        False, description="hidden_dropout grows from 0 in the first layer to its value in the last, as LIMA was trained"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="activations computed again in the backward pass, to save memory: selective those that are cheap, full all",
+        json_schema_extra=NOT_IN_KEY,
+    )
+    recompute_layers_per_unit: int = Field(
+        1, ge=1, description="recompute full: layers between two kept activations", json_schema_extra=NOT_IN_KEY
+    )
+
+    seed: int = Field(1234, ge=0, lt=2**32, description="of the order of data, and of dropout")
     split: str = Field("969,30,1", description="shares of train, valid, test documents")
+    reset_position_ids: bool = Field(False, description="positions begin anew after the token that ends a document")
+    reset_attention_mask: bool = Field(False, description="attention does not look beyond the beginning of its document")
+    eod_mask_loss: bool = Field(
+        False, description="nothing is learnt from what follows the token that ends a document: the first word of another"
+    )
+    skip_steps: tuple[int, ...] = Field(
+        (), description="steps, counted from 1, that read their data and compute their loss, but change nothing"
+    )
+
     eval_interval: int = Field(100, ge=1, description="steps between evaluations on the valid split")
     eval_batches: int = Field(4, ge=1, le=10**6, description="global batches per evaluation, the same ones each time")
     checkpoint_interval: int = Field(100, ge=1, description="steps between checkpoints", json_schema_extra=NOT_IN_KEY)
     keep_checkpoints: int = Field(2, ge=2, description="newest checkpoints that are kept", json_schema_extra=NOT_IN_KEY)
     log_interval: int = Field(10, ge=1, description="steps between lines of the log", json_schema_extra=NOT_IN_KEY)
+    stop_after_minutes: float | None = Field(
+        None, gt=0, description="save a checkpoint and stop after so long, to go on another time; default: never",
+        json_schema_extra=NOT_IN_KEY,
+    )  # fmt: skip
+
+    # To compute what Megatron-LLM computes, digit by digit. There is no other reason to set them.
+    reference_first_lr: bool = Field(
+        False, description="parity with Megatron-LLM: the schedules lag one step, so the first step has learning rate 0"
+    )
+    reference_loss_mean: bool = Field(
+        False,
+        description="parity with Megatron-LLM: the loss is the mean of each micro batch's mean, however few tokens count in it",
+    )
+
+    def decisive(self) -> list[str]:
+        by_micro_batch = ["micro_batch_size"] if self.reference_loss_mean else []
+        return by_micro_batch + super().decisive()
+
+    def train_config(self) -> TrainConfig:
+        """The same, as the core has it."""
+        return TrainConfig(**self.model_dump())
+
+    def batches(self) -> BatchSchedule:
+        """The size of the global batch over the run."""
+        return self.train_config().batches
 
     @field_validator("split")
     @classmethod
@@ -123,12 +227,8 @@ class TrainSettings(Frozen):
         return value
 
     @model_validator(mode="after")
-    def _schedule_fits(self) -> Self:
-        decay = self.decay_steps or self.steps
-        if self.warmup_steps >= decay:
-            raise ValueError(f"warmup_steps={self.warmup_steps} must be less than the {decay} steps of the schedule")
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr={self.min_lr} must not exceed lr={self.lr}: lower min_lr too, or raise lr")
+    def _settings_fit_together(self) -> Self:
+        self.train_config()
         return self
 
 
@@ -136,18 +236,31 @@ def check_batches(train: TrainSettings, layout: LayoutSettings) -> None:
     """Refuse batches that the layout cannot share out.
 
     Raises:
-        ValueError: naming the settings and their values.
+        ValueError: naming the settings, their values and the legal ones.
     """
     unit = train.micro_batch_size * layout.dp
-    if train.global_batch_size % unit:
+    sizes = train.batches().sizes
+    if bad := next((size for size in sizes if size % unit), None):
+        name = "train.global_batch_size" if train.ramp_start is None else "train.ramp_start, ramp_increment: a batch of"
+        below = bad // unit * unit
+        nearest = " or ".join(str(size) for size in (below, below + unit) if size)
         raise ValueError(
-            f"train.global_batch_size={train.global_batch_size} is not a multiple of "
-            f"train.micro_batch_size × layout.dp = {train.micro_batch_size} × {layout.dp} = {unit}"
+            f"{name}{'=' if train.ramp_start is None else ' '}{bad} is not a multiple of "
+            f"train.micro_batch_size × layout.dp = {train.micro_batch_size} × {layout.dp} = {unit}. Nearest legal: {nearest}"
+        )
+    if layout.vpp > 1 and (bad := next((size for size in sizes if size // unit % layout.pp), None)):
+        below = bad // (unit * layout.pp) * unit * layout.pp
+        nearest = " or ".join(str(size) for size in (below, below + unit * layout.pp) if size)
+        raise ValueError(
+            f"layout.vpp={layout.vpp} needs a number of micro batches that is a multiple of layout.pp={layout.pp}, and a batch "
+            f"of {bad} samples has {bad // unit} (train.micro_batch_size × layout.dp = {unit} samples each). Nearest legal "
+            f"batch: {nearest}. With layout.vpp=1 any number is legal"
         )
     if (train.micro_batch_size * train.sequence_length) % layout.tp:
         raise ValueError(
             f"layout.tp={layout.tp} does not divide the {train.micro_batch_size} × {train.sequence_length} tokens "
-            "of a micro batch (train.micro_batch_size × train.sequence_length), which it shares out"
+            "of a micro batch (train.micro_batch_size × train.sequence_length), which it shares out. Make one of the two a "
+            f"multiple of {layout.tp}"
         )
 
 

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from megatron_core_impl.config import Layout
 from megatron_core_impl.models import families
 from stages.contracts import publishing
 from stages.contracts.config import PipelineConfig
@@ -30,7 +29,7 @@ def check(config: PipelineConfig) -> list[str]:
     except ValueError as error:
         return [*problems, f"model.source: {folder}: {error}"]
     try:
-        Layout(tp=config.layout.tp, pp=config.layout.pp, dp=config.layout.dp).check(model)
+        config.layout.layout().check(model)
     except ValueError as error:
         problems.append(f"layout: {error}")
     for key, length in (

@@ -86,9 +86,8 @@ class Spec(c.Frozen):
 def _key_part(model: c.Frozen, leave_out: frozenset[str] | set[str] = frozenset()) -> dict[str, Any]:
     """The fields of a model that belong in a key, as JSON values."""
     part: dict[str, Any] = {}
-    for name, field in type(model).model_fields.items():
-        extra = field.json_schema_extra
-        if name in leave_out or (isinstance(extra, dict) and extra.get("not_in_key")):
+    for name in model.decisive():
+        if name in leave_out:
             continue
         value = getattr(model, name)
         part[name] = _key_part(value) if isinstance(value, c.Frozen) else model.model_dump(mode="json", include={name})[name]
@@ -159,10 +158,11 @@ class ShardSpec(Spec):
     INPUTS = {"weights": a.WeightsArtifact}
     tp: int = Field(1, ge=1, description="tensor parallel: ranks that share each layer")
     pp: int = Field(1, ge=1, description="pipeline parallel: ranks that hold different layers")
+    vpp: int = Field(1, ge=1, description="parts of the layers that each pp rank holds")
 
     @classmethod
     def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
-        return {"tp": config.layout.tp, "pp": config.layout.pp}
+        return {"tp": config.layout.tp, "pp": config.layout.pp, "vpp": config.layout.vpp}
 
 
 class TrainSpec(Spec):

@@ -1,12 +1,14 @@
 """The configuration: what is refused, and how clearly."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from stages.contracts.config import PipelineConfig
+from megatron_core_impl.train_config import TrainConfig
+from stages.contracts.config import PipelineConfig, TrainSettings
 from stages.contracts.sources import list_files, stamp
 
 
@@ -29,7 +31,14 @@ def config(**changes: Any) -> PipelineConfig:
         ({"train": {"steps": 10, "lr": float("inf")}}, ("train", "lr"), "finite number"),
         ({"train": {"steps": 10, "global_batch_size": 7}, "layout": {"dp": 2}}, (), "not a multiple of"),
         ({"train": {"steps": 10, "sequence_length": 9}, "layout": {"tp": 2}}, (), "layout.tp=2 does not divide"),
-        ({"layout": {"pp": 2}}, ("layout", "pp"), "Input should be 1"),
+        ({"layout": {"pp": 0}}, ("layout", "pp"), "greater than or equal to 1"),
+        ({"layout": {"vpp": 2}}, ("layout",), "vpp=2 needs pp of at least 2"),
+        ({"train": {"steps": 10, "weight_decay_style": "linear"}}, ("train",), "weight_decay_start=None does not go with"),
+        ({"train": {"steps": 10, "loss_scale": 8}}, ("train",), "loss_scale=8.0 is for precision fp16; bf16 needs none"),
+        ({"train": {"steps": 10, "ramp_start": 8}}, ("train",), "missing: ramp_increment, ramp_samples"),
+        ({"train": {"steps": 10, "lima_dropout": True}}, ("train",), "lima_dropout=True needs hidden_dropout above 0"),
+        ({"train": {"steps": 10, "skip_steps": [0]}}, ("train",), "skip_steps has 0, but steps are counted from 1 to 10"),
+        ({"train": {"steps": 10, "precision": "fp64"}}, ("train", "precision"), "Input should be 'bf16', 'fp16' or 'fp32'"),
         ({"push": {"to": "hub"}}, ("push",), "to=hub needs repo"),
         ({"push": {"to": "folder"}}, ("push",), "to=folder needs folder"),
         ({"push": {"to": "hub", "repo": "no-owner"}}, ("push", "repo"), "match pattern"),
@@ -41,6 +50,59 @@ def test_refused(changes: dict[str, Any], where: tuple[str, ...], what: str) -> 
     errors = caught.value.errors()
     assert [e["loc"] for e in errors] == [where]
     assert what in errors[0]["msg"]
+
+
+@pytest.mark.parametrize(
+    ("train", "layout", "what"),
+    [
+        (
+            {"global_batch_size": 10},
+            {"dp": 4},
+            "train.global_batch_size=10 is not a multiple of train.micro_batch_size × layout.dp = 1 × 4 = 4. "
+            "Nearest legal: 8 or 12",
+        ),
+        (
+            {"global_batch_size": 2, "micro_batch_size": 3},
+            {},
+            "train.micro_batch_size × layout.dp = 3 × 1 = 3. Nearest legal: 3",
+        ),
+        (
+            {"global_batch_size": 16, "ramp_start": 4, "ramp_increment": 3, "ramp_samples": 100},
+            {"dp": 2},
+            "train.ramp_start, ramp_increment: a batch of 7 is not a multiple of train.micro_batch_size × layout.dp = "
+            "1 × 2 = 2. Nearest legal: 6 or 8",
+        ),
+        (
+            {"global_batch_size": 12},
+            {"pp": 4, "vpp": 2, "dp": 2},
+            "layout.vpp=2 needs a number of micro batches that is a multiple of layout.pp=4, and a batch of 12 samples has 6 "
+            "(train.micro_batch_size × layout.dp = 2 samples each). Nearest legal batch: 8 or 16. With layout.vpp=1 any number",
+        ),
+        (
+            {"sequence_length": 9, "micro_batch_size": 1},
+            {"tp": 2},
+            "layout.tp=2 does not divide the 1 × 9 tokens of a micro batch (train.micro_batch_size × train.sequence_length), "
+            "which it shares out. Make one of the two a multiple of 2",
+        ),
+    ],
+)
+def test_batches_that_the_layout_cannot_share_out(train: dict[str, Any], layout: dict[str, Any], what: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        config(train={"steps": 10, **train}, layout=layout)
+    [error] = caught.value.errors()
+    assert what in error["msg"]
+
+
+def test_settings_are_those_of_the_core() -> None:
+    """Every setting reaches the trainer under its own name; what the core adds is its default."""
+    ours, core = TrainSettings(steps=10), TrainConfig(steps=10, **NEEDED)
+    assert set(TrainSettings.model_fields) == {field.name for field in dataclasses.fields(TrainConfig)}
+    differ = {name for name in TrainSettings.model_fields if getattr(ours, name) != getattr(core, name)}
+    assert differ == {"precision"}, "bf16 for GPUs, fp32 for whoever uses the core as a library"
+    assert ours.train_config().precision == "bf16"
+
+
+NEEDED: dict[str, Any] = {"sequence_length": 1024, "micro_batch_size": 1, "global_batch_size": 8, "lr": 3e-4}
 
 
 def test_every_field_is_described() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from stages.contracts import artifacts as a
 from stages.contracts.config import PipelineConfig
-from stages.contracts.specs import SOURCES, SPECS, DownloadModelSpec, Ref, TrainSpec
+from stages.contracts.specs import SOURCES, SPECS, DownloadModelSpec, Ref, ShardSpec, TrainSpec
 
 
 def config(**changes: Any) -> PipelineConfig:
@@ -24,7 +24,10 @@ def spec(config: PipelineConfig, fingerprint: str = "f") -> TrainSpec:
     [
         {"train": {"steps": 10, "lr": 1e-3}},
         {"train": {"steps": 10, "seed": 1}},
+        {"train": {"steps": 10, "optimizer": "sgd"}},
+        {"train": {"steps": 10, "reset_attention_mask": True}},
         {"layout": {"dp": 2}},
+        {"layout": {"pp": 2}},
     ],
 )
 def test_settings_change_the_key(changes: dict[str, Any]) -> None:
@@ -33,10 +36,27 @@ def test_settings_change_the_key(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"workspace": "elsewhere"}, {"train": {"steps": 10, "log_interval": 3}}, {"preprocess": {"workers": 7}}],
+    [
+        {"workspace": "elsewhere"},
+        {"train": {"steps": 10, "log_interval": 3}},
+        {"train": {"steps": 10, "micro_batch_size": 2}},
+        {"train": {"steps": 10, "recompute": "full", "recompute_layers_per_unit": 2}},
+        {"train": {"steps": 10, "stop_after_minutes": 3.5, "max_skipped_steps": 5}},
+        {"preprocess": {"workers": 7}},
+    ],
 )
 def test_paths_and_pace_do_not(changes: dict[str, Any]) -> None:
     assert spec(config(**changes)).key == spec(config()).key
+
+
+def test_the_micro_batch_counts_where_the_loss_is_defined_by_it() -> None:
+    reference = {"steps": 10, "reference_loss_mean": True}
+    assert spec(config(train=reference | {"micro_batch_size": 2})).key != spec(config(train=reference)).key
+
+
+def test_shards_are_cut_for_the_layout() -> None:
+    layout = config(layout={"tp": 2, "pp": 4, "dp": 2, "vpp": 2})
+    assert ShardSpec.settings_of(layout) == {"tp": 2, "pp": 4, "vpp": 2}
 
 
 def test_inputs_count_by_content() -> None:

@@ -38,7 +38,7 @@ def test_nothing_is_wrong(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ([], "config.json: is no JSON object"),
-        (LLAMA | {"model_type": "bert"}, "model_type='bert' is not supported. Supported: llama"),
+        (LLAMA | {"model_type": "bert"}, "model_type='bert' is not supported. Supported: falcon, llama, mistral, qwen2"),
         (LLAMA | {"hidden_size": "abc"}, "config.json: hidden_size='abc' must be a whole number"),
         (LLAMA | {"rms_norm_eps": "x"}, "config.json: rms_norm_eps='x' must be a number"),
         (LLAMA | {"rope_parameters": 3}, "config.json: rope_parameters=3 must be an object"),
@@ -58,9 +58,10 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_the_model(tmp_path: Path) -> None:
-    found = problems(model(tmp_path, LLAMA), layout={"tp": 8}, train={"steps": 10, "sequence_length": 1024})
+    found = problems(model(tmp_path, LLAMA), layout={"tp": 16}, train={"steps": 10, "sequence_length": 1024})
     assert found == [
-        "layout: tp=8 does not divide num_key_value_heads=4. Legal here: 1, 2, 4",
+        "layout: tp=16 cannot share out num_attention_heads=8 with num_key_value_heads=4 and intermediate_size=96. "
+        "Legal here: 1, 2, 4, 8",
         f"train.sequence_length: 1024 exceeds max_position_embeddings=512 of {tmp_path}",
     ]
 

@@ -1,85 +1,41 @@
-"""Training: what it computes under any layout, how it goes on after a stop, and what it does when something is wrong.
+"""Training: what it computes under any layout, when it stops, and what it does when something is wrong.
 
-The oracle for layouts and for going on is one process in float64 that trains straight through.
+The oracles are a plain loop over PyTorch's own optimizer, and for layouts one process in float64.
 """
 
 import json
 import math
-from collections.abc import Callable
+import time
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from distributed import GlooPool
-from tiny_training import MODEL, write_dataset, write_weights
+from tiny_job import assert_close, changed, losses_of, make_job, stop_after, tensors_of, train_on_rank
+from tiny_training import MODEL
 
 from megatron_core_impl import trainer
+from megatron_core_impl.batches import open_datasets
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.checkpoint.training import STATE_FILE, finished_steps, step_folder
 from megatron_core_impl.config import Layout
-from megatron_core_impl.mesh import Mesh, init_mesh
+from megatron_core_impl.mesh import Mesh
 from megatron_core_impl.metrics import Report, read_metrics
-from megatron_core_impl.models.transformer import Transformer
 from megatron_core_impl.parallel.parallelize import load_weights, parallelize
-from megatron_core_impl.parallel.zero import ZeroOptimizer
-from megatron_core_impl.trainer import Job, State, TrainConfig, TrainingDiverged, train
-
-CONFIG = TrainConfig(
-    steps=6, sequence_length=16, micro_batch_size=2, global_batch_size=8, lr=1e-2, min_lr=1e-3, warmup_steps=2,
-    split="80,20,0", eval_interval=2, eval_batches=1, checkpoint_interval=100, log_interval=1, precision="fp64",
-)  # fmt: skip
-Line = Callable[[str], None]
+from megatron_core_impl.parallel.pipeline import Pipeline
+from megatron_core_impl.resume import begin
+from megatron_core_impl.train_config import Job, Rates, TrainConfig
+from megatron_core_impl.train_step import StepResult
+from megatron_core_impl.trainer import TrainingDiverged, train
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    write_weights(tmp_path / "weights")
-    write_dataset(tmp_path / "dataset")
-    return Job(
-        config=CONFIG, model=MODEL, weights=tmp_path / "weights", dataset=tmp_path / "dataset" / "data",
-        dataset_fingerprint="f", folder=tmp_path / "run",
-    )  # fmt: skip
-
-
-def changed(job: Job, folder: str = "run", **settings: Any) -> Job:
-    return replace(job, config=replace(job.config, **settings), folder=job.folder.parent / folder)
-
-
-def stop_after(steps: int) -> Callable[[], bool]:
-    """A `should_stop` that lets so many steps through."""
-    asked = iter(range(1000))
-    return lambda: next(asked) == steps
-
-
-def tensors_of(job: Job, step: int) -> dict[str, torch.Tensor]:
-    reader = open_weights(step_folder(job.checkpoints, step))
-    return {name: reader.read(name) for name in reader.names}
-
-
-def losses_of(job: Job) -> list[tuple[int, str, float]]:
-    kinds = ("loss", "grad_norm", "valid_loss")
-    return [(line["step"], kind, line[kind]) for line in read_metrics(job.folder) for kind in kinds if kind in line]
-
-
-def assert_close(ours: Job, theirs: Job, step: int, tolerance: float) -> None:
-    """The same losses on the way, and the same checkpoint. With tolerance 0: bit for bit."""
-    for (step_a, kind_a, a), (step_b, kind_b, b) in zip(losses_of(ours), losses_of(theirs), strict=True):
-        assert (step_a, kind_a) == (step_b, kind_b)
-        assert a == pytest.approx(b, rel=tolerance, abs=0), f"{kind_a} of step {step_a}"
-    left, right = tensors_of(ours, step), tensors_of(theirs, step)
-    assert left.keys() == right.keys()
-    for name, values in left.items():
-        if tolerance:
-            torch.testing.assert_close(values, right[name], rtol=0, atol=tolerance, msg=name)
-        else:
-            assert torch.equal(values, right[name]), name
-
-
-def train_on_rank(job: Job, layout: Layout, steps: int | None) -> State:
-    """For the pool: this rank's part of a training, to the end or for so many steps."""
-    return train(job, init_mesh(layout, "cpu"), should_stop=stop_after(steps) if steps else lambda: False)
+    return make_job(tmp_path)
 
 
 def test_learns(job: Job) -> None:
@@ -97,8 +53,9 @@ def test_learns(job: Job) -> None:
     assert [line["step"] for line in metrics if "loss" in line] == [4, 8, 12, 16, 20, 24, 28, 30]
     assert [line["step"] for line in metrics if "valid_loss" in line] == [0, 10, 20, 30]
     assert metrics[-1]["valid_perplexity"] == pytest.approx(math.exp(state.loss_after))
-    assert metrics[1]["lr"] == pytest.approx(job.config.learning_rate(4))
+    assert metrics[1]["lr"] == pytest.approx(job.config.rates(3 * 8).lr)
     assert list((job.folder / "tensorboard").iterdir())
+    assert not {"loss_scale", "batch_size"} & metrics[1].keys(), "they do not vary"
 
     assert [line for line in lines if line.startswith("step  4/30 · loss ")]
     assert lines[-1].startswith("step 30/30 · held-out loss ")
@@ -106,45 +63,80 @@ def test_learns(job: Job) -> None:
     assert texts[-1].startswith("step 30/30 · loss ")
 
 
-def test_equals_a_plain_loop(job: Job) -> None:
-    """The oracle: PyTorch's own AdamW and clipping on whole batches, the samples and the learning rates by their definition."""
-    train(job, Mesh.single())
-    data, _ = trainer._datasets(job)
+PLAIN = [(8, 1e-2 * k / 2 if k <= 2 else 1e-3 + 9e-3 * (1 + math.cos(math.pi * (k - 2) / 4)) / 2, 0.1) for k in range(1, 7)]
+GROWING = [  # samples, learning rate (linear down from the 8th sample to the 32nd), weight decay
+    (4, 5e-3, 0.1 * 4 / 32),
+    (4, 1e-2, 0.1 * 8 / 32),
+    (4, 0.0, 0.0),  # the step that is skipped
+    (6, 1e-3 + 9e-3 * 14 / 24, 0.1 * 18 / 32),
+    (6, 1e-3 + 9e-3 * 8 / 24, 0.1 * 24 / 32),
+    (8, 1e-3, 0.1),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, PLAIN),
+        (
+            {
+                "ramp_start": 4, "ramp_increment": 2, "ramp_samples": 20, "schedule": "linear", "weight_decay_start": 0.0,
+                "weight_decay_style": "linear", "skip_steps": (3,),
+            },
+            GROWING,
+        ),
+    ],
+)  # fmt: skip
+def test_equals_a_plain_loop(job: Job, settings: dict[str, Any], expected: list[tuple[int, float, float]]) -> None:
+    """The oracle: PyTorch's own AdamW and clipping on whole batches; their sizes and rates by their definition."""
+    job = changed(job, **settings)
+    lines: list[str] = []
+    train(job, Mesh.single(), report=Report(log=lines.append))
+    data, _ = open_datasets(job)
     model = parallelize(MODEL, Mesh.single(), dtype=torch.float64)
     load_weights(model, open_weights(job.weights))
     decayed = [p for p in model.parameters() if p.dim() > 1]
     groups = [{"params": decayed}, {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
-    expected = []
-    for step in range(1, 7):
-        samples = torch.stack([torch.from_numpy(data[k]) for k in range(8 * (step - 1), 8 * step)])
-        loss = model.loss(samples[:, :-1], samples[:, 1:], torch.full((8, 16), 1 / 128, dtype=torch.float64))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5)
+    written, first = [], 0
+    for step, (size, lr, weight_decay) in enumerate(expected, start=1):
+        samples = torch.stack([torch.from_numpy(data[k]) for k in range(first, first + size)])
+        first += size
+        loss = model.loss(samples[:, :-1], samples[:, 1:], torch.full((size, 16), 1 / (16 * size), dtype=torch.float64))
+        written.append((step, "loss", loss.item()))
+        if step in job.config.skip_steps:
+            continue
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        lr = 1e-2 * step / 2 if step <= 2 else 1e-3 + 9e-3 * (1 + math.cos(math.pi * (step - 2) / 4)) / 2
+        written.append((step, "grad_norm", torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()))
         for group in optimizer.param_groups:
             group["lr"] = lr
+        optimizer.param_groups[0]["weight_decay"] = weight_decay
         optimizer.step()
-        expected += [(step, "loss", loss.item()), (step, "grad_norm", norm.item())]
-    ours = [line for line in losses_of(job) if line[1] != "valid_loss"]
-    assert [line[:2] for line in ours] == [line[:2] for line in expected]
-    assert [line[2] for line in ours] == pytest.approx([line[2] for line in expected], rel=1e-9)
+    ours = [line for line in losses_of(job) if line[1] != "valid_loss" and line[2] is not None]
+    assert [line[:2] for line in ours] == [line[:2] for line in written]
+    assert [line[2] for line in ours] == pytest.approx([line[2] for line in written], rel=1e-9)
     saved = tensors_of(job, 6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(saved[name], parameter.detach()[: len(saved[name])], rtol=0, atol=1e-9, msg=name)
+    if settings:
+        told = [line for line in lines if " · loss " in line]
+        assert [line.split(" · ")[4] for line in told] == [f"batch {size}" for size, _, _ in expected]
+        assert " · no update, as skip_steps asks · " in told[2]
+        trained = [line for line in read_metrics(job.folder) if "loss" in line]
+        assert [line["batch_size"] for line in trained] == [size for size, _, _ in expected]
 
 
 def test_held_out_loss_is_the_mean_over_tokens(job: Job) -> None:
     """By hand: every sample of the evaluation alone."""
     job = changed(job, eval_batches=2)
-    _, data = trainer._datasets(job)
-    model, _, _ = trainer._begin(job, Mesh.single(), Report())
+    _, data = open_datasets(job)
+    model = begin(job, Mesh.single(), Report())[0]
     samples = [torch.from_numpy(data[k]) for k in range(2 * 8)]
     with torch.no_grad():
         logits = torch.cat([model(sample[None, :-1])[:, : MODEL.vocab_size] for sample in samples])
     expected = torch.nn.functional.cross_entropy(logits, torch.cat([sample[1:] for sample in samples]))
-    assert trainer.evaluate(model, data, job.config, Mesh.single()) == pytest.approx(expected.item(), rel=1e-12)
+    assert trainer.evaluate(Pipeline(model), data, job) == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_cut_of_the_batch_does_not_matter(job: Job) -> None:
@@ -155,167 +147,105 @@ def test_cut_of_the_batch_does_not_matter(job: Job) -> None:
         assert_close(other, job, 6, 1e-9)
 
 
-@pytest.mark.parametrize(("tp", "dp"), [(2, 1), (1, 2), (2, 2)])
-def test_layout_does_not_matter(job: Job, pool: GlooPool, tp: int, dp: int) -> None:
+@pytest.mark.parametrize("layout", [Layout(tp=2, dp=2), Layout(pp=2, vpp=2, dp=2)])
+def test_layout_does_not_matter(tmp_path: Path, pool: GlooPool, layout: Layout) -> None:
+    """With tied embeddings, documents that end, and a batch that grows."""
+    job = make_job(tmp_path, replace(MODEL, num_hidden_layers=4, tie_word_embeddings=True))
+    job = changed(
+        job, micro_batch_size=1, reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True,
+        ramp_start=4, ramp_increment=4, ramp_samples=16,
+    )  # fmt: skip
     train(job, Mesh.single())
     other = changed(job, "other")
-    states = pool.run(train_on_rank, tp * dp, other, Layout(tp=tp, dp=dp), None)
+    states = pool.run(train_on_rank, layout.world_size, other, layout)
     assert_close(other, job, 6, 1e-9)
     assert all(state == states[0] for state in states)
+    assert states[0].consumed_tokens < 6 * 8 * 16 - 16, "some tokens do not count"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_goes_on_exactly(job: Job, precision: str) -> None:
-    straight = changed(job, "straight", precision=precision)
-    train(straight, Mesh.single())
-    broken = changed(job, "broken", precision=precision)
-    first = train(broken, Mesh.single(), should_stop=stop_after(3))
-    assert (first.step, first.loss_after) == (3, None)
-    assert finished_steps(broken.checkpoints) == [3]
-    lines: list[str] = []
-    second = train(broken, Mesh.single(), report=Report(log=lines.append))
-    assert lines[0] == "going on from the checkpoint at step 3"
-    assert second.loss_before == first.loss_before
-    assert_close(broken, straight, 6, 0)
-
-
-def test_goes_on_exactly_on_four_ranks(job: Job, pool: GlooPool) -> None:
-    job = changed(job, "straight", precision="fp32")
-    broken = changed(job, "broken")
-    layout = Layout(tp=2, dp=2)
-    pool.run(train_on_rank, 4, job, layout, None)
-    assert [state.step for state in pool.run(train_on_rank, 4, broken, layout, 3)] == [3] * 4
-    pool.run(train_on_rank, 4, broken, layout, None)
-    assert_close(broken, job, 6, 0)
-
-
-@pytest.mark.parametrize(("before", "after"), [(Layout(), Layout(tp=2, dp=2)), (Layout(tp=2, dp=2), Layout(dp=2))])
-def test_goes_on_under_another_layout(job: Job, pool: GlooPool, before: Layout, after: Layout) -> None:
+def test_full_recompute_changes_nothing(job: Job) -> None:
+    job = changed(job, precision="fp32", hidden_dropout=0.1, attention_dropout=0.1)
     train(job, Mesh.single())
-    other = changed(job, "other", micro_batch_size=1)
-    pool.run(train_on_rank, before.world_size, other, before, 3)
-    pool.run(train_on_rank, after.world_size, other, after, None)
-    assert_close(other, job, 6, 1e-9)
+    other = changed(job, "other", recompute="full", recompute_layers_per_unit=2)
+    train(other, Mesh.single())
+    assert_close(other, job, 6, 0)
 
 
-def test_goes_on_after_a_crash(job: Job) -> None:
-    """What was written after the last checkpoint is written again, and stands once."""
-    straight = changed(job, "straight", checkpoint_interval=2)
-    train(straight, Mesh.single())
-    crashed = changed(job, "crashed", checkpoint_interval=2)
-
-    def crash(line: str) -> None:
-        if line.startswith("step 5/6"):
-            raise KeyError("the machine")
-
-    with pytest.raises(KeyError):
-        train(crashed, Mesh.single(), report=Report(log=crash))
-    assert finished_steps(crashed.checkpoints) == [4, 2]
-    (crashed.checkpoints / "step-000005.tmp").mkdir()
-    with (crashed.folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "lo')
-    train(crashed, Mesh.single())
-    assert sorted(path.name for path in crashed.checkpoints.iterdir()) == ["step-000004", "step-000006"]
-    assert_close(crashed, straight, 6, 0)
-
-
-def test_nothing_to_do_is_nothing_done(job: Job) -> None:
-    first = train(job, Mesh.single())
-    before = (job.folder / "metrics.jsonl").read_text()
-    assert train(job, Mesh.single()) == first
-    assert (job.folder / "metrics.jsonl").read_text() == before
-
-
-def flip_a_byte(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize(
-    ("damage", "text"),
-    [
-        (lambda folder: flip_a_byte(folder / "rank-0000.safetensors"), "is not what was written: its SHA-256 differs"),
-        (lambda folder: flip_a_byte(folder / "index.json"), "is not what was written: its SHA-256 differs"),
-        (lambda folder: (folder / "rank-0000.safetensors").unlink(), "is missing"),
-        (lambda folder: (folder / "index.json").write_text("{}"), "has 2 bytes, state.json says"),
-        (lambda folder: (folder / STATE_FILE).write_text('{"step": 4'), "is not readable"),
-        (lambda folder: (folder / STATE_FILE).write_text('{"step": 2, "files": {}}'), "is not the state of step 4"),
-    ],
-)  # fmt: skip
-def test_a_damaged_checkpoint_is_passed_over(job: Job, damage: Callable[[Path], None], text: str) -> None:
-    straight = changed(job, "straight")
-    train(straight, Mesh.single())
-    job = changed(job, "damaged", checkpoint_interval=2)
-    train(job, Mesh.single(), should_stop=stop_after(4))
-    damage(step_folder(job.checkpoints, 4))
-    warnings: list[str] = []
-    train(job, Mesh.single(), report=Report(warn=warnings.append))
-    assert len(warnings) == 1
-    assert warnings[0].startswith("the checkpoint at step 4 is damaged and is not used: ")
-    assert text in warnings[0]
-    assert_close(job, straight, 6, 0)
-
-
-def test_damage_is_told_once_by_several_ranks(job: Job, pool: GlooPool, capfd: pytest.CaptureFixture[str]) -> None:
-    train(changed(job, checkpoint_interval=2), Mesh.single(), should_stop=stop_after(4))
-    (step_folder(job.checkpoints, 4) / STATE_FILE).write_text("")
-    flip_a_byte(step_folder(job.checkpoints, 2) / "rank-0000.safetensors")
-    warnings = [line for told in pool.run(warnings_on_rank, 2, job) for line in told]
-    assert [line[:24] for line in sorted(warnings)] == ["the checkpoint at step 2", "the checkpoint at step 4"]
-    assert finished_steps(job.checkpoints) == []
-
-
-def warnings_on_rank(job: Job) -> list[str]:
-    warnings: list[str] = []
-    assert trainer._newest_intact(job, init_mesh(Layout(dp=2), "cpu"), Report(warn=warnings.append)) is None
-    return warnings
-
-
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"lr": 2e-2}, "lr=0.01, now it is 0.02"),
-        ({"seed": 1}, "seed=1234, now it is 1"),
-        ({"steps": 7}, "steps=6, now it is 7"),
-    ],
-)
-def test_other_settings_are_refused(job: Job, changes: dict[str, Any], text: str) -> None:
+def test_dropout_is_for_training_only(job: Job) -> None:
+    """It changes the first step, and not the held-out loss before it."""
+    other = changed(job, "other", hidden_dropout=0.5)
     train(job, Mesh.single(), should_stop=stop_after(1))
-    with pytest.raises(ValueError, match="give the same again, or start anew") as error:
-        train(changed(job, **changes), Mesh.single())
-    assert text in str(error.value)
+    train(other, Mesh.single(), should_stop=stop_after(1))
+    (_, _, before), (_, _, loss), *_ = losses_of(job)
+    (_, _, before_too), (_, _, other_loss), *_ = losses_of(other)
+    assert before == before_too
+    assert abs(loss - other_loss) > 1e-3
 
 
-def test_other_data_is_refused(job: Job) -> None:
-    train(job, Mesh.single(), should_stop=stop_after(1))
-    with pytest.raises(ValueError, match="dataset='f', now it is 'g'"):
-        train(replace(job, dataset_fingerprint="g"), Mesh.single())
+def test_fp16_finds_a_loss_scale(job: Job) -> None:
+    """Too large a scale at first: steps are skipped until it has fallen far enough, and then it trains as fp32 does."""
+    lines: list[str] = []
+    settings: dict[str, Any] = {"steps": 20, "warmup_steps": 0, "eval_interval": 20}
+    fp32, fp16 = changed(job, "fp32", precision="fp32", **settings), changed(job, "fp16", precision="fp16", **settings)
+    fp16 = changed(fp16, "fp16", initial_loss_scale=2.0**24, loss_scale_hysteresis=1, loss_scale_window=4)
+    state = train(fp16, Mesh.single(), report=Report(log=lines.append))
+    scales = [line["loss_scale"] for line in read_metrics(fp16.folder) if "loss" in line]
+    skipped = [line["skipped_steps"] for line in read_metrics(fp16.folder) if "loss" in line]
+    assert scales[0] == 2.0**24
+    assert sum(skipped) == state.skipped_steps > 0
+    for now, then, is_skipped in zip(scales, scales[1:], skipped[:-1], strict=False):
+        assert then == now / 2 if is_skipped else then in (now, 2 * now)
+    assert max(scales[8:]) < 2.0**24
+    assert " · loss scale 1.67772e+07 · " in next(line for line in lines if line.startswith("step  1/20 · loss"))
+    assert state.loss_before is not None
+    assert state.loss_after is not None
+    assert state.loss_after < 0.8 * state.loss_before
+
+    static = changed(job, "static", precision="fp16", loss_scale=2.0**12, **settings)
+    train(static, Mesh.single(), should_stop=stop_after(1))
+    train(fp32, Mesh.single(), should_stop=stop_after(1))
+    (_, _, loss), (_, _, norm) = losses_of(static)[1:]
+    assert loss == pytest.approx(losses_of(fp32)[1][2], rel=2e-3), "what is told is not scaled"
+    assert norm == pytest.approx(losses_of(fp32)[2][2], rel=2e-2)
+
+
+# Stopping
+
+
+def test_stops_when_its_time_is_up(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    minutes = count()
+    clock = SimpleNamespace(monotonic=lambda: 60 * next(minutes), perf_counter=time.perf_counter)
+    monkeypatch.setattr(trainer, "time", clock)
+    lines: list[str] = []
+    state = train(changed(job, stop_after_minutes=4), Mesh.single(), report=Report(log=lines.append))
+    assert (state.step, state.loss_after) == (4, None)
+    assert lines[-1] == "stop_after_minutes=4 have passed"
+    assert finished_steps(job.checkpoints) == [4]
 
 
 def test_a_step_without_finite_gradient_is_skipped(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    train(changed(job, "one", steps=2), Mesh.single(), should_stop=stop_after(1))
+    job = changed(job, steps=3, warmup_steps=0)
+    train(job, Mesh.single(), should_stop=stop_after(1))
     spoil(monkeypatch, steps={2})
-    state = train(changed(job, "one", steps=2), Mesh.single(), report=Report(log=lines.append))
-    assert state.skipped_steps == 1
-    assert state.step == 2
+    state = train(job, Mesh.single(), report=Report(log=lines.append), should_stop=stop_after(1))
+    assert (state.step, state.skipped_steps, state.skipped_in_a_row) == (2, 1, 1)
     assert "1 of 1 steps skipped" in lines[1]
-    line = next(line for line in read_metrics(job.folder.parent / "one") if line["step"] == 2 and "loss" in line)
+    line = next(line for line in read_metrics(job.folder) if line["step"] == 2 and "loss" in line)
     assert (line["loss"], line["grad_norm"], line["skipped_steps"]) == (None, None, 1)
-    record = json.loads((step_folder(changed(job, "one").checkpoints, 2) / STATE_FILE).read_text())
+    record = json.loads((step_folder(job.checkpoints, 2) / STATE_FILE).read_text())
     assert (record["skipped_steps"], record["optimizer_steps"], record["consumed_samples"]) == (1, 1, 16)
-    whole = changed(job, "one")
-    for name, values in tensors_of(whole, 2).items():
-        assert torch.equal(values, tensors_of(whole, 1)[name]), name
+    for name, values in tensors_of(job, 2).items():
+        assert torch.equal(values, tensors_of(job, 1)[name]), name
+    assert train(job, Mesh.single()).skipped_in_a_row == 0
 
 
 def test_many_such_steps_stop_the_run(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = changed(job, steps=20, checkpoint_interval=2)
-    spoil(monkeypatch, steps=set(range(4, 21)))
+    job = changed(job, steps=20, checkpoint_interval=2, max_skipped_steps=3)
+    spoil(monkeypatch, steps={1, 2, *range(4, 21)})
     with pytest.raises(TrainingDiverged) as error:
         train(job, Mesh.single())
-    assert "not finite in 10 steps in a row, the last at step 13" in str(error.value)
+    assert "not finite in 3 steps in a row, the last at step 6" in str(error.value)
     assert "Lower lr (now 0.01)" in str(error.value)
     last = finished_steps(job.checkpoints)[0]
     assert f"The last checkpoint is step {last}" in str(error.value)
@@ -324,16 +254,22 @@ def test_many_such_steps_stop_the_run(job: Job, monkeypatch: pytest.MonkeyPatch)
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Make the loss of some steps infinite."""
-    real, skipped = trainer.train_step, []
+    real, rates = trainer.train_step, TrainConfig.rates
+    is_spoilt = False
 
-    def train_step(model: Transformer, optimizer: ZeroOptimizer, *rest: Any, lr: float) -> tuple[float, int, float]:
+    def note(config: TrainConfig, consumed_samples: int) -> Rates:
+        nonlocal is_spoilt
+        is_spoilt = consumed_samples // config.global_batch_size + 1 in steps
+        return rates(config, consumed_samples)
+
+    def train_step(pipeline: Pipeline, *rest: Any, **more: Any) -> StepResult:
         with monkeypatch.context() as patch:
-            if optimizer.step_count + len(skipped) + 1 in steps:
-                skipped.append(1)
-                loss = model.loss
-                patch.setattr(model, "loss", lambda *batch: loss(*batch) * math.inf)
-            return real(model, optimizer, *rest, lr=lr)
+            if is_spoilt:
+                forward = pipeline.model.forward_chunk
+                patch.setattr(pipeline.model, "forward_chunk", lambda *batch: forward(*batch) * math.inf)
+            return real(pipeline, *rest, **more)
 
+    monkeypatch.setattr(TrainConfig, "rates", note)
     monkeypatch.setattr(trainer, "train_step", train_step)
 
 
@@ -350,11 +286,3 @@ def test_bf16_keeps_every_digit_of_the_weights(job: Job) -> None:
     for name in start.names:
         assert end[name].dtype == torch.float32
         assert torch.equal(end[name], start.read(name)), name
-
-
-def test_a_batch_without_targets_changes_nothing_but_the_decay(job: Job) -> None:
-    model, optimizer, _ = trainer._begin(changed(job, weight_decay=0.0), Mesh.single(), Report())
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    batch = trainer.Batch(torch.zeros(1, 16, dtype=torch.int64), torch.zeros(1, 16, dtype=torch.int64), torch.zeros(1, 16))
-    assert trainer.train_step(model, optimizer, [batch], Mesh.single(), lr=0.1) == (0.0, 0, 0.0)
-    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())

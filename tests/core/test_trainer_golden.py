@@ -1,65 +1,92 @@
 """Training against the reference: losses and gradient norms that Megatron-LLM computed on a CPU (../shared/golden/training)."""
 
 import gzip
-import hashlib
+import importlib.util
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from distributed import GlooPool
+from tiny_job import train_on_rank
 
-from megatron_core_impl.checkpoint.sharded import write_index, write_rank_file
-from megatron_core_impl.checkpoint.slicing import whole
-from megatron_core_impl.config import ModelConfig
+from megatron_core_impl.checkpoint.foreign import Rearranged, invert
+from megatron_core_impl.checkpoint.reshard import reshard
+from megatron_core_impl.checkpoint.sharded import open_weights
+from megatron_core_impl.config import Layout, ModelConfig, RopeScaling
 from megatron_core_impl.data.indexed_dataset import IndexedDatasetWriter
 from megatron_core_impl.data.tokenizer import load_tokenizer
-from megatron_core_impl.mesh import Mesh
 from megatron_core_impl.metrics import read_metrics
-from megatron_core_impl.models.families import tensors
-from megatron_core_impl.trainer import Job, TrainConfig, train
+from megatron_core_impl.models import families
+from megatron_core_impl.train_config import Job, TrainConfig
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
-STEPS = 3  # of the reference's 20; all 20 agree as well
-
-MODEL = ModelConfig(
-    family="llama", vocab_size=32000, hidden_size=128, intermediate_size=176, num_hidden_layers=4, num_attention_heads=8,
-    num_key_value_heads=2, head_dim=16, max_position_embeddings=4096,
-)  # fmt: skip
-DIGEST = "dc08da2c7bedf6e1740ba5200f9449526b8795d575f7bb03858d650a1d454153"  # of golden/make_models.py
-IN_LAYER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
-            "mlp.down_proj", "input_layernorm", "post_attention_layernorm")  # fmt: skip
 
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs ../shared/golden")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReferenceConfig(TrainConfig):
-    """The reference spends its first step at a learning rate of 0."""
+@dataclass(frozen=True)
+class Run:
+    """A run of the reference, and what it is with us. All 20 steps of all runs agree; a test takes a few."""
 
-    def learning_rate(self, step: int) -> float:
-        return super().learning_rate(step - 1)
+    name: str
+    layout: Layout = field(default_factory=Layout)
+    settings: dict[str, Any] = field(default_factory=dict)
+    rope_scaling: RopeScaling | None = None
+    steps: int = 1
+    model: str = "llama2_gqa"
 
 
-def write_weights(folder: Path) -> None:
-    """The model that golden/make_models.py makes: drawn in the order of transformers' parameters."""
-    layers = [f"model.layers.{layer}.{name}.weight" for layer in range(MODEL.num_hidden_layers) for name in IN_LAYER]
-    shapes = {spec.name: spec.shape for spec in tensors(MODEL)}
-    generator = torch.Generator().manual_seed(7)
-    drawn = {}
-    for name in ("model.embed_tokens.weight", *layers, "model.norm.weight", "lm_head.weight"):
-        values = torch.randn(shapes[name], generator=generator) * 0.02
-        drawn[name] = values * 5 + 1 if "norm" in name else values
-    digest = hashlib.sha256()
-    for name, values in sorted(drawn.items()):
-        digest.update(name.encode() + values.numpy().tobytes())
-    if digest.hexdigest() != DIGEST:
-        pytest.skip("this PyTorch draws other random numbers")
-    folder.mkdir()
-    write_rank_file(folder, 0, [(name, shapes[name], whole(shapes[name]), values) for name, values in drawn.items()])
-    write_index(folder, layout={"tp": 1, "pp": 1, "dp": 1})
+RUNS = (
+    Run("gqa_tp1"),
+    Run("gqa_dp2", Layout(dp=2)),
+    Run("gqa_pp4", Layout(pp=4)),
+    Run("gqa_pp4_vpp", Layout(pp=2, vpp=2)),  # there pp 4 with one layer per virtual stage, which is one chunk per rank
+    Run("gqa_tp2_flash", Layout(tp=2)),
+    Run(  # the first sample that holds the end of a document comes in step 7; until then it is gqa_tp1
+        "gqa_eodmask",
+        settings={
+            "reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True, "reference_loss_mean": True,
+        },
+        steps=7,
+    ),
+    Run("gqa_recompute_full", settings={"recompute": "full"}),
+    Run("gqa_rope8", rope_scaling=RopeScaling(kind="linear", factor=8)),
+    Run("falcon7", model="falcon7"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the models and the dataset of all runs."""
+    folder = tmp_path_factory.mktemp("golden")
+    write_inputs(folder)
+    return folder
+
+
+def write_inputs(folder: Path) -> None:
+    script = importlib.util.spec_from_file_location("make_models", GOLDEN / "make_models.py")
+    assert script is not None
+    assert script.loader is not None
+    make_models = importlib.util.module_from_spec(script)
+    script.loader.exec_module(make_models)
+    try:
+        make_models.main(folder / "hf", [])
+    except SystemExit as error:
+        pytest.skip(str(error))
+    for name in make_models.MODELS:
+        config = model_config(folder, name)
+        (folder / name).mkdir()
+        source = Rearranged(open_weights(folder / "hf" / name), invert(families.family_of(config).hf_tensors(config)))
+        reshard(source, folder / name, families.tensors(config), Layout())
+    write_dataset(folder / "dataset")
+
+
+def model_config(folder: Path, name: str) -> ModelConfig:
+    return families.config_from_hf(json.loads((folder / "hf" / name / "config.json").read_text()))
 
 
 def write_dataset(folder: Path) -> None:
@@ -67,6 +94,7 @@ def write_dataset(folder: Path) -> None:
     folder.mkdir()
     shutil.copy(GOLDEN / "tokenizer" / "llama2.model", folder / "tokenizer.model")
     tokenizer = load_tokenizer(folder, "sentencepiece", parse_special=True)
+    assert tokenizer.eod_id == 2
     with (
         gzip.open(GOLDEN / "preprocess" / "code.jsonl.gz", "rt") as lines,
         IndexedDatasetWriter(folder / "data", np.uint16) as out,
@@ -76,22 +104,30 @@ def write_dataset(folder: Path) -> None:
             out.end_document()
 
 
-def test_equals_the_reference(tmp_path: Path) -> None:
-    config = ReferenceConfig(
+def job_of(run: Run, inputs: Path, folder: Path) -> Job:
+    config = TrainConfig(
         steps=20, sequence_length=256, micro_batch_size=2, global_batch_size=8, lr=1e-3, min_lr=1e-4, warmup_steps=5,
-        split="969,30,1", eval_batches=1, log_interval=1,
+        split="969,30,1", eval_interval=100, eval_batches=1, checkpoint_interval=100, log_interval=1, reference_first_lr=True,
+        **run.settings,
     )  # fmt: skip
-    write_weights(tmp_path / "weights")
-    write_dataset(tmp_path / "dataset")
-    job = Job(
-        config=config, model=MODEL, weights=tmp_path / "weights", dataset=tmp_path / "dataset" / "data",
-        dataset_fingerprint="f", folder=tmp_path / "run",
+    return Job(
+        config=config, model=replace(model_config(inputs, run.model), rope_scaling=run.rope_scaling),
+        weights=inputs / run.model, dataset=inputs / "dataset" / "data", dataset_fingerprint="f", folder=folder, eod_id=2,
     )  # fmt: skip
-    steps = iter(range(STEPS + 1))
-    train(job, Mesh.single(), should_stop=lambda: next(steps) == STEPS)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_equals_the_reference(run: Run, inputs: Path, tmp_path: Path, pool: GlooPool) -> None:
+    job = job_of(run, inputs, tmp_path)
+    if run.layout.world_size == 1:
+        train_on_rank(job, run.layout, run.steps)
+    else:
+        pool.run(train_on_rank, run.layout.world_size, job, run.layout, run.steps)
     ours = [line for line in read_metrics(job.folder) if "loss" in line]
-    theirs = json.loads((GOLDEN / "training" / "gqa_tp1.json").read_text())[:STEPS]
+    theirs = json.loads((GOLDEN / "training" / f"{run.name}.json").read_text())[: run.steps]
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
-    assert [line["loss"] for line in ours] == pytest.approx([line["lm_loss"] for line in theirs], rel=0, abs=2e-6)
-    assert [line["grad_norm"] for line in ours] == pytest.approx([line["grad_norm"] for line in theirs], rel=2e-6, abs=0)
-    assert [line["lr"] for line in ours[1:]] == pytest.approx([line["lr_of_next_step"] for line in theirs[:-1]], rel=1e-12)
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["lm_loss"], rel=0, abs=2e-6)
+    assert ours[0]["grad_norm"] == pytest.approx(theirs[0]["grad_norm"], rel=2e-6, abs=0)
+    assert [line["loss"] for line in ours] == pytest.approx([line["lm_loss"] for line in theirs], rel=0, abs=1e-5)
+    assert [line["grad_norm"] for line in ours] == pytest.approx([line["grad_norm"] for line in theirs], rel=2e-5, abs=0)
+    assert [line["lr"] for line in ours] == pytest.approx([0, *(line["lr_of_next_step"] for line in theirs[:-1])], rel=1e-12)

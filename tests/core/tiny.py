@@ -1,33 +1,46 @@
 """Tiny models with random weights in memory, and a few training steps of them that can be compared over layouts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from megatron_core_impl.checkpoint.slicing import Slice, whole
-from megatron_core_impl.config import Layout, ModelConfig
+from megatron_core_impl.config import Layout, ModelConfig, Recompute
 from megatron_core_impl.mesh import Mesh, init_mesh
 from megatron_core_impl.models.families import tensors
-from megatron_core_impl.models.transformer import Transformer
-from megatron_core_impl.parallel.finalize import finalize_gradients
+from megatron_core_impl.models.transformer import MicroBatch, Transformer
+from megatron_core_impl.optim import OptimizerSettings
 from megatron_core_impl.parallel.parallelize import load_weights, parallelize
+from megatron_core_impl.parallel.pipeline import Pipeline
 from megatron_core_impl.parallel.zero import ZeroOptimizer
 
 # Grouped queries; head_dim is not hidden/heads; on 2 tp ranks the last has 3 real rows of the vocabulary and 125 of padding.
 GROUPED = ModelConfig(
-    family="llama", vocab_size=131, hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=32,
+    family="llama", vocab_size=131, hidden_size=24, intermediate_size=24, num_hidden_layers=2, num_attention_heads=8,
+    num_key_value_heads=2, head_dim=4, max_position_embeddings=32,
 )  # fmt: skip
-# As many key as query heads; tied; on 2 tp ranks the last has no real row at all, and dims of 5 do not divide by dp = 2.
+# As many key as query heads; tied; on 2 tp ranks the last has no real row at all, and dims of 15 do not divide by dp = 2.
 TIED = ModelConfig(
-    family="llama", vocab_size=100, hidden_size=15, intermediate_size=10, num_hidden_layers=1, num_attention_heads=2,
-    num_key_value_heads=2, head_dim=10, max_position_embeddings=32, tie_word_embeddings=True,
+    family="llama", vocab_size=100, hidden_size=15, intermediate_size=8, num_hidden_layers=2, num_attention_heads=8,
+    num_key_value_heads=8, head_dim=4, max_position_embeddings=32, tie_word_embeddings=True,
+)  # fmt: skip
+# Falcon 7B's shape: one key/value head, a number of query heads that no tp divides, one LayerNorm, tied.
+FALCON = ModelConfig(
+    family="falcon", vocab_size=131, hidden_size=18, intermediate_size=24, num_hidden_layers=2, num_attention_heads=9,
+    num_key_value_heads=1, head_dim=2, max_position_embeddings=32, norm="layernorm", activation="gelu", is_gated=False,
+    is_parallel=True, has_shared_norm=True, tie_word_embeddings=True,
+)  # fmt: skip
+# Falcon 40B's: grouped heads, two LayerNorms; untied, with all biases there are, and a window.
+BIASED = replace(
+    FALCON, hidden_size=20, num_attention_heads=8, num_key_value_heads=2, has_shared_norm=False, tie_word_embeddings=False,
+    qkv_bias=True, o_bias=True, mlp_bias=True, sliding_window=5,
 )  # fmt: skip
 
 STEPS, LR, BETAS, EPS, WEIGHT_DECAY, CLIP = 3, 0.01, (0.9, 0.95), 1e-5, 0.1, 0.5
-NUM_MICROBATCHES, MICRO_BATCH_SIZE, LENGTH = 4, 2, 7  # of a step, over all replicas
+SETTINGS = OptimizerSettings(beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=WEIGHT_DECAY, clip_grad=CLIP)
+NUM_MICROBATCHES, MICRO_BATCH_SIZE, LENGTH = 8, 2, 12  # of a step, over all replicas
 
 
 class MemoryReader:
@@ -55,17 +68,16 @@ def random_weights(config: ModelConfig, dtype: torch.dtype = torch.float64) -> d
     return weights
 
 
-def loaded(config: ModelConfig, mesh: Mesh, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float64) -> Transformer:
-    model = parallelize(config, mesh, dtype=dtype)
+def loaded(
+    config: ModelConfig,
+    mesh: Mesh,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float64,
+    recompute: Recompute | None = None,
+) -> Transformer:
+    model = parallelize(config, mesh, dtype=dtype, recompute=recompute)
     load_weights(model, MemoryReader(weights))
     return model
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    tokens: Tensor  # [B, S]
-    labels: Tensor  # [B, S]
-    weights: Tensor  # [B, S], the mask divided by the step's number of unmasked tokens
 
 
 def micro_batches(config: ModelConfig, step: int) -> list[MicroBatch]:
@@ -74,7 +86,7 @@ def micro_batches(config: ModelConfig, step: int) -> list[MicroBatch]:
     shape = (NUM_MICROBATCHES, MICRO_BATCH_SIZE, LENGTH)
     tokens = torch.randint(config.vocab_size, shape, generator=generator)
     labels = torch.randint(config.vocab_size, shape, generator=generator)
-    shares = torch.tensor([0.2, 0.9, 0.5, 0.7]).view(-1, 1, 1)
+    shares = torch.tensor([0.2, 0.9, 0.0, 0.7]).repeat(2).view(-1, 1, 1)  # two micro batches have no target at all
     mask = (torch.rand(shape, generator=generator) < shares).double()
     labels = labels.where(mask > 0, -100)
     return [MicroBatch(*parts) for parts in zip(tokens, labels, mask / mask.sum(), strict=True)]
@@ -123,40 +135,37 @@ def reference(config: ModelConfig, weights: Mapping[str, Tensor], steps: int = S
     return trace
 
 
-def train_rank(config: ModelConfig, layout: Layout, weights: Mapping[str, Tensor], steps: int = STEPS) -> Trace:
+def train_rank(
+    config: ModelConfig,
+    layout: Layout,
+    weights: Mapping[str, Tensor],
+    steps: int = STEPS,
+    recompute: Recompute | None = None,
+    mesh: Mesh | None = None,
+) -> Trace:
     """The same steps on one rank of a layout, with what is tested."""
-    mesh = init_mesh(layout, "cpu")
-    model = loaded(config, mesh, weights)
-    optimizer = ZeroOptimizer(model, mesh, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, clip_grad=CLIP)
+    mesh = mesh or init_mesh(layout, "cpu", kv_replicas=layout.kv_replicas(config))
+    model = loaded(config, mesh, weights, recompute=recompute)
+    optimizer = ZeroOptimizer(model, mesh, SETTINGS)
+    pipeline = Pipeline(model)
     parameters = model.sharded_parameters()
     trace = Trace(pieces={name: p.piece for name, p in parameters.items()})
     for step in range(steps):
-        inner = _observe_embedding(model)
+        inner = _observe_embedding(model) if mesh.pp_rank == 0 else []
         mine = list(enumerate(micro_batches(config, step)))[mesh.dp_rank :: layout.dp]
-        optimizer.begin_step()
-        losses = []
-        for _, batch in mine:
-            loss = model.loss(batch.tokens, batch.labels, batch.weights)
-            loss.backward()
-            losses.append(loss.item())
-        trace.losses.append(sum(losses))
-        trace.embedding_grads.append({number: grad for (number, _), grad in zip(mine, inner, strict=True)})
-        trace.grads.append(_complete_gradients(optimizer, trace))
+        optimizer.begin_step(len(mine))
+        trace.losses.append(pipeline.forward_backward([batch for _, batch in mine], scale=1.0).item())
+        trace.embedding_grads.append({n: grad for (n, _), grad in zip(mine, inner, strict=False)})
+        assert len(inner) == (len(mine) if mesh.pp_rank == 0 else 0)
+        complete = optimizer.complete_gradients()
+        trace.grads.append({name: grad.clone() for name, (_, grad) in complete.items()})
+        trace.grad_pieces = {name: piece for name, (piece, _) in complete.items()}
         trace.norms.append(optimizer.step(LR))
+    optimizer.wait_for_weights()
     trace.weights = {name: p.detach()[: p.piece[0][1] - p.piece[0][0]].clone() for name, p in parameters.items()}
     for name, parameter in parameters.items():
         assert not parameter[trace.weights[name].shape[0] :].any(), f"{name}: padding is no longer zero"
     return trace
-
-
-def _complete_gradients(optimizer: ZeroOptimizer, trace: Trace) -> dict[str, Tensor]:
-    """This rank's rows of the gradients that `step` is about to use."""
-    shards = optimizer._shards
-    copies = [shard.main_grad.clone() for shard in shards.values()]
-    own, _ = finalize_gradients([shard.parameter for shard in shards.values()], copies, optimizer.mesh)
-    trace.grad_pieces = {name: shard.piece for name, shard in shards.items()}
-    rows = {name: stop - start for name, ((start, stop), *_) in trace.grad_pieces.items()}
-    return {name: grad[: rows[name]].clone() for name, grad in zip(shards, own, strict=True)}
 
 
 def _observe_embedding(model: Transformer) -> list[Tensor]:
@@ -177,9 +186,14 @@ def assemble(config: ModelConfig, layout: Layout, ranks: list[Trace]) -> Trace:
     where = [layout.coordinates(rank) for rank in range(layout.world_size)]
     whole_trace = Trace()
     for step in steps:
-        by_replica = {dp_rank: trace.losses[step] for (_, dp_rank, _), trace in zip(where, ranks, strict=True)}
-        for (_, dp_rank, _), trace in zip(where, ranks, strict=True):
-            assert trace.losses[step] == by_replica[dp_rank], "tp ranks disagree about their loss"
+        by_replica = {
+            dp_rank: trace.losses[step]
+            for (pp_rank, dp_rank, _), trace in zip(where, ranks, strict=True)
+            if pp_rank == layout.pp - 1
+        }
+        for (pp_rank, dp_rank, _), trace in zip(where, ranks, strict=True):
+            expected = by_replica[dp_rank] if pp_rank == layout.pp - 1 else 0.0
+            assert trace.losses[step] == expected, "tp ranks disagree about their loss"
             assert trace.norms[step] == ranks[0].norms[step], "ranks disagree about the gradient norm"
         whole_trace.losses.append(sum(by_replica.values()))
         whole_trace.norms.append(ranks[0].norms[step])

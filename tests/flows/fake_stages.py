@@ -16,16 +16,17 @@ from typing import Any
 
 from flows.launch.process import ProcessLauncher
 from flows.launch.protocol import ExitCode, Progress, StageFailed, StageJob
+from megatron_core_impl.config import ModelConfig
 from stages import runtime
 from stages.contracts import artifacts as a
 from stages.contracts.config import PipelineConfig
 from stages.contracts.specs import SOURCES, SPECS, Spec
 
-MODEL = a.ModelFacts(
+_CONFIG = ModelConfig(
     family="llama", vocab_size=64, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=4, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=10000.0,
-    tie_word_embeddings=False, dtype="float32", parameters=1234,
+    num_key_value_heads=1, head_dim=4, max_position_embeddings=64,
 )  # fmt: skip
+MODEL = a.ModelFacts(**vars(_CONFIG), dtype="float32", parameters=1234)
 TOKENIZER = a.TokenizerFacts(kind="sentencepiece", vocab_size=64, eod_id=2, bos_id=1, fingerprint="f" * 64)
 WEIGHTS: dict[str, Any] = {"model": MODEL, "tp": 1, "pp": 1, "tensors": 3, "bytes": 64}
 MAKES: dict[str, tuple[type[a.Artifact], dict[str, Any]]] = {

@@ -154,5 +154,5 @@ def test_a_local_model_that_the_layout_does_not_fit(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(GOOD.replace("somebody/model", str(model)))
     check_ready(load_config(file), "mine.yaml")
-    with pytest.raises(BadConfig, match=r"mine\.yaml: layout: tp=4 does not divide num_key_value_heads=6.*: 1, 2, 3, 6"):
+    with pytest.raises(BadConfig, match=r"mine\.yaml: layout: tp=4 cannot share out num_attention_heads=6 .*: 1, 2, 3, 6"):
         check_ready(load_config(file, ["layout.tp=4"]), "mine.yaml")

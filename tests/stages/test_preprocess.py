@@ -14,6 +14,7 @@ import pytest
 from distributed import started_children
 from tiny_tokenizers import CODE, train_huggingface, train_sentencepiece
 
+from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.data.indexed_dataset import IndexedDataset
 from megatron_core_impl.data.tokenization import Job
 from megatron_core_impl.data.tokenizer import load_tokenizer
@@ -22,11 +23,11 @@ from stages.contracts import artifacts as a
 from stages.contracts.config import DataSettings, ModelSettings, PreprocessSettings
 from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec, PreprocessSpec, Ref
 
-FACTS = a.ModelFacts(
+_CONFIG = ModelConfig(
     family="llama", vocab_size=320, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=4, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=1e4,
-    tie_word_embeddings=False, dtype="float32", parameters=1000,
+    num_key_value_heads=1, head_dim=4, max_position_embeddings=64,
 )  # fmt: skip
+FACTS = a.ModelFacts(**vars(_CONFIG), dtype="float32", parameters=1000)
 TEXTS = [*CODE, "", "</s> is text\u2028"] * 20
 
 

@@ -17,17 +17,18 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 from safetensors.numpy import save
 
+from megatron_core_impl.config import ModelConfig
 from stages.contracts import artifacts as a
 from stages.contracts.config import ModelSettings, PushSettings
 from stages.contracts.specs import DownloadModelSpec, PushSpec, Ref, Spec
 
 ROOT = Path(__file__).parents[2]
 TOKEN, READ_TOKEN = "hf_writeSECRETwriteSECRET", "hf_readSECRETreadSECRET"
-MODEL = a.ModelFacts(
+_CONFIG = ModelConfig(
     family="llama", vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=4, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=1e4,
-    tie_word_embeddings=False, dtype="float32", parameters=856,
+    num_key_value_heads=1, head_dim=4, max_position_embeddings=64,
 )  # fmt: skip
+MODEL = a.ModelFacts(**vars(_CONFIG), dtype="float32", parameters=856)
 TOKENIZER = a.TokenizerFacts(kind="sentencepiece", vocab_size=16, eod_id=2, bos_id=1, fingerprint="f" * 64)
 CONFIG = {
     "model_type": "llama", "vocab_size": 16, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,

@@ -36,34 +36,36 @@ def put(spec: Spec, write: Callable[[Path], None], kind: type[a.Artifact], **fac
     return runtime.execute(spec, run)
 
 
-def put_weights(workspace: Path, model: ModelConfig = MODEL, tp: int = 1) -> a.Artifact:
+def put_weights(workspace: Path, model: ModelConfig = MODEL, tp: int = 1, pp: int = 1) -> a.Artifact:
     """The weights of `MODEL`, said to be those of another model where one is given."""
     source = {"weights": Ref(path=f"convert/{hash(model)}")}
     return put(
-        ShardSpec(workspace=str(workspace), inputs=source, tp=tp), write_weights, a.WeightsArtifact,
-        model=a.ModelFacts(**asdict(model), dtype="float32", parameters=5_000), tp=tp, pp=1, tensors=21, bytes=1,
+        ShardSpec(workspace=str(workspace), inputs=source, tp=tp, pp=pp), write_weights, a.WeightsArtifact,
+        model=a.ModelFacts(**asdict(model), dtype="float32", parameters=5_000), tp=tp, pp=pp, tensors=21, bytes=1,
     )  # fmt: skip
 
 
-def put_dataset(workspace: Path, documents: int = 40, vocab_size: int = MODEL.vocab_size) -> a.Artifact:
-    source = {"data": Ref(path=f"download/{documents}-{vocab_size}")}
+def put_dataset(
+    workspace: Path, documents: int = 40, vocab_size: int = MODEL.vocab_size, append_eod: bool = False
+) -> a.Artifact:
+    source = {"data": Ref(path=f"download/{documents}-{vocab_size}-{append_eod}")}
     return put(
         PreprocessSpec(workspace=str(workspace), inputs=source),
         lambda scratch: write_dataset(scratch, documents), a.DatasetArtifact,
         tokenizer=a.TokenizerFacts(kind="sentencepiece", vocab_size=vocab_size, eod_id=2, bos_id=1, fingerprint="f"),
-        dtype="uint16", documents=documents, empty_documents=0, malformed_lines=0, tokens=1, append_eod=False,
+        dtype="uint16", documents=documents, empty_documents=0, malformed_lines=0, tokens=1, append_eod=append_eod,
     )  # fmt: skip
 
 
 def spec_of(
-    workspace: Path, *, tp: int = 1, dp: int = 1, weights: a.Artifact | None = None, dataset: a.Artifact | None = None,
-    **settings: Any,
+    workspace: Path, *, tp: int = 1, pp: int = 1, dp: int = 1, vpp: int = 1,
+    weights: a.Artifact | None = None, dataset: a.Artifact | None = None, **settings: Any,
 ) -> TrainSpec:  # fmt: skip
-    inputs = {"weights": weights or put_weights(workspace, tp=tp), "dataset": dataset or put_dataset(workspace)}
+    inputs = {"weights": weights or put_weights(workspace, tp=tp, pp=pp), "dataset": dataset or put_dataset(workspace)}
     return TrainSpec(
         workspace=str(workspace),
         inputs={name: Ref(path=one.path, fingerprint=one.fingerprint) for name, one in inputs.items()},
-        layout=LayoutSettings(tp=tp, dp=dp),
+        layout=LayoutSettings(tp=tp, pp=pp, dp=dp, vpp=vpp),
         settings=TrainSettings(**(SETTINGS | settings)),
     )
 
@@ -128,9 +130,11 @@ def start() -> Iterator[Callable[[TrainSpec], Stage]]:
 
 
 def test_stops_when_asked_and_goes_on(tmp_path: Path, start: Callable[[TrainSpec], Stage]) -> None:
-    spec = spec_of(tmp_path, tp=2)
+    spec = spec_of(tmp_path, pp=2)
     stage = start(spec)
-    stage.wait_for("2 processes, dp 1 × tp 2 · 40 steps × 4 samples × 16 tokens = 2,560 tokens = 2.13 epochs of 32 documents")
+    stage.wait_for(
+        "2 processes, dp 1 × tp 1 × pp 2 · 40 steps × 4 samples × 16 tokens = 2,560 tokens = 2.13 epochs of 32 documents"
+    )
     stage.wait_for("step  2/40 · loss ")
     stage.process.send_signal(signal.SIGTERM)
     code, _, err = stage.end()
@@ -149,7 +153,7 @@ def test_stops_when_asked_and_goes_on(tmp_path: Path, start: Callable[[TrainSpec
     artifact = a.find_intact(spec.folder)
     assert isinstance(artifact, a.CheckpointArtifact)
     assert (artifact.step, artifact.consumed_samples, artifact.consumed_tokens) == (40, 160, 2560)
-    assert (artifact.tp, artifact.pp, artifact.dp) == (2, 1, 1)
+    assert (artifact.tp, artifact.pp, artifact.dp, artifact.vpp) == (1, 2, 1, 1)
     assert artifact.loss_after < 0.8 * artifact.loss_before
     assert artifact.figure.startswith(f"held-out loss {artifact.loss_before:.2f} → {artifact.loss_after:.2f} · perplexity ")
     assert artifact.figure.endswith(" · checkpoint at step 40")
@@ -240,9 +244,30 @@ def test_weights_cut_for_another_layout(tmp_path: Path) -> None:
     text = refusal(spec_of(tmp_path, tp=2, weights=put_weights(tmp_path, tp=1)))
     assert text == "layout.tp=2, but weights.tp=1: run the shard stage with tp=2, or set layout.tp to 1"
 
+    text = refusal(spec_of(tmp_path, pp=2, vpp=2, weights=put_weights(tmp_path, pp=2)))
+    assert text == "layout.vpp=2, but weights.vpp=1: run the shard stage with vpp=2, or set layout.vpp to 1"
+
 
 def test_layout_that_cannot_hold_the_model(tmp_path: Path) -> None:
-    assert "layout: tp=4 does not divide num_key_value_heads=2. Legal here: 1, 2" in refusal(spec_of(tmp_path, tp=4))
+    text = refusal(spec_of(tmp_path, tp=8))
+    assert "layout: tp=8 cannot share out num_attention_heads=4 with num_key_value_heads=2" in text
+    assert text.endswith("Legal here: 1, 2, 4")
+    assert refusal(spec_of(tmp_path, pp=3)) == "layout: pp=3 exceeds num_hidden_layers=2. Legal here: 1 to 2"
+
+
+def test_documents_without_an_end(tmp_path: Path) -> None:
+    text = refusal(spec_of(tmp_path, reset_attention_mask=True, eod_mask_loss=True))
+    assert text == (
+        "train.reset_attention_mask and train.eod_mask_loss need a token at the end of each document, but "
+        "dataset.append_eod=False: preprocess the text with preprocess.append_eod=true, or leave them out"
+    )
+    assert train.check(*inputs_of(tmp_path, reset_attention_mask=True)) is None
+
+
+def inputs_of(workspace: Path, **settings: Any) -> tuple[TrainSpec, Any, Any]:
+    """A spec whose documents have ends, and its inputs."""
+    weights, dataset = put_weights(workspace), put_dataset(workspace, append_eod=True)
+    return spec_of(workspace, weights=weights, dataset=dataset, **settings), weights, dataset
 
 
 @pytest.mark.parametrize(
@@ -288,6 +313,19 @@ def outcome_text(tmp_path: Path, outcome: torchrun.Outcome, step: int = 40, **se
     return type(error), str(error)
 
 
+def test_a_pause_is_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers stopped by themselves, as stop_after_minutes asks: not finished, and nothing is wrong."""
+
+    def run_workers(*arguments: object, on_event: Callable[[torchrun.Event], None], log: Path, **more: object) -> object:
+        (log.parents[1] / "checkpoints" / "step-000007").mkdir(parents=True)
+        on_event({"event": "paused", "rank": 0})
+        return torchrun.Outcome()
+
+    monkeypatch.setattr(torchrun, "run_workers", run_workers)
+    with pytest.raises(runtime.Interrupted, match="^stopped; saved at step 7; run again to go on from step 7$"):
+        runtime.execute(spec_of(tmp_path, stop_after_minutes=1), train.run, resumable=True)
+
+
 def test_out_of_memory(tmp_path: Path) -> None:
     outcome = torchrun.Outcome(returncode=1, errors=[{"kind": "memory", "rank": 3}])
     (tmp_path / "checkpoints" / "step-000040").mkdir(parents=True)
@@ -295,7 +333,9 @@ def test_out_of_memory(tmp_path: Path) -> None:
     assert text == "rank 3 ran out of memory in step 41. Last checkpoint: step 40. Lower train.micro_batch_size (now 4)"
     _, text = outcome_text(tmp_path, outcome, step=0, micro_batch_size=1)
     assert "before its first step was done" in text
-    assert text.endswith("Lower train.sequence_length (now 16) or raise layout.tp (now 1)")
+    assert text.endswith(
+        "Set train.recompute to full (now none), lower train.sequence_length (now 16), or raise layout.tp (now 1) or pp (now 1)"
+    )
     assert kind is runtime.StageError
 
 

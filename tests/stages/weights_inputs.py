@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_core_impl.checkpoint.sharded import write_index, write_rank_file
-from megatron_core_impl.checkpoint.slicing import dp_rows, rank_slices
+from megatron_core_impl.checkpoint.slicing import dp_rows, rank_slices, replica
 from megatron_core_impl.config import Layout, ModelConfig
 from megatron_core_impl.models import families
 from stages import runtime
@@ -76,11 +76,11 @@ def make_checkpoint(
         folder = ctx.scratch / "checkpoints" / "step-000002"
         folder.mkdir(parents=True)
         for rank in range(layout.world_size):
-            _, dp_rank, tp_rank = layout.coordinates(rank)
+            pp_rank, dp_rank, tp_rank = layout.coordinates(rank)
             pieces = []
             for tensor in specs:
                 piece = rank_slices(specs, config.num_hidden_layers, layout, rank).get(tensor.name)
-                if piece is None or (tensor.tp_dim is None and tp_rank > 0):
+                if piece is None or replica(tensor, layout, pp_rank, tp_rank) > 0:
                     continue
                 start, stop = dp_rows(piece[0][1] - piece[0][0], layout.dp, dp_rank)
                 own = ((piece[0][0] + start, piece[0][0] + stop), *piece[1:])

@@ -1,0 +1,215 @@
+"""How to train, what, and on what: the settings of a run, and what follows from them for its steps. No torch in here."""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from megatron_core_impl.config import Dropout, ModelConfig, Recompute
+from megatron_core_impl.loss_scale import DynamicLossScale, LossScale, StaticLossScale
+from megatron_core_impl.optim import (
+    BatchSchedule,
+    Kind,
+    OptimizerSettings,
+    Schedule,
+    WeightDecayStyle,
+    lr_at,
+    weight_decay_at,
+)
+
+CHECKPOINTS_FOLDER = "checkpoints"
+# What may differ between a run and the one that goes on from its checkpoint: how the work is shared out, what is told and kept,
+# when to give up or to pause, and which of the steps to come are skipped.
+MAY_CHANGE = {
+    "micro_batch_size", "recompute", "recompute_layers_per_unit", "max_skipped_steps", "skip_steps", "eval_interval",
+    "checkpoint_interval", "keep_checkpoints", "log_interval", "stop_after_minutes",
+}  # fmt: skip
+
+
+class Rates(NamedTuple):
+    """What the schedules give for a step."""
+
+    lr: float
+    weight_decay: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train, in optimizer steps.
+
+    Raises ValueError, naming the fields, when settings do not go together.
+    """
+
+    steps: int
+    sequence_length: int  # tokens of a sample that are predicted; it reads one more
+    micro_batch_size: int
+    global_batch_size: int
+    ramp_start: int | None = None  # batches grow from here to global_batch_size; None: they do not
+    ramp_increment: int | None = None
+    ramp_samples: int | None = None
+
+    optimizer: Kind = "adamw"
+    lr: float
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    schedule: Schedule = "cosine"
+    decay_steps: int | None = None  # None: steps
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-5
+    momentum: float = 0.9
+    weight_decay: float = 0.1
+    weight_decay_start: float | None = None
+    weight_decay_style: WeightDecayStyle = "constant"
+    clip_grad: float = 1.0  # 0: no clipping
+
+    precision: Literal["bf16", "fp16", "fp32", "fp64"] = "fp32"  # of the model; masters and moments are fp32 (fp64 in fp64)
+    loss_scale: float | None = None  # fp16: None looks for the largest one that works
+    initial_loss_scale: float = 2.0**16
+    min_loss_scale: float = 1.0
+    loss_scale_window: int = 1000
+    loss_scale_hysteresis: int = 2
+    max_skipped_steps: int = 20  # in a row
+
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    lima_dropout: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
+    recompute_layers_per_unit: int = 1
+
+    seed: int = 1234
+    split: str = "969,30,1"  # shares of train, valid, test documents
+    reset_position_ids: bool = False  # these three: see data.masks
+    reset_attention_mask: bool = False
+    eod_mask_loss: bool = False
+    skip_steps: tuple[int, ...] = ()  # their data is consumed and their loss computed, but nothing is updated
+
+    eval_interval: int = 100
+    eval_batches: int = 4  # global batches of the valid split, the same ones each time
+    checkpoint_interval: int = 100
+    keep_checkpoints: int = 2
+    log_interval: int = 10
+    stop_after_minutes: float | None = None
+
+    # Parity with Megatron-LLM; see `rates` and `train_step`.
+    reference_first_lr: bool = False
+    reference_loss_mean: bool = False
+
+    def __post_init__(self) -> None:
+        decay = self.decay_steps or self.steps
+        if self.warmup_steps >= decay:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be less than the {decay} steps of the schedule")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} must not exceed lr={self.lr}: lower min_lr too, or raise lr")
+        if (self.weight_decay_style == "constant") != (self.weight_decay_start is None):
+            raise ValueError(
+                f"weight_decay_start={self.weight_decay_start} does not go with weight_decay_style={self.weight_decay_style}: "
+                "a start needs the style linear or cosine, and these need a start"
+            )
+        if self.weight_decay_start is not None and self.weight_decay_start > self.weight_decay:
+            raise ValueError(f"weight_decay_start={self.weight_decay_start} must not exceed weight_decay={self.weight_decay}")
+        if self.loss_scale is not None and self.precision != "fp16":
+            raise ValueError(f"loss_scale={self.loss_scale} is for precision fp16; {self.precision} needs none. Leave it out")
+        ramp = {name: getattr(self, name) for name in ("ramp_start", "ramp_increment", "ramp_samples")}
+        if len(missing := [name for name, value in ramp.items() if value is None]) in (1, 2):
+            raise ValueError(f"a batch that grows needs all of {', '.join(ramp)}; missing: {', '.join(missing)}")
+        if beyond := [step for step in self.skip_steps if not 1 <= step <= self.steps]:
+            raise ValueError(f"skip_steps has {beyond[0]}, but steps are counted from 1 to {self.steps}")
+        # What the parts refuse, they refuse now.
+        _ = self.batches, self.optimizer_settings, self.dropout_settings, self.recompute_settings, self.new_loss_scale()
+
+    @cached_property
+    def batches(self) -> BatchSchedule:
+        """The size of the global batch over the run."""
+        if self.ramp_start is None or self.ramp_increment is None or self.ramp_samples is None:
+            return BatchSchedule(global_batch_size=self.global_batch_size)
+        return BatchSchedule(
+            global_batch_size=self.global_batch_size,
+            start=self.ramp_start, increment=self.ramp_increment, ramp_samples=self.ramp_samples,
+        )  # fmt: skip
+
+    @cached_property
+    def samples(self) -> int:
+        """What all steps together consume."""
+        return self.batches.samples_of(self.steps)
+
+    @property
+    def optimizer_settings(self) -> OptimizerSettings:
+        return OptimizerSettings(
+            kind=self.optimizer, beta1=self.beta1, beta2=self.beta2, eps=self.eps, momentum=self.momentum,
+            weight_decay=self.weight_decay, clip_grad=self.clip_grad,
+        )  # fmt: skip
+
+    @property
+    def dropout_settings(self) -> Dropout:
+        return Dropout(hidden=self.hidden_dropout, attention=self.attention_dropout, lima=self.lima_dropout)
+
+    @property
+    def recompute_settings(self) -> Recompute:
+        return Recompute(mode=self.recompute, layers_per_unit=self.recompute_layers_per_unit)
+
+    @property
+    def resets_at_eod(self) -> bool:
+        """Whether the end of a document means anything inside a sample."""
+        return self.reset_position_ids or self.reset_attention_mask or self.eod_mask_loss
+
+    def new_loss_scale(self) -> LossScale:
+        """The scale that a run begins with."""
+        if self.precision != "fp16":
+            return StaticLossScale()
+        if self.loss_scale is not None:
+            return StaticLossScale(self.loss_scale)
+        return DynamicLossScale(
+            initial=self.initial_loss_scale, minimum=self.min_loss_scale,
+            window=self.loss_scale_window, hysteresis=self.loss_scale_hysteresis,
+        )  # fmt: skip
+
+    @cached_property
+    def _schedule_samples(self) -> tuple[int, int]:
+        """Samples at which warm-up and decay end."""
+        return self.batches.samples_of(self.warmup_steps), self.batches.samples_of(self.decay_steps or self.steps)
+
+    def rates(self, consumed_samples: int) -> Rates:
+        """Learning rate and weight decay of the step that begins after so many samples.
+
+        Schedules count samples, as batches may grow: n steps of warm-up are the samples of the first n steps. A step stands
+        where it ends, so that none is spent at a rate of 0; in the reference (`reference_first_lr`) it stands where it begins.
+        A skipped step does not hold the schedules up.
+        """
+        n = consumed_samples if self.reference_first_lr else consumed_samples + self.batches.size_at(consumed_samples)
+        warmup, decay = self._schedule_samples
+        start = self.weight_decay if self.weight_decay_start is None else self.weight_decay_start
+        return Rates(
+            lr_at(n, lr=self.lr, min_lr=self.min_lr, warmup_steps=warmup, decay_steps=decay, schedule=self.schedule),
+            weight_decay_at(n, start=start, end=self.weight_decay, ramp_steps=self.samples, style=self.weight_decay_style),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is trained, on what, and where the results go."""
+
+    config: TrainConfig
+    model: ModelConfig
+    weights: Path  # folder of the weights to start from, in any form that `open_weights` reads
+    dataset: Path  # prefix of the .bin and .idx files
+    dataset_fingerprint: str
+    folder: Path  # gets checkpoints/, metrics.jsonl, tensorboard/
+    eod_id: int | None = None  # the token that ends a document in the dataset
+
+    def __post_init__(self) -> None:
+        if self.config.resets_at_eod and self.eod_id is None:
+            raise ValueError(
+                "reset_position_ids, reset_attention_mask and eod_mask_loss need the id of the token that ends a document, and "
+                "eod_id is None"
+            )
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / CHECKPOINTS_FOLDER
+
+    def must_agree(self) -> dict[str, Any]:
+        """What a checkpoint was made with, and whoever goes on from it must have too. JSON values."""
+        may_change = MAY_CHANGE - ({"micro_batch_size"} if self.config.reference_loss_mean else set())
+        settings = {name: value for name, value in asdict(self.config).items() if name not in may_change}
+        return settings | {"model": asdict(self.model), "dataset": self.dataset_fingerprint}

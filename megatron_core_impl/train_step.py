@@ -1,0 +1,99 @@
+"""One optimizer update over a global batch, or the loss of one, on any layout.
+
+The tokens of the whole global batch are counted before its first forward pass, so every token has its final weight, 1 / N, from
+the beginning: micro batches, replicas and ranks just add up, and how the batch is cut does not matter. A micro batch, a rank or
+a whole batch without any target adds nothing.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_core_impl.collectives import all_reduce_
+from megatron_core_impl.loss_scale import LossScale
+from megatron_core_impl.mesh import Mesh
+from megatron_core_impl.models.transformer import MicroBatch, Transformer
+from megatron_core_impl.parallel.pipeline import Pipeline
+from megatron_core_impl.parallel.zero import ZeroOptimizer
+from megatron_core_impl.train_config import Rates
+
+
+class StepResult(NamedTuple):
+    """What became of a step; the same on every rank."""
+
+    loss: float  # mean over the tokens of the global batch
+    tokens: int  # how many these are
+    grad_norm: float | None = None  # before clipping; not finite: nothing was updated; None: nothing was meant to be
+
+
+def train_step(
+    pipeline: Pipeline,
+    optimizer: ZeroOptimizer,
+    batches: Sequence[MicroBatch],
+    rates: Rates,
+    loss_scale: LossScale,
+    *,
+    by_micro_batch: bool = False,
+) -> StepResult:
+    """Update the weights with this replica's micro batches of the global batch. `loss_scale` takes note of how it went.
+
+    Args:
+        by_micro_batch: weigh tokens as Megatron-LLM does: the loss is the mean over micro batches of each one's own mean,
+            however few of its tokens count. Where all tokens count, that is the mean over tokens.
+    """
+    scale = loss_scale.scale
+    weighed, tokens = _weigh(batches, pipeline.model.mesh, by_micro_batch)
+    optimizer.begin_step(len(batches))
+    share = pipeline.forward_backward(weighed, scale=scale)
+    try:
+        grad_norm = optimizer.step(rates.lr, weight_decay=rates.weight_decay, loss_scale=scale)
+    except FloatingPointError:
+        grad_norm = math.nan
+    loss_scale.update(math.isfinite(grad_norm))
+    return StepResult(*_summed(share, tokens, pipeline.model.mesh), grad_norm)
+
+
+def measure(pipeline: Pipeline, batches: Sequence[MicroBatch], *, by_micro_batch: bool = False) -> StepResult:
+    """The loss that `train_step` would have, without dropout; nothing is updated."""
+    weighed, tokens = _weigh(batches, pipeline.model.mesh, by_micro_batch)
+    with _without_dropout(pipeline.model):
+        share = pipeline.forward(weighed)
+    return StepResult(*_summed(share, tokens, pipeline.model.mesh))
+
+
+def _weigh(batches: Sequence[MicroBatch], mesh: Mesh, by_micro_batch: bool) -> tuple[list[MicroBatch], Tensor]:
+    """Micro batches whose losses add up to the loss of the global batch, over all replicas; and how many tokens it has.
+
+    The host does not wait for the numbers.
+    """
+    counts = torch.stack([batch.weights.sum(dtype=torch.float64) for batch in batches])
+    tokens = all_reduce_(counts.sum(), mesh.dp_group)
+    if by_micro_batch:
+        totals = counts.clamp(min=1) * (len(batches) * mesh.layout.dp)
+    else:
+        totals = tokens.clamp(min=1).expand(len(batches))
+    weighed = [
+        batch._replace(weights=(batch.weights / total).to(batch.weights.dtype))
+        for batch, total in zip(batches, totals, strict=True)
+    ]
+    return weighed, tokens
+
+
+def _summed(share: Tensor, tokens: Tensor, mesh: Mesh) -> tuple[float, int]:
+    """The loss of the global batch from each rank's share in it, which is zero on all but the last pp rank."""
+    loss = all_reduce_(all_reduce_(share.clone(), mesh.dp_group), mesh.pp_group)
+    mean_loss, num_tokens = torch.stack([loss, tokens]).tolist()
+    return mean_loss, int(num_tokens)
+
+
+@contextmanager
+def _without_dropout(model: Transformer) -> Iterator[None]:
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
