@@ -20,7 +20,7 @@ from megatron_core_impl.checkpoint.pickled import PickledReader
 from megatron_core_impl.checkpoint.reshard import NotEqual, plan, reshard, same_bits
 from megatron_core_impl.checkpoint.safetensors_io import SafetensorsWriter, WeightsError, row_blocks
 from megatron_core_impl.checkpoint.sharded import open_weights, write_index, write_rank_file
-from megatron_core_impl.checkpoint.slicing import Slice, dp_rows, is_on_pp_stage, rank_slices, shape_of, tp_slice, whole
+from megatron_core_impl.checkpoint.slicing import Slice, dp_rows, is_on_pp_rank, rank_slices, replica, shape_of, tp_slice, whole
 from megatron_core_impl.config import Layout, ModelConfig, TensorSpec
 from megatron_core_impl.models import families
 
@@ -164,9 +164,9 @@ def save_checkpoint(folder: Path, layout: Layout, state: dict[str, Tensor], *, l
         pp_rank, dp_rank, tp_rank = layout.coordinates(rank)
         pieces = []
         for spec in SPECS:
-            if not is_on_pp_stage(spec, CONFIG.num_hidden_layers, layout.pp, pp_rank):
+            if not is_on_pp_rank(spec, CONFIG.num_hidden_layers, layout, pp_rank):
                 continue
-            if spec.tp_dim is None and tp_rank > 0:
+            if replica(spec, layout, pp_rank, tp_rank) > 0:
                 continue
             piece = tp_slice(spec, layout.tp, tp_rank)
             start, stop = dp_rows(piece[0][1] - piece[0][0], layout.dp, dp_rank)

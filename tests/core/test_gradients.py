@@ -183,6 +183,7 @@ def train_overlapped(overlap: bool, weights: dict[str, Tensor], dtype: torch.dty
         "pieces": pieces, "norms": norms, "started": started, "reducing": reducing,
         "pending_before": pending_before, "pending_after": pending_after,
         "weights": {name: p.detach() for name, p in model.named_parameters()},
+        "buckets": [{shard.parameter.spec.name for shard in bucket.shards} for bucket in buckets],
     }  # fmt: skip
 
 
@@ -195,7 +196,9 @@ def test_overlap_changes_when_and_not_what(pool: GlooPool, dtype: torch.dtype) -
         for what in ("pieces", "weights"):
             assert all(torch.equal(values, other[what][name]) for name, values in mine[what].items())
     micro_batches = tiny.NUM_MICROBATCHES // 2  # of a replica
-    # Buckets: the embedding; layer 0; layer 1 with the final norm and the output layer.
+    layers = [{name for name in weights if name.startswith(f"model.layers.{layer}.")} for layer in range(2)]
+    after = {"model.norm.weight", "lm_head.weight"}
+    assert on[0]["buckets"] == [{"model.embed_tokens.weight"}, layers[0], layers[1] | after]
     for found, early in ((on, [False, True, True]), (off, [False] * 3)):
         for rank in found:
             assert rank["started"] == [2, 1, 0] * 3

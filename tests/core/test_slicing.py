@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 
-from megatron_core_impl.checkpoint.slicing import dp_rows, pp_layers, rank_slices, tp_slice
-from megatron_core_impl.config import Layout, ModelConfig, TensorSpec, padded_vocab_size
+from megatron_core_impl.checkpoint.slicing import chunk_layers, dp_rows, rank_slices, replica, tp_slice
+from megatron_core_impl.config import Layout, ModelConfig, TensorSpec, balanced, padded_vocab_size
+from megatron_core_impl.models.tensors import tensors
 
 CONFIG = ModelConfig(
     family="llama", vocab_size=131, hidden_size=16, intermediate_size=24, num_hidden_layers=5, num_attention_heads=8,
@@ -65,9 +66,52 @@ def test_dp_rows(rows: int, dp: int) -> None:
     assert all(stop - start <= -(-rows // dp) for start, stop in ranges)
 
 
-def test_pp_layers_are_contiguous_and_even() -> None:
-    assert [pp_layers(5, 2, r) for r in range(2)] == [(0, 3), (3, 5)]
-    assert [pp_layers(8, 4, r) for r in range(4)] == [(0, 2), (2, 4), (4, 6), (6, 8)]
+# Falcon 7B's shape: 71 query heads, one key/value head, tied.
+FALCON = ModelConfig(
+    family="falcon", vocab_size=131, hidden_size=6, intermediate_size=24, num_hidden_layers=5, num_attention_heads=71,
+    num_key_value_heads=1, head_dim=2, max_position_embeddings=64, norm="layernorm", activation="gelu", is_gated=False,
+    is_parallel=True, has_shared_norm=True, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [CONFIG, FALCON], ids=["llama", "falcon"])
+@pytest.mark.parametrize(
+    "layout", [Layout(tp=2), Layout(tp=8), Layout(tp=4, pp=2), Layout(pp=5), Layout(tp=2, pp=2, vpp=2)], ids=str
+)
+def test_replica_0_has_every_number_once(config: ModelConfig, layout: Layout) -> None:
+    layout.check(config)
+    specs = {spec.name: spec for spec in tensors(config)}
+    held: dict[str, Counter[tuple[int, ...]]] = {name: Counter() for name in specs}
+    for rank in range(layout.world_size):
+        pp_rank, _, tp_rank = layout.coordinates(rank)
+        for name, piece in rank_slices(list(specs.values()), config.num_hidden_layers, layout, rank).items():
+            if replica(specs[name], layout, pp_rank, tp_rank) == 0:
+                held[name].update(itertools.product(*(range(*r) for r in piece)))
+    for name, spec in specs.items():
+        assert held[name] == Counter(itertools.product(*map(range, spec.shape))), name
+
+
+def test_query_heads_are_shared_out_evenly_and_stay_with_their_key_value_head() -> None:
+    specs = {spec.name.removeprefix("model.layers.0.self_attn."): spec for spec in tensors(FALCON)}
+
+    def cut(name: str, tp: int) -> list[tuple[int, int]]:
+        return [tp_slice(specs[f"{name}.weight"], tp, tp_rank)[0 if name != "o_proj" else 1] for tp_rank in range(tp)]
+
+    assert cut("q_proj", 2) == cut("o_proj", 2) == [(0, 72), (72, 142)]  # 36 and 35 heads of 2
+    assert cut("k_proj", 2) == cut("v_proj", 2) == [(0, 2), (0, 2)]  # on both
+    assert [(stop - start) // 2 for start, stop in cut("q_proj", 8)] == [9, 9, 9, 9, 9, 9, 9, 8]
+    grouped = {spec.name.removeprefix("model.layers.0.self_attn."): spec for spec in tensors(CONFIG)}  # 8 heads look at 4
+    assert [tp_slice(grouped["q_proj.weight"], 8, rank)[0] for rank in range(8)] == [(2 * r, 2 * r + 2) for r in range(8)]
+    assert [tp_slice(grouped["k_proj.weight"], 8, rank)[0] for rank in range(8)] == [
+        (r // 2 * 2, r // 2 * 2 + 2) for r in range(8)
+    ]
+    assert [replica(grouped["k_proj.weight"], Layout(tp=8), 0, rank) for rank in range(8)] == [0, 1] * 4
+
+
+def test_layers_are_contiguous_and_as_even_as_they_can_be() -> None:
+    assert [balanced(5, 2, part) for part in range(2)] == [(0, 3), (3, 5)]
+    assert [chunk_layers(8, Layout(pp=4), rank) for rank in range(4)] == [[(0, 2)], [(2, 4)], [(4, 6)], [(6, 8)]]
+    assert [chunk_layers(7, Layout(pp=2, vpp=2), rank) for rank in range(2)] == [[(0, 2), (4, 6)], [(2, 4), (6, 7)]]
 
 
 def test_ranks_are_numbered_as_megatrons() -> None:
@@ -83,8 +127,12 @@ def test_ranks_are_numbered_as_megatrons() -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (Layout(tp=8), r"tp=8 does not divide num_key_value_heads=4\. Legal here: 1, 2, 4"),
-        (Layout(tp=3), r"tp=3 does not divide num_key_value_heads=4\. Legal here: 1, 2, 4"),
+        (
+            Layout(tp=3),
+            r"^tp=3 cannot share out num_attention_heads=8 with num_key_value_heads=4 and "
+            r"intermediate_size=24\. Legal here: 1, 2, 4, 8$",
+        ),
+        (Layout(tp=16), r"^tp=16 cannot share out .* Legal here: 1, 2, 4, 8$"),
         (Layout(pp=6), r"pp=6 exceeds num_hidden_layers=5\. Legal here: 1 to 5"),
     ],
 )

@@ -47,6 +47,7 @@ def train(
         optimizer.begin_step(len(mine))
         for batch in mine:
             model.loss(batch.tokens, batch.labels, batch.weights).backward()
+        optimizer.complete_gradients()  # to look at them changes nothing
         optimizer.step(tiny.LR, weight_decay=DECAYS[step])
     return [(name, shape, piece, values.clone()) for name, shape, piece, values in optimizer.named_pieces()]
 
