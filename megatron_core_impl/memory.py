@@ -200,7 +200,8 @@ def _worst_moment(
     backward = _layer_backward(config, sizes, recompute)
 
     batches = num_microbatches * sizes.seen * 3 * 8  # tokens, labels and weights
-    messages = 3 * sizes.own * sizes.hidden * sizes.item if layout.pp > 1 else 0  # one that leaves, two that come
+    # inputs that come while a pass runs: from the pp rank before, and with several chunks round the other way as well
+    messages = ((pp_rank > 0) + (layout.vpp > 1)) * sizes.own * sizes.hidden * sizes.item
 
     held: set[tuple[int, int]] = set()
     moments = []
@@ -270,7 +271,7 @@ def _loss(sizes: _Sizes) -> int:
         rows * sizes.vocabulary * sizes.item,  # a block of logits
         max(
             rows_in_wide * sizes.vocabulary * sizes.wide * is_narrow,  # its softmax
-            rows * sizes.hidden * sizes.item + matrix * sizes.item * is_narrow,  # its tokens by their weights, its part of dW
+            rows * sizes.hidden * sizes.item + matrix * sizes.item * is_narrow,  # its tokens, weighed, and its part of dW
         ),
     ))  # fmt: skip
 

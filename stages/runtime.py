@@ -31,9 +31,10 @@ from enum import IntEnum
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 import megatron_core_impl
 from megatron_core_impl.checkpoint.durable import sync, sync_tree
@@ -255,11 +256,20 @@ def _spec_help(nodes: list[str]) -> str:
                 continue
             inner = getattr(field.annotation, "model_fields", None)
             if inner is None:
-                lines.append(f'  "{name}"  {field.description or ""}')
+                lines.append(f'  "{name}"  {_setting_help(field)}')
             else:
-                lines += [f'  "{name}"."{key}"  {sub.description or ""}' for key, sub in inner.items()]
+                lines += [f'  "{name}"."{key}"  {_setting_help(sub)}' for key, sub in inner.items()]
     lines.append("exit codes: 0 done, 1 defect, 2 bad input, 3 failed check, 4 interrupted (run again to go on)")
     return "\n".join(lines)
+
+
+def _setting_help(field: FieldInfo) -> str:
+    """What a setting means, its legal values where they are few, its default in brackets."""
+    legal = [str(value) for value in get_args(field.annotation)] if get_origin(field.annotation) is Literal else []
+    parts = [field.description or "", f" ({' | '.join(legal)})" if len(legal) > 1 else ""]
+    if not field.is_required() and field.default is not None and field.default != ():
+        parts.append(f" [{json.dumps(field.default)}]")
+    return "".join(parts)
 
 
 def read_spec(path: Path, node: str | dict[str, str]) -> Spec:

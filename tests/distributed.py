@@ -1,11 +1,14 @@
 """Processes for tests that need several: started once per session, joined into process groups of any size as tests ask.
 
-A worker imports torch once, which takes seconds; joining a gloo group takes milliseconds. Functions go to the workers by name,
-so they must be at the top of a module, and take the rank's arguments only; inside, `torch.distributed` is initialised.
+Torch is imported once for all of them, which takes seconds; joining a gloo group takes milliseconds. Functions go to the workers
+by name, so they must be at the top of a module, and take the rank's arguments only; inside, `torch.distributed` is initialised.
 """
 
+import copyreg
+import io
 import multiprocessing as mp
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -30,11 +33,40 @@ class WorkerError(AssertionError):
     """A function failed on a rank, or did not end; the message holds that rank's traceback."""
 
 
+def dumps(value: Any) -> bytes:
+    """Pickle, with tensors as plain bytes: torch's own way, a piece of shared memory for each, takes ten times as long."""
+    import torch
+
+    class Pickler(pickle.Pickler):
+        dispatch_table = copyreg.dispatch_table | {torch.Tensor: _reduce_tensor}  # type: ignore[assignment]
+
+    file = io.BytesIO()
+    Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
+    return file.getvalue()
+
+
+def _reduce_tensor(tensor: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    import torch
+
+    plain = tensor.detach().contiguous()
+    is_half = plain.dtype == torch.bfloat16  # which numpy does not know
+    return _rebuild_tensor, ((plain.view(torch.int16) if is_half else plain).numpy(), is_half)
+
+
+def _rebuild_tensor(values: Any, is_half: bool) -> Any:
+    import torch
+
+    tensor = torch.from_numpy(values)
+    return tensor.view(torch.bfloat16) if is_half else tensor
+
+
 class GlooPool:
     """Runs functions on several ranks at once. Workers start when first needed and live until `close`."""
 
     def __init__(self) -> None:
-        self._context = mp.get_context("spawn")
+        # Workers are copies of one process that has imported what takes seconds to import.
+        self._context = mp.get_context("forkserver")
+        self._context.set_forkserver_preload(["torch.distributed", "torch.optim", "megatron_core_impl.train_step"])
         self._workers: list[tuple[Any, Connection]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="gloo-")
         self._groups = 0
@@ -50,7 +82,7 @@ class GlooPool:
         self._groups += 1
         store = str(Path(self._folder.name) / f"group-{self._groups}")
         for rank, (_, pipe) in enumerate(self._workers[:world_size]):
-            pipe.send((fn, args, rank, world_size, store, timeout))
+            pipe.send_bytes(dumps((fn, args, rank, world_size, store, timeout)))
         try:
             return self._collect(world_size, time.monotonic() + timeout)
         except BaseException:
@@ -80,7 +112,7 @@ class GlooPool:
             for pipe in ready:
                 rank = ranks[pipe]
                 try:
-                    succeeded, result = pipe.recv()
+                    succeeded, result = pickle.loads(pipe.recv_bytes())
                 except EOFError:
                     raise WorkerError(f"rank {rank} of {world_size} died") from None
                 if not succeeded:  # the others may wait for this rank for ever
@@ -106,11 +138,11 @@ def _work(pipe: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            fn, args, rank, world_size, store, timeout = pipe.recv()
+            fn, args, rank, world_size, store, timeout = pickle.loads(pipe.recv_bytes())
         except (EOFError, OSError):
             return  # the session has ended
         except Exception:  # the function's module cannot be imported here
-            pipe.send((False, traceback.format_exc()))
+            pipe.send_bytes(dumps((False, traceback.format_exc())))
             continue
         try:
             dist.init_process_group(
@@ -126,8 +158,8 @@ def _work(pipe: Connection) -> None:
         except Exception:  # the group stays, so that others wait, and do not fail for want of this rank, until all are killed
             result = (False, traceback.format_exc())
         try:
-            pipe.send(result)
+            pipe.send_bytes(dumps(result))
         except OSError:
             return
         except Exception:  # the result cannot be pickled
-            pipe.send((False, traceback.format_exc()))
+            pipe.send_bytes(dumps((False, traceback.format_exc())))

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from megatron_core_impl.config import Activation, Layout, ModelConfig, RopeScaling
 from megatron_core_impl.layers import norm
+from megatron_core_impl.layers.embedding import VocabParallelEmbedding
 from megatron_core_impl.layers.linear import ColumnParallelLinear, RowParallelLinear, column_linear
 from megatron_core_impl.layers.mlp import MLP, gated
 from megatron_core_impl.layers.norm import LayerNorm, RMSNorm
@@ -28,6 +29,9 @@ from megatron_core_impl.mesh import init_mesh
 ACTIVATIONS: dict[Activation, nn.Module] = {
     "silu": nn.SiLU(), "gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh"), "relu": nn.ReLU(),
 }  # fmt: skip
+
+
+ROWS = 8  # of a rank's part of the embedding
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -60,6 +64,9 @@ class RecordingSink:
 
     def add_product(self, grad_output: Tensor, x: Tensor) -> None:
         self.grads.append(grad_output.t() @ x)
+
+    def add_rows(self, rows: Tensor, grad: Tensor) -> None:
+        self.grads.append(torch.zeros(ROWS, grad.shape[1], dtype=grad.dtype).index_add_(0, rows, grad))
 
 
 def test_gradients_of_the_functions_are_those_of_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +145,28 @@ def test_a_linear_layer_over_two_ranks_is_the_whole_one(pool: GlooPool, is_row: 
     torch.testing.assert_close(torch.cat([first[2], second[2]], features), weight.grad, rtol=1e-13, atol=1e-13)
     whole_bias = first[3] + second[3] if is_row else torch.cat([first[3], second[3]])  # a row's is summed once per step
     torch.testing.assert_close(whole_bias, bias.grad, rtol=1e-13, atol=1e-13)
+
+
+def embedding_rank(tokens: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
+    """Output, gradient by autograd, gradient by the sink."""
+    mesh = init_mesh(Layout(tp=2), "cpu")
+    part = ShardedParameter(weight.detach().chunk(2)[mesh.tp_rank].clone())
+    layer, sink = VocabParallelEmbedding(part, mesh.tp_group), RecordingSink()
+    y = layer(tokens)
+    y.backward(grad.chunk(2)[mesh.tp_rank])
+    part.sink = sink
+    layer(tokens).backward(grad.chunk(2)[mesh.tp_rank])
+    assert part.grad is not None
+    return [y.detach(), part.grad, *sink.grads]
+
+
+def test_an_embedding_over_two_ranks_is_the_whole_one(pool: GlooPool) -> None:
+    tokens, weight, grad = torch.tensor([0, 15, 7, 8, 7, 3]), random(2 * ROWS, 4), random(6, 4).detach()
+    ranks = pool.run(embedding_rank, 2, tokens, weight, grad)
+    y = F.embedding(tokens, weight)
+    y.backward(grad)
+    for number, want in enumerate((y, weight.grad, weight.grad)):
+        torch.testing.assert_close(torch.cat([rank[number] for rank in ranks]), want, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -85,7 +85,7 @@ def estimated(case: Case, **changes: Any) -> MemoryEstimate:
 def check(got: MemoryEstimate, want: Measured) -> None:
     assert got.state == pytest.approx(want.state, rel=0.001), "the optimizer has a counter for each parameter besides"
     assert got.total == pytest.approx(want.peak, rel=0.1), "what the issue asks for"
-    assert got.total - got.state == pytest.approx(want.peak - want.state, rel=0.05), "activations and the like alone"
+    assert got.total - got.state == pytest.approx(want.peak - want.state, rel=0.02), "activations and the like alone"
 
 
 @pytest.mark.parametrize("recompute", [NONE, *MODES], ids=mode_name)
@@ -106,6 +106,11 @@ CASES = {
     "momentum": Case(LLAMA, optimizer=OptimizerSettings(kind="sgd")),
     "sgd": Case(LLAMA, optimizer=OptimizerSettings(kind="sgd", momentum=0)),
     "large-vocabulary": Case(replace(LLAMA, vocab_size=4000, num_hidden_layers=2), precision="bf16"),
+    "wide": Case(replace(FALCON, intermediate_size=1024, num_hidden_layers=2), precision="bf16", recompute=MODES[0]),
+    "few-tokens-wide": Case(replace(FALCON, intermediate_size=2048, num_hidden_layers=1), precision="bf16", recompute=MODES[1]),
+    "few-layers": Case(
+        replace(LLAMA, num_hidden_layers=1), dropout=Dropout(hidden=0.1), recompute=MODES[1], num_microbatches=16
+    ),
     "one-micro-batch": Case(FALCON, num_microbatches=1),
 }
 

@@ -48,6 +48,7 @@ RUNS = (
     Run("gqa_tp2_flash", Layout(tp=2)),
     Run(  # the first sample that holds the end of a document comes in step 7; until then it is gqa_tp1
         "gqa_eodmask",
+        Layout(tp=2),  # there one process
         settings={
             "reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True, "reference_loss_mean": True,
         },
