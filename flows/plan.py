@@ -148,8 +148,9 @@ def describe(config: PipelineConfig, plans: list[NodePlan]) -> list[tuple[str, s
         ("data", " · ".join(data)),
         (
             "layout",
-            f"{processes} = dp {layout.dp} × tp {layout.tp} × pp {layout.pp}{interleaved} · micro batch {train.micro_batch_size}"
-            f" · global batch {count(train.global_batch_size)} ({count(train.global_batch_size // replicas)} micro batches)",
+            f"{processes} = dp {layout.dp} × tp {layout.tp} × pp {layout.pp}{interleaved}"
+            f" · micro batch {train.micro_batch_size} · global batch {count(train.global_batch_size)}"
+            f" ({count(train.global_batch_size // replicas)} micro batches)",
         ),
         ("length", length),
         ("push", {"dry-run": "dry run", "folder": f"to {config.push.folder}", "hub": f"to {config.push.repo}"}[config.push.to]),

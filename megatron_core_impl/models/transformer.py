@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from megatron_core_impl.checkpoint.slicing import chunk_layers
 from megatron_core_impl.config import Dropout, ModelConfig, Recompute
 from megatron_core_impl.layers.attention import SelfAttention, Sequences
+from megatron_core_impl.layers.cross_entropy import vocab_parallel_linear_cross_entropy
 from megatron_core_impl.layers.embedding import VocabParallelEmbedding
 from megatron_core_impl.layers.linear import ColumnParallelLinear
-from megatron_core_impl.layers.cross_entropy import vocab_parallel_linear_cross_entropy
 from megatron_core_impl.layers.mlp import MLP
 from megatron_core_impl.layers.norm import LayerNorm, RMSNorm
 from megatron_core_impl.layers.parameter import ParameterFactory, ShardedParameter

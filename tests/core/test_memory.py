@@ -107,10 +107,8 @@ CASES = {
     "sgd": Case(LLAMA, optimizer=OptimizerSettings(kind="sgd", momentum=0)),
     "large-vocabulary": Case(replace(LLAMA, vocab_size=4000, num_hidden_layers=2), precision="bf16"),
     "wide": Case(replace(FALCON, intermediate_size=1024, num_hidden_layers=2), precision="bf16", recompute=MODES[0]),
-    "few-tokens-wide": Case(replace(FALCON, intermediate_size=2048, num_hidden_layers=1), precision="bf16", recompute=MODES[1]),
-    "few-layers": Case(
-        replace(LLAMA, num_hidden_layers=1), dropout=Dropout(hidden=0.1), recompute=MODES[1], num_microbatches=16
-    ),
+    "full-wide": Case(replace(FALCON, intermediate_size=2048, num_hidden_layers=1), precision="bf16", recompute=MODES[1]),
+    "few-layers": Case(replace(LLAMA, num_hidden_layers=1), recompute=MODES[1], num_microbatches=16),
     "one-micro-batch": Case(FALCON, num_microbatches=1),
 }
 
@@ -168,6 +166,14 @@ def test_activations_by_hand() -> None:
         )  # fmt: skip
         again = kept["none"] - hidden if mode == "full" and got.working else 0
         assert got.activations == tokens * (32 * size + again) + angles
+
+
+def test_masks_of_dropout_take_a_byte_a_number() -> None:
+    plain, dropout, lima = (
+        of_7b(Layout(), dropout=dropout).activations for dropout in (None, Dropout(hidden=0.1), Dropout(hidden=0.1, lima=True))
+    )
+    assert dropout - plain == 4096 * 4096 * (1 + 2 * 32), "of the embeddings, and two in each layer"
+    assert lima - plain == 4096 * 4096 * 2 * 31
 
 
 @pytest.mark.parametrize("rank", range(4))

@@ -128,14 +128,18 @@ def test_equals_a_plain_loop(job: Job, settings: dict[str, Any], expected: list[
 
 
 def test_held_out_loss_is_the_mean_over_tokens(job: Job) -> None:
-    """By hand: every sample of the evaluation alone."""
-    job = changed(job, eval_batches=2)
-    _, data = open_datasets(job)
-    model = begin(job, Mesh.single(), Report())[0]
+    """By hand: every sample of the evaluation alone. In one of its batches more tokens count than in the other."""
+    _, data = open_datasets(changed(job, eval_batches=2))
     samples = [torch.from_numpy(data[k]) for k in range(2 * 8)]
+    ids, counts = torch.stack(samples[:8])[:, :-1].unique(return_counts=True)
+    job = replace(changed(job, eval_batches=2, eod_mask_loss=True), eod_id=int(ids[counts.argmax()]))
+    is_counted = torch.stack(samples)[:, :-1] != job.eod_id
+    assert is_counted[:8].sum() != is_counted[8:].sum()
+    model = begin(job, Mesh.single(), Report())[0]
     with torch.no_grad():
         logits = torch.cat([model(sample[None, :-1])[:, : MODEL.vocab_size] for sample in samples])
-    expected = torch.nn.functional.cross_entropy(logits, torch.cat([sample[1:] for sample in samples]))
+    losses = torch.nn.functional.cross_entropy(logits, torch.cat([sample[1:] for sample in samples]), reduction="none")
+    expected = losses[is_counted.reshape(-1)].mean()
     assert trainer.evaluate(Pipeline(model), data, job) == pytest.approx(expected.item(), rel=1e-12)
 
 
@@ -204,7 +208,7 @@ def test_fp16_finds_a_loss_scale(job: Job) -> None:
     static = changed(job, "static", precision="fp16", loss_scale=2.0**12, **settings)
     train(static, Mesh.single(), should_stop=stop_after(1))
     train(fp32, Mesh.single(), should_stop=stop_after(1))
-    (_, _, loss), (_, _, norm) = losses_of(static)[1:]
+    (_, _, loss), (_, _, norm) = losses_of(static)[1:3]
     assert loss == pytest.approx(losses_of(fp32)[1][2], rel=2e-3), "what is told is not scaled"
     assert norm == pytest.approx(losses_of(fp32)[2][2], rel=2e-2)
 

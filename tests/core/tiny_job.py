@@ -58,8 +58,8 @@ def tensors_of(job: Job, step: int) -> dict[str, torch.Tensor]:
 
 
 def losses_of(job: Job) -> list[tuple[int, str, float]]:
-    """Every loss and norm that a job wrote down."""
-    kinds = ("loss", "grad_norm", "valid_loss")
+    """Every loss, norm and loss scale that a job wrote down."""
+    kinds = ("loss", "grad_norm", "valid_loss", "loss_scale")
     return [(line["step"], kind, line[kind]) for line in read_metrics(job.folder) for kind in kinds if kind in line]
 
 

@@ -322,7 +322,7 @@ def test_a_pause_is_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return torchrun.Outcome()
 
     monkeypatch.setattr(torchrun, "run_workers", run_workers)
-    with pytest.raises(runtime.Interrupted, match="^stopped; saved at step 7; run again to go on from step 7$"):
+    with pytest.raises(runtime.Interrupted, match=r"^stopped; saved at step 7; run again to go on from step 7$"):
         runtime.execute(spec_of(tmp_path, stop_after_minutes=1), train.run, resumable=True)
 
 
