@@ -16,8 +16,9 @@ demo: $(INSTALLED) ## the whole job on this machine: base model and text to a fi
 	@$(BIN)/python configs/demo_inputs.py workspace/demo
 	@$(BIN)/finetune run configs/demo.yaml $(ARGS)
 
+# Two files at a time: much of a test's time is waiting for processes to start.
 test: $(INSTALLED) ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(INSTALLED) ## lint and type-check
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

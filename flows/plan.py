@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages.contracts import artifacts as a
+from stages.contracts import preflight
 from stages.contracts.config import Frozen, PipelineConfig
 from stages.contracts.specs import SOURCES, SPECS, Spec
 from stages.contracts.words import count, short
@@ -122,7 +123,7 @@ def _shown(value: Any) -> str:
 
 
 def describe(config: PipelineConfig, plans: list[NodePlan]) -> list[tuple[str, str]]:
-    """What is asked for, as (word, line) pairs: model, data, layout, length, where."""
+    """What is asked for, as (word, line) pairs: model, data, layout, memory, length, where."""
     made = {p.node: p.artifact for p in plans}
     model, dataset = made["download-model"], made["preprocess"]
     train, layout = config.train, config.layout
@@ -143,6 +144,7 @@ def describe(config: PipelineConfig, plans: list[NodePlan]) -> list[tuple[str, s
         length += f" = {tokens * sum(shares) / (dataset.tokens * shares[0]):.2g} epochs"
     interleaved = f" (vpp {layout.vpp})" if layout.vpp > 1 else ""
     processes = f"{layout.world_size} process{'es' if layout.world_size > 1 else ''}"
+    memory = preflight.memory_of(config, model if isinstance(model, a.ModelArtifact) else None)
     return [
         ("model", " · ".join([*parts, f"trained in {train.precision}"])),
         ("data", " · ".join(data)),
@@ -152,6 +154,7 @@ def describe(config: PipelineConfig, plans: list[NodePlan]) -> list[tuple[str, s
             f" · micro batch {train.micro_batch_size} · global batch {count(train.global_batch_size)}"
             f" ({count(train.global_batch_size // replicas)} micro batches)",
         ),
+        *([("memory", f"{memory}, on each GPU")] if memory else []),
         ("length", length),
         ("push", {"dry-run": "dry run", "folder": f"to {config.push.folder}", "hub": f"to {config.push.repo}"}[config.push.to]),
         ("workspace", str(config.workspace_path)),

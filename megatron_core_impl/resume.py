@@ -20,9 +20,10 @@ from megatron_core_impl.loss_scale import LossScale
 from megatron_core_impl.mesh import Mesh
 from megatron_core_impl.metrics import Report
 from megatron_core_impl.models.transformer import Transformer
+from megatron_core_impl.parallel.compile import compile_layers
 from megatron_core_impl.parallel.parallelize import parallelize
 from megatron_core_impl.parallel.zero import ZeroOptimizer
-from megatron_core_impl.train_config import Job
+from megatron_core_impl.train_config import Job, TrainConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -57,6 +58,8 @@ def begin(job: Job, mesh: Mesh, report: Report) -> tuple[Transformer, ZeroOptimi
         job.model, mesh,
         dtype=DTYPES[config.precision], dropout=config.dropout_settings, recompute=config.recompute_settings,
     )  # fmt: skip
+    if config.compile:
+        _compile(model, config, report)
     optimizer = ZeroOptimizer(model, mesh, config.optimizer_settings)
     loss_scale = config.new_loss_scale()
     if record is None:
@@ -71,6 +74,14 @@ def begin(job: Job, mesh: Mesh, report: Report) -> tuple[Transformer, ZeroOptimi
         report.log(f"going on from the checkpoint at step {record['step']}")
         report.progress(record["step"], config.steps, f"step {record['step']}/{config.steps}")
     return model, optimizer, loss_scale, State(**{field.name: record[field.name] for field in fields(State)})
+
+
+def _compile(model: Transformer, config: TrainConfig, report: Report) -> None:
+    shape = (config.micro_batch_size, config.sequence_length) if config.reset_position_ids else (config.sequence_length,)
+    positions = torch.arange(config.sequence_length, device=model.mesh.device).expand(shape)
+    seconds = compile_layers(model, positions, config.micro_batch_size)
+    if model.mesh.rank == 0:
+        report.log(f"compiled the layers in {seconds:.0f} s")
 
 
 def save(job: Job, mesh: Mesh, optimizer: ZeroOptimizer, loss_scale: LossScale, state: State) -> None:

@@ -21,8 +21,8 @@ CHECKPOINTS_FOLDER = "checkpoints"
 # What may differ between a run and the one that goes on from its checkpoint: how the work is shared out, what is told and kept,
 # when to give up or to pause, and which of the steps to come are skipped.
 MAY_CHANGE = {
-    "micro_batch_size", "recompute", "recompute_layers_per_unit", "max_skipped_steps", "skip_steps", "eval_interval",
-    "checkpoint_interval", "keep_checkpoints", "log_interval", "stop_after_minutes",
+    "micro_batch_size", "recompute", "recompute_layers_per_unit", "compile", "max_skipped_steps", "skip_steps",
+    "eval_interval", "checkpoint_interval", "keep_checkpoints", "log_interval", "stop_after_minutes",
 }  # fmt: skip
 
 
@@ -76,6 +76,7 @@ class TrainConfig:
     lima_dropout: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_layers_per_unit: int = 1
+    compile: bool = False  # parts of the layers: see parallel.compile
 
     seed: int = 1234
     split: str = "969,30,1"  # shares of train, valid, test documents

@@ -24,15 +24,20 @@ from megatron_core_impl.checkpoint import training as checkpoints
 from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.data.gpt_dataset import split_documents
 from megatron_core_impl.data.indexed_dataset import IndexedDataset
+from megatron_core_impl.memory import Device
 from stages import runtime, torchrun
 from stages.contracts import artifacts as a
+from stages.contracts import memory
 from stages.contracts.specs import TrainSpec
 
 if TYPE_CHECKING:
     import torch
 
+    from megatron_core_impl.mesh import Mesh
+
 CHECKPOINTS = "checkpoints"
 LOG = "logs/workers.log"
+COMPILED = ".cache/torch-compile"  # in the workspace
 SPEC_FILE = "spec.json"  # the workers' copy
 RESETS = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")  # settings that look for the end of documents
 
@@ -339,10 +344,28 @@ def _train(spec: TrainSpec, scratch: Path, should_stop: Callable[[], bool]) -> b
         warn=lambda text: torchrun.tell("warn", text=text),
         progress=lambda done, total, text: torchrun.tell("progress", done=done, total=total, text=text),
     )
+    # What is compiled is kept, for the runs to come; torch's own choice is a folder in /tmp.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(workspace / COMPILED))
     mesh = init_mesh(layout, _join_group(), kv_replicas=layout.kv_replicas(model))
+    _tell_memory(spec, model, mesh, report)
     state = train(job, mesh, report=report, should_stop=should_stop)
     dist.destroy_process_group()
     return state.step == spec.settings.steps
+
+
+def _tell_memory(spec: TrainSpec, model: ModelConfig, mesh: "Mesh", report: metrics.Report) -> None:
+    """How much each process is going to need, and whether its GPU has it. The first of those that are alike speaks."""
+    import torch
+
+    device: Device = "cuda" if mesh.device.type == "cuda" else "cpu"
+    if mesh.rank == 0:
+        worst = memory.expected(model, spec.layout, spec.settings, device=device)
+        report.log(f"memory of a process, estimated: {memory.described(worst)}")
+    if device == "cuda" and mesh.tp_rank == mesh.dp_rank == 0:
+        own = memory.expected(model, spec.layout, spec.settings, device=device, rank=mesh.rank)
+        available = torch.cuda.get_device_properties(mesh.device).total_memory
+        if text := memory.shortage(own, available, spec.layout, spec.settings):
+            report.warn(f"rank {mesh.rank} {text}")
 
 
 def _join_group() -> "torch.device":

@@ -192,6 +192,7 @@ class SelfAttention(nn.Module):
         self.group = group
         self.attention_dropout = attention_dropout
         self.kernel = kernel
+        self.rotate = rotate  # an attribute: `parallel.compile` puts its own there
 
         def column(name: str) -> ColumnParallelLinear:
             bias = parameter(f"{prefix}.{name}.bias") if config.qkv_bias else None
@@ -210,7 +211,7 @@ class SelfAttention(nn.Module):
                 group=self.group, biases=[projection.bias for projection in projections],
             )
         )  # fmt: skip
-        q, k = rotate(q, sequences.rotation), rotate(k, sequences.rotation)
+        q, k = self.rotate(q, sequences.rotation), self.rotate(k, sequences.rotation)
         y = attend(
             q, k, v, sequences,
             window=self.window, dropout=self.attention_dropout if self.training else 0.0, kernel=self.kernel,

@@ -22,7 +22,7 @@ from megatron_core_impl import collectives
 from megatron_core_impl.collectives import Group
 from megatron_core_impl.layers.parameter import ShardedParameter
 
-BLOCK = 1 << 25  # logits that exist at a time: large enough for efficient products, small beside a micro batch's
+BLOCK = 1 << 24  # logits that exist at a time: large enough for efficient products, small beside a micro batch's
 CACHED = 1 << 18  # logits that a CPU works on at a time: in single precision they stay in its cache
 
 
@@ -43,8 +43,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty_like(weights)
         grad_x = torch.empty_like(gathered) if grads else None
         grad_weight = torch.empty_like(weight, dtype=wide, requires_grad=False) if grads else None
+        room = product = None  # for the logits of a block, and for what they add to dW: memory is new only once
         for block in _blocks(len(gathered), weight.shape[0]):
-            logits = gathered[block] @ weight.t()  # [R, V]
+            tokens = gathered[block]
+            room = tokens.new_empty(len(tokens), weight.shape[0]) if room is None else room
+            logits = torch.mm(tokens, weight.t(), out=room[: len(tokens)])  # [R, V]
             of_label = logits.gather(1, rows[block].unsqueeze(1)).squeeze(1).to(wide).masked_fill_(is_elsewhere[block], 0)
             total = own_total = _softmax_(logits, num_real)
             if group is not None:
@@ -61,7 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             at = (torch.arange(len(logits), device=logits.device), rows[block])
             logits[at] = logits[at].where(is_elsewhere[block], of_label)  # (scatter_ would convert all of bf16 logits)
             torch.mm(logits, weight, out=grad_x[block])
-            _add_product(grad_weight, logits, gathered[block] * shares[block], is_first=block.start == 0)
+            product = _add_product(grad_weight, logits, tokens * shares[block], product)
         if grad_x is not None:
             ctx.grad_x, ctx.grad_weight = collectives.reduce_scatter(grad_x, group), grad_weight
             ctx.weight, ctx.largest = weight, largest
@@ -149,13 +152,17 @@ def _cached(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield slice(start, start + rows), part if buffer is None else buffer[: len(part)].copy_(part)
 
 
-def _add_product(total: Tensor, grad_output: Tensor, x: Tensor, *, is_first: bool) -> None:
-    """Add dyᵀ x to `total`, or make it that."""
+def _add_product(total: Tensor, grad_output: Tensor, x: Tensor, product: Tensor | None) -> Tensor:
+    """Add dyᵀ x to `total`, or make it that at first, when there is no room for a product yet; returns that room."""
+    is_first = product is None
     if total.dtype == x.dtype:
-        torch.addmm(total, grad_output.t(), x, beta=0 if is_first else 1, out=total)  # beta = 0: what is there is not even read
-    elif is_first:
-        total.copy_(grad_output.t() @ x)
-    else:
-        rows = max(1, CACHED // x.shape[1])
-        for part, increment in zip(torch.split(total, rows), torch.split(grad_output.t() @ x, rows), strict=True):
-            part.add_(increment)
+        # beta = 0: what is there is not even read
+        return torch.addmm(total, grad_output.t(), x, beta=0 if is_first else 1, out=total)
+    product = torch.mm(grad_output.t(), x, out=product)
+    if is_first:
+        total.copy_(product)
+        return product
+    rows = max(1, CACHED // x.shape[1])
+    for part, increment in zip(torch.split(total, rows), torch.split(product, rows), strict=True):
+        part.add_(increment)
+    return product

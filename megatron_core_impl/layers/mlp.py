@@ -60,6 +60,8 @@ class MLP(nn.Module):
         self.group = group
         self.keeps_product = keeps_product
         self.activation = config.activation
+        # what lies between the products, as an attribute: `parallel.compile` puts its own there
+        self.act = partial(gated, activation=config.activation) if config.is_gated else _ACTIVATIONS[config.activation][0]
 
         def column(name: str) -> ColumnParallelLinear:
             bias = parameter(f"{prefix}.{name}.bias") if config.mlp_bias else None
@@ -72,13 +74,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
-            act, _ = _ACTIVATIONS[self.activation]
             is_kept = self.keeps_product or self.activation == "relu"  # relu keeps its result for itself, not its input
-            with produced(act, self.up_proj(x), is_kept=is_kept) as product:
+            with produced(self.act, self.up_proj(x), is_kept=is_kept) as product:
                 return self.down_proj(product)  # type: ignore[no-any-return]
         gate, up = column_linear(
             x, self.gate_proj.weight, self.up_proj.weight,
             group=self.group, biases=[self.gate_proj.bias, self.up_proj.bias],
         )  # fmt: skip
-        with produced(partial(gated, activation=self.activation), gate, up, is_kept=self.keeps_product) as product:
+        with produced(self.act, gate, up, is_kept=self.keeps_product) as product:
             return self.down_proj(product)  # type: ignore[no-any-return]

@@ -52,8 +52,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _parts(x: Tensor) -> Iterator[slice]:
-    """Rows of which as many as fit into a CPU's cache are worked on at a time; a GPU takes all at once."""
-    rows = max(1, len(x) if x.is_cuda else CACHED // x.shape[-1])
+    """Rows of which as many as fit into a CPU's cache are worked on at a time; GPUs and compilers take all at once."""
+    rows = max(1, len(x) if x.is_cuda or torch.compiler.is_compiling() else CACHED // x.shape[-1])
     return (slice(start, start + rows) for start in range(0, len(x), rows))
 
 

@@ -130,6 +130,11 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         mesh.layout.check(config)
+        replicas = mesh.layout.kv_replicas(config)
+        assert mesh.kv_group is not None or replicas == 1, (
+            f"at tp={mesh.layout.tp}, {replicas} ranks hold each key/value head of this model, and must sum up its gradient: "
+            f"init_mesh needs kv_replicas={replicas}"
+        )
         self.config = config
         self.mesh = mesh
         self.dtype = dtype

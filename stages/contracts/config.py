@@ -172,6 +172,11 @@ class TrainSettings(Frozen):
     recompute_layers_per_unit: int = Field(
         1, ge=1, description="recompute full: layers between two kept activations", json_schema_extra=NOT_IN_KEY
     )
+    # Not in the key, as micro_batch_size: both change only where sums are rounded on the way.
+    compile: bool = Field(
+        False, description="torch.compile for norms, rotary embedding and activations: needs a C++ compiler, on GPUs triton too",
+        json_schema_extra=NOT_IN_KEY,
+    )  # fmt: skip
 
     seed: int = Field(1234, ge=0, lt=2**32, description="of the order of data, and of dropout")
     split: str = Field("969,30,1", description="shares of train, valid, test documents")

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.models import families
-from stages.contracts import publishing
+from stages.contracts import artifacts as a
+from stages.contracts import memory, publishing
 from stages.contracts.config import PipelineConfig
 
 
@@ -18,10 +20,7 @@ def check(config: PipelineConfig) -> list[str]:
     if not folder.is_dir():
         return problems  # a Hub id
     try:
-        hf = json.loads((folder / "config.json").read_text())
-        if not isinstance(hf, dict):
-            raise ValueError("config.json: is no JSON object")
-        model = families.config_from_hf(hf)
+        model = _local_model(folder)
     except FileNotFoundError:
         return [*problems, f"model.source: {folder} has no config.json, so it is no Hugging Face model folder"]
     except OSError as error:
@@ -41,3 +40,25 @@ def check(config: PipelineConfig) -> list[str]:
                 f"{key}: {length} exceeds max_position_embeddings={model.max_position_embeddings} of {config.model.source}"
             )
     return problems
+
+
+def memory_of(config: PipelineConfig, downloaded: a.ModelArtifact | None) -> str | None:
+    """What each process of the training takes on a GPU, in one line. None where the model is not here yet, or does not fit."""
+    folder = Path(config.model.source).expanduser()
+    try:
+        if downloaded is not None:
+            model = ModelConfig(**downloaded.model.config_fields())
+        elif folder.is_dir():
+            model = _local_model(folder)
+        else:
+            return None
+        return memory.described(memory.expected(model, config.layout, config.train))
+    except (OSError, ValueError):  # `check` has told what is wrong
+        return None
+
+
+def _local_model(folder: Path) -> ModelConfig:
+    hf = json.loads((folder / "config.json").read_text())
+    if not isinstance(hf, dict):
+        raise ValueError("config.json: is no JSON object")
+    return families.config_from_hf(hf)

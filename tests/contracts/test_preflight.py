@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from stages.contracts.config import PipelineConfig
-from stages.contracts.preflight import check
+from megatron_core_impl.models import families
+from stages.contracts import memory, words
+from stages.contracts.config import LayoutSettings, PipelineConfig, TrainSettings
+from stages.contracts.preflight import check, memory_of
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -77,3 +79,52 @@ def test_a_folder_to_push_to_that_is_taken(tmp_path: Path) -> None:
     ]
     (shelf / "README.md").write_text("---\ntags:\n- megatron-flows\n---\n")
     assert problems(Path("some/hub-id"), push=push) == []
+
+
+def test_memory_of_a_local_model(tmp_path: Path) -> None:
+    def told(source: str, **layout: int) -> str | None:
+        train = {"steps": 10, "sequence_length": 512, "precision": "fp32"}
+        base = {"model": {"source": source}, "data": {"source": "c/d"}, "train": train, "layout": layout}
+        return memory_of(PipelineConfig.model_validate(base), None)
+
+    folder = str(model(tmp_path, LLAMA))
+    # a layer: q and o, k and v, the MLP, norms; embedding and output layer, padded to 384 rows; a norm
+    numbers = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64) + 2 * 384 * 64 + 64
+    text = told(folder)
+    assert text is not None
+    assert (
+        f"= weights {words.size(4 * numbers)} + main gradients {words.size(4 * numbers)} + moments {words.size(8 * numbers)}"
+        in text
+    )
+    assert "masters" not in text, "there are none in fp32"
+    assert told(folder, tp=16) is None, "it does not fit; `check` says why"
+    assert told("some/hub-id") is None
+    (tmp_path / "config.json").write_text("[]")
+    assert told(folder) is None
+
+
+SEVEN_BILLION = LLAMA | {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"micro_batch_size": 4}, "Then lower train.micro_batch_size (now 4), or set train.recompute to full (now none), or "
+         "raise layout.tp (now 1) or layout.pp (now 1)"),
+        ({"recompute": "full"}, "Then raise layout.tp (now 1) or layout.pp (now 1)"),
+    ],
+)  # fmt: skip
+def test_a_gpu_that_is_too_small(settings: dict[str, Any], advice: str) -> None:
+    train, layout = TrainSettings(steps=1, **settings), LayoutSettings()
+    found = memory.expected(families.config_from_hf(SEVEN_BILLION), layout, train)
+    assert 18 * 6.7e9 < found.total < 18 * 6.7e9 + 40e9, "18 bytes a number, and activations"
+    text = memory.shortage(found, 80 * 10**9, layout, train)
+    assert (
+        text == f"needs about {words.size(found.total)}, and its GPU has 80.0 GB: it will probably run out of memory. {advice}"
+    )
+    assert memory.shortage(found, found.total, layout, train) is None
+    with_tp = LayoutSettings(tp=8)
+    assert memory.expected(families.config_from_hf(SEVEN_BILLION), with_tp, train).total < found.total / 4

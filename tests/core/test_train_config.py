@@ -96,7 +96,7 @@ def job(**settings: Any) -> Job:
 
 def test_what_must_agree() -> None:
     """How the work is cut does not count, unless the loss is defined by it."""
-    assert job(micro_batch_size=1, recompute="full", skip_steps=(5,)).must_agree() == job().must_agree()
+    assert job(micro_batch_size=1, recompute="full", compile=True, skip_steps=(5,)).must_agree() == job().must_agree()
     assert job(hidden_dropout=0.1).must_agree() != job().must_agree()
     assert job(reference_loss_mean=True, micro_batch_size=1).must_agree() != job(reference_loss_mean=True).must_agree()
 

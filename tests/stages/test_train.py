@@ -135,6 +135,7 @@ def test_stops_when_asked_and_goes_on(tmp_path: Path, start: Callable[[TrainSpec
     stage.wait_for(
         "2 processes, dp 1 × tp 1 × pp 2 · 40 steps × 4 samples × 16 tokens = 2,560 tokens = 2.13 epochs of 32 documents"
     )
+    stage.wait_for("memory of a process, estimated: ")
     stage.wait_for("step  2/40 · loss ")
     stage.process.send_signal(signal.SIGTERM)
     code, _, err = stage.end()
