@@ -258,7 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer steps, one thread")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="only this one")
-    parser.add_argument("--output", type=Path, default=Path("train_step.json"), help="the JSON file")
+    parser.add_argument("--output", type=Path, default=ROOT / "workspace" / "benchmarks" / "train_step.json", help="the JSON file")
     parser.add_argument("--profile", nargs=2, metavar=("PRECISION", "SIDE"))
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -280,6 +280,7 @@ def main() -> None:
             ratio = found["ours"]["seconds"] / found["tp2"]["seconds"]
             print(f"  tp=2 with one thread each: {found['tp2']['tokens_per_second']:.0f} tokens/s, {ratio:.2f} of one process")
             results[f"{precision}, tp2"] = found
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(results, indent=1) + "\n")
     return None
 

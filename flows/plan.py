@@ -154,7 +154,7 @@ def describe(config: PipelineConfig, plans: list[NodePlan]) -> list[tuple[str, s
             f" · micro batch {train.micro_batch_size} · global batch {count(train.global_batch_size)}"
             f" ({count(train.global_batch_size // replicas)} micro batches)",
         ),
-        *([("memory", f"{memory}, on each GPU")] if memory else []),
+        *([("memory", f"each GPU {memory}")] if memory else []),
         ("length", length),
         ("push", {"dry-run": "dry run", "folder": f"to {config.push.folder}", "hub": f"to {config.push.repo}"}[config.push.to]),
         ("workspace", str(config.workspace_path)),
