@@ -258,7 +258,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer steps, one thread")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="only this one")
-    parser.add_argument("--output", type=Path, default=ROOT / "workspace" / "benchmarks" / "train_step.json", help="the JSON file")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "workspace" / "benchmarks" / "train_step.json", help="the JSON file"
+    )
     parser.add_argument("--profile", nargs=2, metavar=("PRECISION", "SIDE"))
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -174,7 +174,7 @@ class TrainSettings(Frozen):
     )
     # Not in the key, as micro_batch_size: both change only where sums are rounded on the way.
     compile: bool = Field(
-        False, description="torch.compile for norms, rotary embedding and activations: needs a C++ compiler, on GPUs triton too",
+        False, description="torch.compile for norms, rotary embedding and activations; needs a C++ compiler, on GPUs triton",
         json_schema_extra=NOT_IN_KEY,
     )  # fmt: skip
 

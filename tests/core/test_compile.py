@@ -78,6 +78,10 @@ def test_the_same_step(name: str, recompute: Recompute) -> None:
     model = compiled(config, recompute)
     found = graphs()
     assert 0 < found <= 10, "once per shape and kind of pass, however many layers there are"
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for layer in model.model.layers.values():
+        parts = [layer.input_layernorm.forward, layer.self_attn.rotate, layer.mlp.act]
+        assert all(hasattr(part, "_torchdynamo_orig_callable") for part in parts), "each layer has what is compiled"
     close(step(model), want)
     assert graphs() == found, "nothing is left to compile in a step"
     assert not torch._dynamo.utils.counters["graph_break"]
