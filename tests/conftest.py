@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import pytest
 from distributed import GlooPool
 
-
 # Files of a minute and more. They begin first, so that none is left alone at the end when files run side by side.
 LONG = ("test_end_to_end", "test_parallel", "test_trainer_golden", "test_train", "test_command")
 

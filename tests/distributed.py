@@ -1,7 +1,8 @@
 """Processes for tests that need several: started once per session, joined into process groups of any size as tests ask.
 
-Torch is imported once for all of them, which takes seconds; joining a gloo group takes milliseconds. Functions go to the workers
-by name, so they must be at the top of a module, and take the rank's arguments only; inside, `torch.distributed` is initialised.
+Torch is imported once for all of them, which takes seconds; joining a gloo group takes milliseconds. Functions go to the
+workers by name, so they must be at the top of a module, and take the rank's arguments only; inside, `torch.distributed` is
+initialised.
 """
 
 import copyreg
