@@ -43,6 +43,8 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
             # Strict, but as JSON: a list is a tuple, a whole number is a float, and nothing else is what it is not.
             return PipelineConfig.model_validate_json(json.dumps(data, default=str), strict=True)
         except ValidationError as error:
+            # First, for whoever mends only what the batches need of a layout would be refused again.
+            problems += [_line(str(file), told) for told in preflight.refused_layout(data)]
             for problem in error.errors(include_url=False):
                 loc = tuple(part for part in problem["loc"] if isinstance(part, str))
                 problems.append(_line(_where(file, sources, loc), explain(problem)))

@@ -3,12 +3,66 @@
 Words are those of Hugging Face configurations. A mesh has *axes* (pp, dp, tp), a tensor has *dims*.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import dataclass, fields
+from sys import float_info
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 NormKind = Literal["rmsnorm", "layernorm"]
+# What computes attention: see layers.attention
+Kernel = Literal["flash-attn", "varlen", "sdpa"]
 Range = tuple[int, int]  # half-open
+
+
+def check_choices(settings: "DataclassInstance", *, where: str = "") -> None:
+    """Refuse values of fields of a Literal type that are none of its values.
+
+    Args:
+        where: comes before the name of the field in the message.
+
+    Raises:
+        ValueError: naming the field and the legal values.
+    """
+    for field in fields(settings):
+        if get_origin(field.type) is Literal and (value := getattr(settings, field.name)) not in (
+            legal := get_args(field.type)
+        ):
+            raise ValueError(f"{where}{field.name}={value!r} is not supported. Legal here: {', '.join(legal)}")
+
+
+def check_numbers(
+    settings: "DataclassInstance", *names: str,
+    at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf, where: str = "",
+) -> None:  # fmt: skip
+    """Refuse fields that are no finite numbers, or none of this range. A field of type int must be whole; None is left alone.
+
+    Args:
+        where: comes before the name of the field in the message.
+
+    Raises:
+        ValueError: naming the field and the range.
+    """
+    types = {field.name: field.type for field in fields(settings)}
+    limits = [f"{word} {limit}" for word, limit in (("at least", at_least), ("above", above)) if limit > -math.inf]
+    limits += [f"less than {below}"] if below < math.inf else []
+    for name in names:
+        if (value := getattr(settings, name)) is None:
+            continue
+        if types[name] in (int, int | None) and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"{where}{name}={value!r} must be a whole number")
+        if not is_finite(value):
+            raise ValueError(f"{where}{name}={value!r} must be a finite number")
+        if value < at_least or value <= above or value >= below:
+            raise ValueError(f"{where}{name}={value!r} must be {' and '.join(limits)}")
+
+
+def is_finite(value: Any) -> bool:
+    """Whether this is a number that a float can hold: not NaN, not infinite, and no integer beyond."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +80,10 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise ValueError(f"rope_scaling: factor={self.factor} must be at least 1")
+        where = "rope_scaling: "
+        check_choices(self, where=where)
+        check_numbers(self, "factor", "original_max_position_embeddings", at_least=1, where=where)
+        check_numbers(self, "low_freq_factor", "high_freq_factor", where=where)
         if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"rope_scaling: low_freq_factor={self.low_freq_factor} must be positive and less than "
@@ -66,23 +122,18 @@ class ModelConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if name == "sliding_window" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive integer")
+        check_choices(self)
+        check_numbers(
+            self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", at_least=1,
+        )  # fmt: skip
+        check_numbers(self, "norm_eps", "rope_theta", above=0)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} does not divide num_attention_heads={self.num_attention_heads}"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs of numbers")
-        if self.norm_eps <= 0 or self.rope_theta <= 0:
-            raise ValueError(f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be positive")
         if self.has_shared_norm and not self.is_parallel:
             raise ValueError(
                 "has_shared_norm=True needs is_parallel=True: one after the other, attention and MLP read two inputs"
@@ -127,8 +178,8 @@ class Recompute:
     layers_per_unit: int = 1  # full: layers between two kept activations
 
     def __post_init__(self) -> None:
-        if self.layers_per_unit < 1:
-            raise ValueError(f"layers_per_unit={self.layers_per_unit} must be at least 1")
+        check_choices(self, where="recompute: ")
+        check_numbers(self, "layers_per_unit", at_least=1)
         if self.mode != "full" and self.layers_per_unit != 1:
             raise ValueError(f"layers_per_unit={self.layers_per_unit} is of recompute mode full; here it is {self.mode}")
 
@@ -143,9 +194,7 @@ class Layout:
     vpp: int = 1  # virtual pp stages per rank: chunks of layers that a rank holds, for the interleaved schedule
 
     def __post_init__(self) -> None:
-        for axis in ("tp", "pp", "dp", "vpp"):
-            if getattr(self, axis) < 1:
-                raise ValueError(f"{axis}={getattr(self, axis)} must be at least 1")
+        check_numbers(self, "tp", "pp", "dp", "vpp", at_least=1)
         if self.vpp > 1 and self.pp == 1:
             raise ValueError(f"vpp={self.vpp} needs pp of at least 2: virtual stages shorten the bubble of a pipeline")
 

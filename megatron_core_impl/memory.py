@@ -24,6 +24,7 @@ from typing import Literal
 
 from megatron_core_impl.checkpoint.slicing import chunk_layers, is_on_pp_rank, shape_of, tp_slice
 from megatron_core_impl.config import Dropout, Heads, Layout, ModelConfig, Recompute, TensorSpec, padded_vocab_size
+from megatron_core_impl.layers.blocks import BLOCK, CACHED, WINDOW_BLOCK, window_blocks
 from megatron_core_impl.models.tensors import norms_of_a_layer, tensors
 from megatron_core_impl.optim import OptimizerSettings
 from megatron_core_impl.parallel.schedule import schedule
@@ -32,7 +33,6 @@ Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 ITEM_SIZES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 Device = Literal["cuda", "cpu"]
 MIB = 1 << 20
-LOSS_BLOCK, CPU_LOSS_BLOCK = 1 << 25, 1 << 18  # logits that exist at a time, and in fp32 on a CPU (`layers.cross_entropy`)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,8 @@ def estimate(
         optimizer: default: AdamW.
         recompute, dropout: default: none.
         rank: global number; default: the rank that needs most.
-        device: what the model runs on. They differ where one has no kernel that works in place.
+        device: what the model runs on. They differ where one has no kernel that works in place, or that attends with dropout or
+            a window; for CUDA it is taken to have one.
 
     Raises:
         ValueError: the layout cannot hold the model, or its schedule not so many micro batches; the message names what can.
@@ -197,7 +198,7 @@ def _worst_moment(
     again = [_recomputed(config, sizes, chunk, recompute, dropout) for chunk in chunks]
     last = len(chunks) - 1 if pp_rank == layout.pp - 1 else None  # the chunk that ends with the loss
     loss = _loss(sizes)
-    backward = _layer_backward(config, sizes, recompute)
+    backward = _layer_backward(config, sizes, recompute, dropout)
 
     batches = num_microbatches * sizes.seen * 3 * 8  # tokens, labels and weights
     # inputs that come while a pass runs: from the pp rank before, and with several chunks round the other way as well
@@ -218,34 +219,81 @@ def _worst_moment(
     return dict(zip(names, max(moments, key=lambda moment: sum(moment)), strict=True)) | {"buffers": batches + messages}
 
 
-def _layer_activations(config: ModelConfig, sizes: _Sizes, recompute: Recompute, share: float) -> int:
-    """What a layer keeps for its backward pass, where it is not recomputed as a whole."""
+def _layer_activations(config: ModelConfig, sizes: _Sizes, recompute: Recompute, dropout: Dropout, share: float) -> int:
+    """What a layer keeps for its backward pass, where it is not recomputed as a whole. `share`: of its hidden dropout."""
     selective = recompute.mode == "selective"
     norms = len(norms_of_a_layer(config))
     tokens, features = sizes.own * sizes.item, sizes.seen * sizes.item
-    before, product = (1 + config.is_gated, 1 - selective) if _keeps_its_input(config) else (0, 1)
     return sum((
         tokens * sizes.hidden * (1 if config.is_parallel else 2),  # what norms read: the residual stream
         sizes.own * sizes.wide * norms * (1 if config.norm == "rmsnorm" else 2),  # their statistics
         tokens * sizes.hidden * norms * (1 - selective),  # what they result in
-        features * (sizes.queries + 2 * sizes.keys),  # turned queries and keys, and values
-        features * sizes.queries,  # attention's output, which o_proj reads as well
-        sizes.seen * sizes.wide * sizes.heads,  # the logarithm of its denominators
-        features * sizes.ffn * before,  # gate and up
-        features * sizes.ffn * product,  # act(gate) · up
+        _attention_activations(config, sizes, dropout),
+        features * sizes.queries,  # attention's output, which o_proj reads
+        _mlp_activations(config, sizes, recompute),
         sizes.own * sizes.hidden * (1 if config.is_parallel else 2) * (share > 0),  # masks of dropout
     ))  # fmt: skip
 
 
+def _attention_activations(config: ModelConfig, sizes: _Sizes, dropout: Dropout) -> int:
+    """What attention keeps besides its output."""
+    if _makes_scores(sizes, dropout):
+        numbers = 3 * sum(_num_scores(config, sizes)) + sizes.queries * (sizes.seen + 2 * _num_keys(config, sizes))
+        return (
+            numbers * sizes.wide
+        )  # weights, the mask of dropout, their product; queries, and keys and values for each of them
+    return sum((
+        sizes.seen * sizes.item * (sizes.queries + 2 * sizes.keys),  # turned queries and keys, and values
+        sizes.seen * sizes.wide * sizes.heads,  # the logarithm of its denominators
+        sizes.seen * sizes.item * sizes.queries * (_window_blocks(config, sizes) is not None),  # the outputs of blocks
+    ))  # fmt: skip
+
+
+def _mlp_activations(config: ModelConfig, sizes: _Sizes, recompute: Recompute) -> int:
+    """What the feed-forward layer keeps besides what it reads: gate and up, and act(gate) · up."""
+    before, product = (1 + config.is_gated, recompute.mode != "selective") if _keeps_its_input(config) else (0, 1)
+    return sizes.seen * sizes.item * sizes.ffn * (before + product)
+
+
+def _makes_scores(sizes: _Sizes, dropout: Dropout) -> bool:
+    """Whether attention makes the weights of all pairs of tokens: PyTorch's kernel for the CPU has no dropout."""
+    return sizes.device == "cpu" and dropout.attention > 0
+
+
+def _window_blocks(config: ModelConfig, sizes: _Sizes) -> list[tuple[int, int, int]] | None:
+    """The blocks that attention under a sliding window works in; None where it needs none."""
+    if sizes.device == "cuda" or config.sliding_window is None or config.sliding_window >= sizes.length:
+        return None
+    return window_blocks(sizes.length, config.sliding_window, WINDOW_BLOCK)
+
+
+def _num_scores(config: ModelConfig, sizes: _Sizes) -> list[int]:
+    """Of all heads and sequences, by blocks."""
+    blocks = _window_blocks(config, sizes) or [(0, 0, sizes.length)]
+    return [sizes.seen // sizes.length * sizes.heads * (stop - start) * (stop - first) for first, start, stop in blocks]
+
+
+def _num_keys(config: ModelConfig, sizes: _Sizes) -> int:
+    """That the blocks of all sequences read."""
+    blocks = _window_blocks(config, sizes) or [(0, 0, sizes.length)]
+    return sizes.seen // sizes.length * sum(stop - first for first, _, stop in blocks)
+
+
+def _window_masks(config: ModelConfig, sizes: _Sizes) -> int:
+    """Of blocks of different size, one each for all layers."""
+    shapes = {(stop - start, stop - first) for first, start, stop in _window_blocks(config, sizes) or ()}
+    return sum(queries * keys for queries, keys in shapes) * sizes.item
+
+
 def _chunk_activations(config: ModelConfig, sizes: _Sizes, chunk: range, recompute: Recompute, dropout: Dropout) -> int:
     """What a forward pass through a chunk leaves behind."""
-    angles = 2 * sizes.length * config.head_dim // 2 * sizes.item
+    shared = 2 * sizes.length * config.head_dim // 2 * sizes.item + _window_masks(config, sizes)  # by all layers: angles, masks
     embedding = sizes.own * sizes.hidden * (dropout.of_embeddings > 0) if chunk.start == 0 else 0
     if recompute.mode == "full":
         units = -(-len(chunk) // recompute.layers_per_unit)
-        return angles + embedding + units * sizes.own * sizes.hidden * sizes.item
+        return shared + embedding + units * sizes.own * sizes.hidden * sizes.item
     shares = (dropout.of_layer(layer, config.num_hidden_layers) for layer in chunk)
-    return angles + embedding + sum(_layer_activations(config, sizes, recompute, share) for share in shares)
+    return shared + embedding + sum(_layer_activations(config, sizes, recompute, dropout, share) for share in shares)
 
 
 def _recomputed(config: ModelConfig, sizes: _Sizes, chunk: range, recompute: Recompute, dropout: Dropout) -> int:
@@ -253,7 +301,9 @@ def _recomputed(config: ModelConfig, sizes: _Sizes, chunk: range, recompute: Rec
     if recompute.mode != "full":
         return 0
     layers = min(len(chunk), recompute.layers_per_unit)
-    return layers * _layer_activations(config, sizes, recompute, dropout.hidden) - sizes.own * sizes.hidden * sizes.item
+    return (
+        layers * _layer_activations(config, sizes, recompute, dropout, dropout.hidden) - sizes.own * sizes.hidden * sizes.item
+    )
 
 
 def _loss(sizes: _Sizes) -> int:
@@ -261,23 +311,26 @@ def _loss(sizes: _Sizes) -> int:
     stream = sizes.own * sizes.hidden * sizes.item
     gathered = sizes.seen * sizes.hidden * sizes.item  # by tp; dx is as large
     matrix, is_narrow = sizes.vocabulary * sizes.hidden, sizes.item < sizes.wide
-    blocks = min(sizes.seen, -(-sizes.seen * sizes.vocabulary // LOSS_BLOCK))
+    product = matrix * sizes.item * is_narrow
+    blocks = min(sizes.seen, -(-sizes.seen * sizes.vocabulary // BLOCK))
     rows = -(-sizes.seen // blocks)
-    rows_in_wide = rows if sizes.device == "cuda" else max(1, CPU_LOSS_BLOCK // sizes.vocabulary)
+    rows_in_wide = rows if sizes.device == "cuda" else max(1, CACHED // sizes.vocabulary)
     return sum((
         2 * stream + sizes.own * sizes.wide,  # what the norm reads, its statistics, what it results in
         gathered * (sizes.seen > sizes.own) + gathered,
         matrix * sizes.wide,  # dW, which the backward pass only scales
         rows * sizes.vocabulary * sizes.item,  # a block of logits
+        product * (blocks > 1),  # room for the blocks' parts of dW, made for the first
         max(
-            rows_in_wide * sizes.vocabulary * sizes.wide * is_narrow,  # its softmax
-            rows * sizes.hidden * sizes.item + matrix * sizes.item * is_narrow,  # its tokens, weighed, and its part of dW
+            rows_in_wide * sizes.vocabulary * sizes.wide * is_narrow,  # a block's softmax
+            rows * sizes.hidden * sizes.item + product * (blocks == 1),  # its tokens, weighed
         ),
     ))  # fmt: skip
 
 
-def _layer_backward(config: ModelConfig, sizes: _Sizes, recompute: Recompute) -> int:
-    """What a layer's backward pass takes where it takes most, beyond what it frees on the way: in the feed-forward layer.
+def _layer_backward(config: ModelConfig, sizes: _Sizes, recompute: Recompute, dropout: Dropout) -> int:
+    """What a layer's backward pass takes where it takes most, beyond what it frees on the way: in the feed-forward layer, or in
+    attention that makes scores, whose gradient is as large.
 
     First down_proj needs its input, the product, makes the product's gradient and then its weight's. With that the product is
     free again. Then from its gradient and one in between comes that of the gate; a plain MLP goes without the one in between.
@@ -289,7 +342,19 @@ def _layer_backward(config: ModelConfig, sizes: _Sizes, recompute: Recompute) ->
     in_between = sizes.hidden * sizes.ffn * sizes.item * (sizes.device == "cpu" and sizes.item < sizes.wide)
     selective = recompute.mode == "selective" and _keeps_its_input(config)
     freed = recompute.mode != "selective" and _keeps_its_input(config)
-    return stream + max(gathered + product * (1 + selective) + in_between, product * ((3 if config.is_gated else 2) - freed))
+    of_mlp = max(gathered + product * (1 + selective) + in_between, product * ((3 if config.is_gated else 2) - freed))
+    if not _makes_scores(sizes, dropout):
+        return stream + of_mlp
+    # by then the feed-forward layer's part is free, and attention's output
+    own_norm = len(norms_of_a_layer(config)) == 2 and recompute.mode != "selective"
+    numbers = sizes.own * sizes.hidden * (own_norm + (not config.is_parallel))
+    gone = numbers * sizes.item + sizes.own * sizes.hidden * (dropout.hidden > 0) + _mlp_activations(config, sizes, recompute)
+    scores = _num_scores(config, sizes)
+    gradient = max(
+        of_block - 3 * sum(scores[block + 1 :]) for block, of_block in enumerate(scores)
+    )  # the last block goes first
+    of_attention = gradient * sizes.wide + sizes.seen * sizes.queries * (2 * sizes.wide - sizes.item)
+    return stream + max(of_mlp, of_attention - gone)
 
 
 def _keeps_its_input(config: ModelConfig) -> bool:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from math import cos, pi, sqrt
 from typing import Literal
 
+from megatron_core_impl.config import check_choices, check_numbers
+
 Kind = Literal["adamw", "sgd"]
 Schedule = Literal["cosine", "linear", "constant", "inverse-square-root"]
 WeightDecayStyle = Literal["constant", "linear", "cosine"]
@@ -31,14 +33,9 @@ class OptimizerSettings:
     overlap_gather: bool = True  # gather a layer's new weights over dp while the forward passes of earlier layers run
 
     def __post_init__(self) -> None:
-        if self.kind not in ("adamw", "sgd"):
-            raise ValueError(f"kind={self.kind!r} is not an optimizer. Legal here: adamw, sgd")
-        for name in ("beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
-        for name in ("eps", "weight_decay", "clip_grad"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        check_choices(self)
+        check_numbers(self, "beta1", "beta2", "momentum", at_least=0, below=1)
+        check_numbers(self, "eps", "weight_decay", "clip_grad", at_least=0)
 
 
 def lr_at(n: int, *, lr: float, min_lr: float, warmup_steps: int, decay_steps: int, schedule: Schedule) -> float:
@@ -46,8 +43,10 @@ def lr_at(n: int, *, lr: float, min_lr: float, warmup_steps: int, decay_steps: i
 
     Linear warm-up from 0 at n = 0 to `lr` at `warmup_steps`, then down to `min_lr` at `decay_steps` by a half cosine or a
     straight line, or as the inverse square root of n for as long as that is above `min_lr`; `min_lr` after `decay_steps`.
-    `constant` stays at `lr` and ignores `min_lr`. Training step k, counted from 1, uses n = k, so that no step is spent at a
-    rate of 0. Where batches grow, the unit is the sample: n, warm-up and decay all count samples.
+    `constant` stays at `lr` and ignores `min_lr`. n, `warmup_steps` and `decay_steps` count in one unit, whichever it is; a
+    trainer counts samples, as batches may grow (`TrainConfig.rates`). For all schedules but one the unit does not matter.
+    The inverse square root without warm-up depends on it, as in the reference: there the first step, which ends at
+    n = global_batch_size samples, runs at lr / √global_batch_size.
     """
     if warmup_steps > 0 and n <= warmup_steps:
         return lr * n / warmup_steps
@@ -89,8 +88,8 @@ class BatchSchedule:
     ramp_samples: int = 0
 
     def __post_init__(self) -> None:
-        if self.global_batch_size < 1:
-            raise ValueError(f"global_batch_size={self.global_batch_size} must be at least 1")
+        check_numbers(self, "global_batch_size", at_least=1)
+        check_numbers(self, "start", "increment", "ramp_samples")
         if self.start is None:
             return
         if not 1 <= self.start <= self.global_batch_size or self.increment < 1 or self.ramp_samples < 1:
@@ -112,23 +111,6 @@ class BatchSchedule:
         first = self.global_batch_size if self.start is None else self.start
         return range(first, self.global_batch_size + 1, self.increment)
 
-    def check(self, micro_batch_size: int, dp: int) -> None:
-        """Refuse sizes that the replicas cannot share out in whole micro batches, before anything is trained.
-
-        Raises:
-            ValueError: the message lists the sizes, and what to change.
-        """
-        multiple = micro_batch_size * dp
-        if bad := [str(size) for size in self.sizes if size % multiple]:
-            change = (
-                "global_batch_size a multiple" if self.start is None else "start, increment and global_batch_size multiples"
-            )
-            raise ValueError(
-                f"batches of {', '.join(bad[:8])}{', …' * (len(bad) > 8)} samples are no multiple of "
-                f"micro_batch_size={micro_batch_size} × dp={dp} = {multiple}. Make {change} of {multiple}, or change "
-                "micro_batch_size or dp"
-            )
-
     def size_at(self, consumed_samples: int) -> int:
         """The size of the batch that begins after so many samples."""
         if self.start is None or consumed_samples >= self.ramp_samples:
@@ -142,11 +124,3 @@ class BatchSchedule:
             samples += self.size_at(samples)
             taken += 1
         return samples + (steps - taken) * self.global_batch_size
-
-    def steps_of(self, samples: int) -> int:
-        """How many steps it takes to consume at least so many samples: the inverse of `samples_of`."""
-        consumed = steps = 0
-        while consumed < samples and self.start is not None and consumed < self.ramp_samples:
-            consumed += self.size_at(consumed)
-            steps += 1
-        return steps + max(0, -(-(samples - consumed) // self.global_batch_size))

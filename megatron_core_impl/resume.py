@@ -46,9 +46,11 @@ def begin(job: Job, mesh: Mesh, report: Report) -> tuple[Transformer, ZeroOptimi
     """Model, optimizer, loss scale and state: of the newest intact checkpoint, else of the weights to start from.
 
     Raises:
-        ValueError: the checkpoint was made with other settings.
+        ValueError: the layout cannot share out the model or the batches, the attention kernel cannot compute here, or the
+            checkpoint was made with other settings.
     """
     config = job.config
+    config.check_layout(mesh.layout)
     if mesh.rank == 0:
         report.progress(0, config.steps, "loading")
         job.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -57,6 +59,7 @@ def begin(job: Job, mesh: Mesh, report: Report) -> tuple[Transformer, ZeroOptimi
     model = parallelize(
         job.model, mesh,
         dtype=DTYPES[config.precision], dropout=config.dropout_settings, recompute=config.recompute_settings,
+        kernel=config.kernel,
     )  # fmt: skip
     if config.compile:
         _compile(model, config, report)

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from megatron_core_impl.config import Dropout, ModelConfig, Recompute
+from megatron_core_impl.config import Dropout, Kernel, Layout, ModelConfig, Recompute, check_choices, check_numbers
 from megatron_core_impl.loss_scale import DynamicLossScale, LossScale, StaticLossScale
 from megatron_core_impl.optim import (
     BatchSchedule,
@@ -21,7 +21,8 @@ CHECKPOINTS_FOLDER = "checkpoints"
 # What may differ between a run and the one that goes on from its checkpoint: how the work is shared out, what is told and kept,
 # when to give up or to pause, and which of the steps to come are skipped.
 MAY_CHANGE = {
-    "micro_batch_size", "recompute", "recompute_layers_per_unit", "compile", "max_skipped_steps", "skip_steps",
+    "micro_batch_size", "recompute", "recompute_layers_per_unit", "compile", "attention_kernel", "overlap",
+    "max_skipped_steps", "skip_steps",
     "eval_interval", "checkpoint_interval", "keep_checkpoints", "log_interval", "stop_after_minutes",
 }  # fmt: skip
 
@@ -77,6 +78,8 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_layers_per_unit: int = 1
     compile: bool = False  # parts of the layers: see parallel.compile
+    attention_kernel: Literal["auto", Kernel] = "auto"  # auto: the fastest there is
+    overlap: bool = True  # the sums and gathers of dp run under the passes of other layers
 
     seed: int = 1234
     split: str = "969,30,1"  # shares of train, valid, test documents
@@ -97,7 +100,15 @@ class TrainConfig:
     reference_loss_mean: bool = False
 
     def __post_init__(self) -> None:
-        decay = self.decay_steps or self.steps
+        check_choices(self)
+        check_numbers(
+            self, "steps", "sequence_length", "micro_batch_size", "global_batch_size", "decay_steps", "loss_scale_window",
+            "loss_scale_hysteresis", "max_skipped_steps", "recompute_layers_per_unit", "eval_interval", "eval_batches",
+            "checkpoint_interval", "keep_checkpoints", "log_interval", at_least=1,
+        )  # fmt: skip
+        check_numbers(self, "min_lr", "warmup_steps", "weight_decay", "weight_decay_start", "seed", at_least=0)
+        check_numbers(self, "lr", "loss_scale", "initial_loss_scale", "min_loss_scale", "stop_after_minutes", above=0)
+        decay = self._last_decay_step
         if self.warmup_steps >= decay:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be less than the {decay} steps of the schedule")
         if self.min_lr > self.lr:
@@ -119,6 +130,33 @@ class TrainConfig:
         # What the parts refuse, they refuse now.
         _ = self.batches, self.optimizer_settings, self.dropout_settings, self.recompute_settings, self.new_loss_scale()
 
+    def check_layout(self, layout: Layout) -> None:
+        """Refuse batches that a layout cannot share out, before anything is trained.
+
+        Raises:
+            ValueError: naming the settings, their values and the legal ones.
+        """
+        unit = self.micro_batch_size * layout.dp
+        sizes = self.batches.sizes
+        if bad := next((size for size in sizes if size % unit), None):
+            name = "train.global_batch_size=" if self.ramp_start is None else "train.ramp_start, ramp_increment: a batch of "
+            raise ValueError(
+                f"{name}{bad} is not a multiple of train.micro_batch_size × layout.dp = {self.micro_batch_size} × {layout.dp} "
+                f"= {unit}. Nearest legal: {_neighbours(bad, unit)}"
+            )
+        if layout.vpp > 1 and (bad := next((size for size in sizes if size // unit % layout.pp), None)):
+            raise ValueError(
+                f"layout.vpp={layout.vpp} needs a number of micro batches that is a multiple of layout.pp={layout.pp}, and a "
+                f"batch of {bad} samples has {bad // unit} (train.micro_batch_size × layout.dp = {unit} samples each). Nearest "
+                f"legal batch: {_neighbours(bad, unit * layout.pp)}. With layout.vpp=1 any number is legal"
+            )
+        if (self.micro_batch_size * self.sequence_length) % layout.tp:
+            raise ValueError(
+                f"layout.tp={layout.tp} does not divide the {self.micro_batch_size} × {self.sequence_length} tokens of a micro "
+                "batch (train.micro_batch_size × train.sequence_length), which it shares out. Make one of the two a multiple "
+                f"of {layout.tp}"
+            )
+
     @cached_property
     def batches(self) -> BatchSchedule:
         """The size of the global batch over the run."""
@@ -139,6 +177,7 @@ class TrainConfig:
         return OptimizerSettings(
             kind=self.optimizer, beta1=self.beta1, beta2=self.beta2, eps=self.eps, momentum=self.momentum,
             weight_decay=self.weight_decay, clip_grad=self.clip_grad,
+            overlap_reduce=self.overlap, overlap_gather=self.overlap,
         )  # fmt: skip
 
     @property
@@ -148,6 +187,15 @@ class TrainConfig:
     @property
     def recompute_settings(self) -> Recompute:
         return Recompute(mode=self.recompute, layers_per_unit=self.recompute_layers_per_unit)
+
+    @property
+    def kernel(self) -> Kernel | None:
+        """The attention kernel that is asked for, or None."""
+        return None if self.attention_kernel == "auto" else self.attention_kernel
+
+    @property
+    def _last_decay_step(self) -> int:
+        return self.steps if self.decay_steps is None else self.decay_steps
 
     @property
     def resets_at_eod(self) -> bool:
@@ -168,14 +216,14 @@ class TrainConfig:
     @cached_property
     def _schedule_samples(self) -> tuple[int, int]:
         """Samples at which warm-up and decay end."""
-        return self.batches.samples_of(self.warmup_steps), self.batches.samples_of(self.decay_steps or self.steps)
+        return self.batches.samples_of(self.warmup_steps), self.batches.samples_of(self._last_decay_step)
 
     def rates(self, consumed_samples: int) -> Rates:
         """Learning rate and weight decay of the step that begins after so many samples.
 
         Schedules count samples, as batches may grow: n steps of warm-up are the samples of the first n steps. A step stands
-        where it ends, so that none is spent at a rate of 0; in the reference (`reference_first_lr`) it stands where it begins.
-        A skipped step does not hold the schedules up.
+        where it ends, so that the first is not spent at a rate of 0, and the last is at `min_lr`, which may be 0; in the
+        reference (`reference_first_lr`) it stands where it begins. A skipped step does not hold the schedules up.
         """
         n = consumed_samples if self.reference_first_lr else consumed_samples + self.batches.size_at(consumed_samples)
         warmup, decay = self._schedule_samples
@@ -184,6 +232,12 @@ class TrainConfig:
             lr_at(n, lr=self.lr, min_lr=self.min_lr, warmup_steps=warmup, decay_steps=decay, schedule=self.schedule),
             weight_decay_at(n, start=start, end=self.weight_decay, ramp_steps=self.samples, style=self.weight_decay_style),
         )
+
+
+def _neighbours(number: int, unit: int) -> str:
+    """The positive multiples of a unit next to a number that is none."""
+    below = number // unit * unit
+    return " or ".join(str(multiple) for multiple in (below, below + unit) if multiple)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,31 +2,29 @@
 
 Letters: T tokens of this rank, B sequences of S tokens each (B·S = T·tp), H hidden, N query and K key/value heads of this rank,
 D features per head. Query head n looks at key/value head n // (N/K). Both numbers follow from the rank's weights, as ranks may
-differ by a head. The kernel is chosen in `choose_kernel` and nowhere else; none repeats keys and values for their query heads.
+differ by a head. The kernel is chosen in `choose_kernel` and nowhere else. Those made for attention neither repeat keys and
+values for their query heads nor keep S × S numbers; PyTorch without one, as on a CPU under dropout, does both (`_sdpa`).
 """
 
 import importlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import ModuleType
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_core_impl.collectives import Group
-from megatron_core_impl.config import ModelConfig
+from megatron_core_impl.config import Kernel, ModelConfig
+from megatron_core_impl.layers.blocks import WINDOW_BLOCK, window_blocks
 from megatron_core_impl.layers.linear import ColumnParallelLinear, RowParallelLinear, column_linear
 from megatron_core_impl.layers.parameter import ParameterFactory
 from megatron_core_impl.layers.rope import Rotation, rotate
 
-# flash-attn: the package of that name.  varlen: PyTorch's kernel for packed documents and windows. Both: CUDA, half precision.
-# sdpa: PyTorch's scaled_dot_product_attention, everywhere: FlashAttention on CUDA in half precision, a blocked one on the CPU.
-Kernel = Literal["flash-attn", "varlen", "sdpa"]
-
-WINDOW_BLOCK = 512  # queries that `sdpa` takes at a time under a sliding window
+# flash-attn: the package of that name. varlen: PyTorch's for packed documents, windows. Both: CUDA, half precision.
+# sdpa: PyTorch's scaled_dot_product_attention, everywhere: FlashAttention on CUDA in half precision, a blocked one on the CPU
+# without dropout, and plain products and softmax where there is no such kernel.
 
 
 @dataclass(frozen=True)
@@ -36,13 +34,31 @@ class Sequences:
     batch_size: int
     rotation: Rotation
     document_lengths: tuple[int, ...] | None = None  # of the B·S tokens: attention stays inside each. None: B documents of S
+    _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def boundaries(self) -> Tensor:
         """Where documents start, and where the last one ends: int32, on the device of the rotation."""
         assert self.document_lengths is not None
         lengths = torch.tensor((0, *self.document_lengths), dtype=torch.int32)
-        return lengths.cumsum(0, dtype=torch.int32).to(self.rotation.cos.device, non_blocking=True)
+        bounds, device = lengths.cumsum(0, dtype=torch.int32), self.rotation.cos.device
+        if device.type == "cuda":
+            bounds = bounds.pin_memory()  # from other memory the copy could wait for the device
+        return bounds.to(device, non_blocking=True)
+
+    def window_mask(self, num_queries: int, num_keys: int, window: int, q: Tensor) -> Tensor:
+        """What to add to a block's scores, [queries, keys]: 0 for the last `window` keys up to the query, and -inf elsewhere.
+
+        The last query is at the last key. In the precision and on the device of `q`. Backward passes keep the mask, so that all
+        layers use the same one.
+        """
+        at = (num_queries, num_keys, window, q.dtype, q.device)
+        if at not in self._masks:
+            keys = torch.arange(num_keys, device=q.device)
+            age = keys[num_keys - num_queries :].unsqueeze(1) - keys
+            hidden = (age < 0) | (age >= window)
+            self._masks[at] = q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        return self._masks[at]
 
 
 def attend(
@@ -76,7 +92,7 @@ def attend(
         case "varlen":
             return _varlen(q, k, v, sequences, window)
         case "sdpa":
-            return _sdpa(q, k, v, lengths, window, dropout)
+            return _sdpa(q, k, v, sequences, window, dropout)
 
 
 def choose_kernel(
@@ -144,32 +160,38 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window: int |
     return packed.view_as(q)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None, window: int | None, dropout: float) -> Tensor:
-    """Document by document, and under a window block by block: nothing of S × S numbers is made."""
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window: int | None, dropout: float) -> Tensor:
+    """Document by document, and under a window block by block.
+
+    PyTorch's kernel for the CPU has no dropout. With it three numbers are kept for every query and key of a document (or of a
+    block), in single precision at least: the weight, the mask of dropout and their product; besides, keys and values for every
+    query head.
+    """
+    lengths = sequences.document_lengths
     if lengths is None:
-        return _sdpa_document(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window, dropout).transpose(1, 2)
+        whole = (x.transpose(1, 2) for x in (q, k, v))
+        return _sdpa_document(*whole, sequences=sequences, window=window, dropout=dropout).transpose(1, 2)
     packed = (x.flatten(0, 1).unsqueeze(0).transpose(1, 2) for x in (q, k, v))  # [1, heads, B·S, D]
     queries, keys, values = (torch.split(x, list(lengths), 2) for x in packed)
     documents = zip(queries, keys, values, strict=True)
-    attended = [_sdpa_document(*document, window=window, dropout=dropout) for document in documents]
+    attended = [_sdpa_document(*document, sequences=sequences, window=window, dropout=dropout) for document in documents]
     return torch.cat(attended, 2).transpose(1, 2).reshape(q.shape)
 
 
-def _sdpa_document(q: Tensor, k: Tensor, v: Tensor, window: int | None, dropout: float) -> Tensor:
+def _sdpa_document(
+    q: Tensor, k: Tensor, v: Tensor, *, sequences: Sequences, window: int | None, dropout: float
+) -> Tensor:  # fmt: skip
     """Sequences that are one document each: [B, N, S, D], [B, K, S, D], [B, K, S, D] → [B, N, S, D]."""
     length = q.shape[2]
     if window is None or window >= length:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=True)
-    blocks = []
-    for start in range(0, length, WINDOW_BLOCK):
-        stop, first = min(start + WINDOW_BLOCK, length), max(0, start - window + 1)
-        age = torch.arange(start, stop, device=q.device).unsqueeze(1) - torch.arange(first, stop, device=q.device)
-        blocks.append(
-            F.scaled_dot_product_attention(
-                q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop],
-                attn_mask=(age >= 0) & (age < window), dropout_p=dropout, enable_gqa=True,
-            )
-        )  # fmt: skip
+    blocks = [
+        F.scaled_dot_product_attention(
+            q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop],
+            attn_mask=sequences.window_mask(stop - start, stop - first, window, q), dropout_p=dropout, enable_gqa=True,
+        )
+        for first, start, stop in window_blocks(length, window, WINDOW_BLOCK)
+    ]  # fmt: skip
     return torch.cat(blocks, 2)
 
 

@@ -20,10 +20,8 @@ from torch import Tensor
 
 from megatron_core_impl import collectives
 from megatron_core_impl.collectives import Group
+from megatron_core_impl.layers.blocks import BLOCK, CACHED
 from megatron_core_impl.layers.parameter import ShardedParameter
-
-BLOCK = 1 << 24  # logits that exist at a time: large enough for efficient products, small beside a micro batch's
-CACHED = 1 << 18  # logits that a CPU works on at a time: in single precision they stay in its cache
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

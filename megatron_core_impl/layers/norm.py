@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megatron_core_impl.layers.parameter import ShardedParameter
 
-CACHED = 1 << 17  # numbers that a CPU works on at a time: in single precision they stay in its cache
+CACHED = 1 << 17  # numbers that a core of a CPU works on at a time: in single precision they stay in its cache
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -53,7 +53,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def _parts(x: Tensor) -> Iterator[slice]:
     """Rows of which as many as fit into a CPU's cache are worked on at a time; GPUs and compilers take all at once."""
-    rows = max(1, len(x) if x.is_cuda or torch.compiler.is_compiling() else CACHED // x.shape[-1])
+    rows = max(1, len(x) if x.is_cuda or torch.compiler.is_compiling() else CACHED * torch.get_num_threads() // x.shape[-1])
     return (slice(start, start + rows) for start in range(0, len(x), rows))
 
 

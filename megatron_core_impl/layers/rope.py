@@ -22,16 +22,24 @@ class Rotation:
     sin: Tensor  # negative in the first half
 
 
-def rotation(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rotation:
-    """The angles of positions [S] or [B, S]. Computed in fp32 (fp64 where `dtype` is), then rounded to `dtype`."""
-    speeds = frequencies(config, torch.promote_types(dtype, torch.float32)).to(positions.device)
+def rotation(positions: Tensor, speeds: Tensor, dtype: torch.dtype) -> Rotation:
+    """The angles of positions [S] or [B, S]. Computed in the precision of `speeds`, then rounded to `dtype`.
+
+    Args:
+        speeds: [D/2], `frequencies` on the device of the positions. Made once per model: a copy from the host in every micro
+            batch would wait for the device.
+    """
     angles = positions[..., None, None].to(speeds.dtype) * speeds
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return Rotation(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
 
 
 def frequencies(config: ModelConfig, dtype: torch.dtype) -> Tensor:
-    """By how much each pair of features turns from one position to the next, in radians: [D/2]."""
+    """By how much each pair of features turns from one position to the next, in radians: [D/2].
+
+    In fp32 (fp64 where `dtype` is), and on the CPU: other devices may round powers otherwise.
+    """
+    dtype = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, config.head_dim, 2, dtype=dtype) / config.head_dim
     plain = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling

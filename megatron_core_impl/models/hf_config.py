@@ -8,7 +8,7 @@ missing, malformed, or asks for something that is not built; the message names t
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_core_impl.config import Activation, ModelConfig, RopeScaling, Rows, StackedTensor
+from megatron_core_impl.config import Activation, ModelConfig, RopeScaling, Rows, StackedTensor, is_finite
 from megatron_core_impl.models.tensors import tensors
 
 HF = Mapping[str, Any]  # a parsed config.json
@@ -97,11 +97,11 @@ def size(hf: HF, name: str, default: int | None = None, *, at_least: int = 1) ->
 
 
 def number(hf: HF, name: str, default: float | None = None, *, where: str = "config.json") -> float:
-    """A number, which must be there unless it has a default."""
+    """A finite number, which must be there unless it has a default. (Python's JSON knows NaN and Infinity.)"""
     if (value := hf.get(name, default)) is None:
         raise ValueError(f"{where}: {name} is missing")
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError(f"{where}: {name}={value!r} must be a number")
+    if not is_finite(value):
+        raise ValueError(f"{where}: {name}={value!r} must be a finite number")
     return float(value)
 
 

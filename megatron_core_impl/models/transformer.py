@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_core_impl.checkpoint.slicing import chunk_layers
-from megatron_core_impl.config import Dropout, ModelConfig, Recompute
+from megatron_core_impl.config import Dropout, Kernel, ModelConfig, Recompute
 from megatron_core_impl.layers.attention import SelfAttention, Sequences
 from megatron_core_impl.layers.cross_entropy import vocab_parallel_linear_cross_entropy
 from megatron_core_impl.layers.embedding import VocabParallelEmbedding
@@ -24,7 +24,7 @@ from megatron_core_impl.layers.mlp import MLP
 from megatron_core_impl.layers.norm import LayerNorm, RMSNorm
 from megatron_core_impl.layers.parameter import ParameterFactory, ShardedParameter
 from megatron_core_impl.layers.recompute import produced
-from megatron_core_impl.layers.rope import rotation
+from megatron_core_impl.layers.rope import frequencies, rotation
 from megatron_core_impl.mesh import Mesh
 from megatron_core_impl.models.tensors import EMBEDDING, FINAL_NORM, HEAD, tensors
 
@@ -43,8 +43,9 @@ class DecoderLayer(nn.Module):
     """Attention and feed-forward, added to the residual stream one after the other or side by side: [T, H] → [T, H]."""
 
     def __init__(
-        self, config: ModelConfig, mesh: Mesh, parameter: ParameterFactory, layer: int, dropout: Dropout, recompute: Recompute
-    ) -> None:
+        self, config: ModelConfig, mesh: Mesh, parameter: ParameterFactory, layer: int,
+        dropout: Dropout, recompute: Recompute, kernel: Kernel | None,
+    ) -> None:  # fmt: skip
         super().__init__()
         prefix = f"model.layers.{layer}"
         self.keeps_normed = recompute.mode != "selective"
@@ -52,7 +53,7 @@ class DecoderLayer(nn.Module):
         self.is_parallel = config.is_parallel
         self.input_layernorm = _norm(config, parameter, f"{prefix}.input_layernorm")
         self.self_attn = SelfAttention(
-            config, mesh.tp_group, parameter, f"{prefix}.self_attn", attention_dropout=dropout.attention
+            config, mesh.tp_group, parameter, f"{prefix}.self_attn", attention_dropout=dropout.attention, kernel=kernel
         )
         if not config.is_parallel:
             self.post_attention_layernorm = _norm(config, parameter, f"{prefix}.post_attention_layernorm")
@@ -88,13 +89,14 @@ class Decoder(nn.Module):
         chunks: list[range],
         dropout: Dropout,
         recompute: Recompute,
+        kernel: Kernel | None,
     ) -> None:
         super().__init__()
         if mesh.pp_rank == 0:
             self.embed_tokens = VocabParallelEmbedding(parameter(EMBEDDING), mesh.tp_group)
         self.layers = nn.ModuleDict(
             {
-                str(layer): DecoderLayer(config, mesh, parameter, layer, dropout, recompute)
+                str(layer): DecoderLayer(config, mesh, parameter, layer, dropout, recompute, kernel)
                 for chunk in chunks
                 for layer in chunk
             }
@@ -113,6 +115,7 @@ class Transformer(nn.Module):
         device: of the parameters; default: the mesh's. On `meta` nothing is allocated.
         dropout: used in training mode only.
         recompute: what the backward pass computes again.
+        kernel: what computes the attention; default: the fastest there is (`layers.attention.choose_kernel`).
 
     Raises:
         ValueError: the layout cannot hold the model; the message names the legal values.
@@ -127,6 +130,7 @@ class Transformer(nn.Module):
         device: torch.device | str | None = None,
         dropout: Dropout | None = None,
         recompute: Recompute | None = None,
+        kernel: Kernel | None = None,
     ) -> None:
         super().__init__()
         mesh.layout.check(config)
@@ -143,7 +147,8 @@ class Transformer(nn.Module):
         self.chunks = [range(*layers) for layers in chunk_layers(config.num_hidden_layers, mesh.layout, mesh.pp_rank)]
         device = mesh.device if device is None else torch.device(device)
         parameter = ParameterFactory({spec.name: spec for spec in tensors(config)}, mesh, dtype, device)
-        self.model = Decoder(config, mesh, parameter, self.chunks, self.dropout, self.recompute)
+        self.speeds = frequencies(config, dtype).to(device)  # of the rotary embedding
+        self.model = Decoder(config, mesh, parameter, self.chunks, self.dropout, self.recompute, kernel)
         if mesh.pp_rank == mesh.layout.pp - 1:
             self.lm_head = ColumnParallelLinear(self._output_weight(parameter), mesh.tp_group)
 
@@ -231,7 +236,7 @@ class Transformer(nn.Module):
             x = self.model.embed_tokens(batch.tokens.reshape(-1))
             if self.training and (share := self.dropout.of_embeddings):
                 x = _dropout(x, share)
-        sequences = Sequences(batch_size, rotation(position_ids, self.config, x.dtype), batch.document_lengths)
+        sequences = Sequences(batch_size, rotation(position_ids, self.speeds, x.dtype), batch.document_lengths)
         x = self._run(self.chunks[index], x, sequences)
         return self.model.norm(x) if self.is_last(index) else x
 

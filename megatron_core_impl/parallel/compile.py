@@ -46,7 +46,7 @@ def compile_layers(model: Transformer, positions: Tensor, batch_size: int, *, ba
         layer.self_attn.rotate, layer.mlp.act = compiled(layer.self_attn.rotate), compiled(layer.mlp.act)
     tokens = batch_size * positions.shape[-1] // model.mesh.layout.tp
     x = torch.zeros(tokens, model.config.hidden_size, dtype=model.dtype, device=positions.device)
-    sequences = Sequences(batch_size, rotation(positions, model.config, model.dtype))
+    sequences = Sequences(batch_size, rotation(positions, model.speeds, model.dtype))
     try:
         _run(layers[0], x, sequences)
     except TorchDynamoException as error:

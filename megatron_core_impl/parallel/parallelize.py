@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from megatron_core_impl.checkpoint.slicing import Slice, shape_of
-from megatron_core_impl.config import Dropout, ModelConfig, Recompute
+from megatron_core_impl.config import Dropout, Kernel, ModelConfig, Recompute
+from megatron_core_impl.layers.attention import choose_kernel
 from megatron_core_impl.mesh import Mesh
 from megatron_core_impl.models.transformer import Transformer
 
@@ -20,14 +21,18 @@ class Reader(Protocol):
 
 
 def parallelize(
-    config: ModelConfig, mesh: Mesh, *, dtype: torch.dtype, dropout: Dropout | None = None, recompute: Recompute | None = None
-) -> Transformer:
+    config: ModelConfig, mesh: Mesh, *, dtype: torch.dtype, dropout: Dropout | None = None, recompute: Recompute | None = None,
+    kernel: Kernel | None = None,
+) -> Transformer:  # fmt: skip
     """This rank's part of a model on its device, its weights still uninitialised.
 
     Raises:
-        ValueError: the layout cannot hold the model; the message names the legal values.
+        ValueError: the layout cannot hold the model, or the attention kernel cannot compute on this device; the message names
+            what is legal.
     """
-    return Transformer(config, mesh, dtype=dtype, device=mesh.device, dropout=dropout, recompute=recompute)
+    has_dropout = dropout is not None and dropout.attention > 0
+    choose_kernel(mesh.device, dtype, is_plain=True, has_dropout=has_dropout, wanted=kernel)  # refuses now or never
+    return Transformer(config, mesh, dtype=dtype, device=mesh.device, dropout=dropout, recompute=recompute, kernel=kernel)
 
 
 @torch.no_grad()

@@ -172,11 +172,20 @@ class TrainSettings(Frozen):
     recompute_layers_per_unit: int = Field(
         1, ge=1, description="recompute full: layers between two kept activations", json_schema_extra=NOT_IN_KEY
     )
-    # Not in the key, as micro_batch_size: both change only where sums are rounded on the way.
+    # These three are not in the key, as micro_batch_size: they change at most where sums are rounded on the way.
     compile: bool = Field(
         False, description="torch.compile for norms, rotary embedding and activations; needs a C++ compiler, on GPUs triton",
         json_schema_extra=NOT_IN_KEY,
     )  # fmt: skip
+    attention_kernel: Literal["auto", "flash-attn", "varlen", "sdpa"] = Field(
+        "auto",
+        description="what computes attention: the package flash-attn, PyTorch's varlen_attn, or its "
+        "scaled_dot_product_attention; auto takes the fastest that is there",
+        json_schema_extra=NOT_IN_KEY,
+    )
+    overlap: bool = Field(
+        True, description="sum gradients and gather weights over dp while other layers compute", json_schema_extra=NOT_IN_KEY
+    )
 
     seed: int = Field(1234, ge=0, lt=2**32, description="of the order of data, and of dropout")
     split: str = Field("969,30,1", description="shares of train, valid, test documents")
@@ -243,30 +252,7 @@ def check_batches(train: TrainSettings, layout: LayoutSettings) -> None:
     Raises:
         ValueError: naming the settings, their values and the legal ones.
     """
-    unit = train.micro_batch_size * layout.dp
-    sizes = train.batches().sizes
-    if bad := next((size for size in sizes if size % unit), None):
-        name = "train.global_batch_size" if train.ramp_start is None else "train.ramp_start, ramp_increment: a batch of"
-        below = bad // unit * unit
-        nearest = " or ".join(str(size) for size in (below, below + unit) if size)
-        raise ValueError(
-            f"{name}{'=' if train.ramp_start is None else ' '}{bad} is not a multiple of "
-            f"train.micro_batch_size × layout.dp = {train.micro_batch_size} × {layout.dp} = {unit}. Nearest legal: {nearest}"
-        )
-    if layout.vpp > 1 and (bad := next((size for size in sizes if size // unit % layout.pp), None)):
-        below = bad // (unit * layout.pp) * unit * layout.pp
-        nearest = " or ".join(str(size) for size in (below, below + unit * layout.pp) if size)
-        raise ValueError(
-            f"layout.vpp={layout.vpp} needs a number of micro batches that is a multiple of layout.pp={layout.pp}, and a batch "
-            f"of {bad} samples has {bad // unit} (train.micro_batch_size × layout.dp = {unit} samples each). Nearest legal "
-            f"batch: {nearest}. With layout.vpp=1 any number is legal"
-        )
-    if (train.micro_batch_size * train.sequence_length) % layout.tp:
-        raise ValueError(
-            f"layout.tp={layout.tp} does not divide the {train.micro_batch_size} × {train.sequence_length} tokens "
-            "of a micro batch (train.micro_batch_size × train.sequence_length), which it shares out. Make one of the two a "
-            f"multiple of {layout.tp}"
-        )
+    train.train_config().check_layout(layout.layout())
 
 
 class ExportSettings(Frozen):

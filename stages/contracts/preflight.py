@@ -1,13 +1,15 @@
 """What can be known to be wrong before any stage starts, because it lies on this disk."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.models import families
 from stages.contracts import artifacts as a
 from stages.contracts import memory, publishing
-from stages.contracts.config import PipelineConfig
+from stages.contracts.config import LayoutSettings, ModelSettings, PipelineConfig
 
 
 def check(config: PipelineConfig) -> list[str]:
@@ -27,10 +29,7 @@ def check(config: PipelineConfig) -> list[str]:
         return [*problems, f"model.source: {folder}/config.json cannot be read: {error.strerror}"]
     except ValueError as error:
         return [*problems, f"model.source: {folder}: {error}"]
-    try:
-        config.layout.layout().check(model)
-    except ValueError as error:
-        problems.append(f"layout: {error}")
+    problems += _refusals(model, config.layout)
     for key, length in (
         ("train.sequence_length", config.train.sequence_length),
         ("verify.sequence_length", config.verify.sequence_length),
@@ -40,6 +39,20 @@ def check(config: PipelineConfig) -> list[str]:
                 f"{key}: {length} exceeds max_position_embeddings={model.max_position_embeddings} of {config.model.source}"
             )
     return problems
+
+
+def refused_layout(data: Mapping[str, Any]) -> list[str]:
+    """What a local model refuses of the layout of a configuration that is refused for something else; as `check` tells it.
+
+    Args:
+        data: a configuration as it was read, of which nothing is known to be legal.
+    """
+    try:
+        source = ModelSettings.model_validate(data.get("model")).source
+        layout = LayoutSettings.model_validate(data.get("layout") or {})
+        return _refusals(_local_model(Path(source).expanduser()), layout)
+    except Exception:  # one of them is not even legal by itself, or no model lies there: told by what reads it
+        return []
 
 
 def memory_of(config: PipelineConfig, downloaded: a.ModelArtifact | None) -> str | None:
@@ -55,6 +68,14 @@ def memory_of(config: PipelineConfig, downloaded: a.ModelArtifact | None) -> str
         return memory.described(memory.expected(model, config.layout, config.train))
     except (OSError, ValueError):  # `check` has told what is wrong
         return None
+
+
+def _refusals(model: ModelConfig, layout: LayoutSettings) -> list[str]:
+    try:
+        layout.layout().check(model)
+    except ValueError as error:
+        return [f"layout: {error}"]
+    return []
 
 
 def _local_model(folder: Path) -> ModelConfig:

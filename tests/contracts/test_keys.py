@@ -42,6 +42,7 @@ def test_settings_change_the_key(changes: dict[str, Any]) -> None:
         {"train": {"steps": 10, "micro_batch_size": 2}},
         {"train": {"steps": 10, "recompute": "full", "recompute_layers_per_unit": 2}},
         {"train": {"steps": 10, "compile": True}},
+        {"train": {"steps": 10, "overlap": False, "attention_kernel": "sdpa"}},
         {"train": {"steps": 10, "stop_after_minutes": 3.5, "max_skipped_steps": 5}},
         {"preprocess": {"workers": 7}},
     ],

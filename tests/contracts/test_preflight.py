@@ -42,7 +42,7 @@ def test_nothing_is_wrong(tmp_path: Path) -> None:
         ([], "config.json: is no JSON object"),
         (LLAMA | {"model_type": "bert"}, "model_type='bert' is not supported. Supported: falcon, llama, mistral, qwen2"),
         (LLAMA | {"hidden_size": "abc"}, "config.json: hidden_size='abc' must be a whole number"),
-        (LLAMA | {"rms_norm_eps": "x"}, "config.json: rms_norm_eps='x' must be a number"),
+        (LLAMA | {"rms_norm_eps": "x"}, "config.json: rms_norm_eps='x' must be a finite number"),
         (LLAMA | {"rope_parameters": 3}, "config.json: rope_parameters=3 must be an object"),
         (LLAMA | {"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=8"),
     ],

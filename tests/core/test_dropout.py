@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_core_impl.config import Dropout, Layout, ModelConfig
 from megatron_core_impl.layers.attention import Sequences, attend
-from megatron_core_impl.layers.rope import rotation
+from megatron_core_impl.layers.rope import frequencies, rotation
 from megatron_core_impl.mesh import Mesh, init_mesh
 from megatron_core_impl.models.transformer import Transformer
 from megatron_core_impl.parallel.random import seed_step
@@ -70,7 +70,9 @@ def test_attention_weights_are_dropped_and_scaled() -> None:
     """Queries of zero look at all that came before alike, and values that are unit vectors show the weights themselves."""
     length, share = 64, 0.25
     zeros, values = torch.zeros(8, length, 4, length), torch.eye(length).view(1, length, 1, length).expand(8, -1, 4, -1)
-    sequences = Sequences(8, rotation(torch.arange(length), replace(LLAMA, head_dim=length), torch.float32))
+    sequences = Sequences(
+        8, rotation(torch.arange(length), frequencies(replace(LLAMA, head_dim=length), torch.float32), torch.float32)
+    )
     torch.manual_seed(1)
     weights = attend(zeros, zeros, values, sequences, dropout=share).transpose(1, 2)  # [B, N, queries, keys]
     before = torch.ones(length, length).tril().bool()

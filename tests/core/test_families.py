@@ -1,5 +1,7 @@
 """Families as descriptions: config.json, the tensors on both sides, the named sizes."""
 
+import copy
+import math
 import subprocess
 import sys
 from typing import Any
@@ -8,7 +10,7 @@ import hf_models
 import pytest
 import torch
 from hf_models import KINDS, described, random_model
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_core_impl.checkpoint.foreign import invert
 from megatron_core_impl.config import ModelConfig, RopeScaling, Rows, padded_vocab_size
@@ -158,6 +160,17 @@ def test_llama3_scaling(place: dict[str, int], context: int) -> None:
     )
 
 
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+def test_the_context_of_llama3_scaling_is_the_one_beside_it_as_in_transformers(field: str) -> None:
+    scaling = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    hf = LLAMA | {"original_max_position_embeddings": 32, field: scaling | {"original_max_position_embeddings": 16}}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**copy.deepcopy(hf)))  # only building a model settles it
+    theirs = model.config.rope_parameters["original_max_position_embeddings"]
+    ours = families.config_from_hf(hf).rope_scaling
+    assert ours is not None
+    assert ours.original_max_position_embeddings == theirs == 32, "not 16, the one inside"
+
+
 def test_windows_of_qwen2() -> None:
     def window(**changes: Any) -> int | None:
         return families.config_from_hf(QWEN2 | changes).sliding_window
@@ -190,6 +203,11 @@ NEW_FALCON = FALCON | {"new_decoder_architecture": True}
         (scaled("mine"), r"rope_type='mine' .*supported are default, linear and llama3$"),
         (scaled("linear"), r"^config\.json: rope_scaling: factor is missing$"),
         (scaled("linear", factor=0.5), r"rope_scaling: factor=0\.5 must be at least 1"),
+        (scaled("linear", factor=math.nan), r"^config\.json: rope_scaling: factor=nan must be a finite number$"),
+        (LLAMA | {"rms_norm_eps": math.nan}, r"^config\.json: rms_norm_eps=nan must be a finite number$"),
+        (LLAMA | {"rope_theta": math.inf}, r"^config\.json: rope_theta=inf must be a finite number$"),
+        (LLAMA | {"rope_theta": 10**400}, r"^config\.json: rope_theta=10+ must be a finite number$"),
+        (LLAMA | {"rms_norm_eps": 0}, r"^norm_eps=0\.0 must be above 0$"),
         (scaled("llama3", factor=8.0), r"^config\.json: rope_scaling: low_freq_factor is missing$"),
         (LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5 is not supported"),
         (LLAMA | {"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5 is not supported"),

@@ -1,6 +1,7 @@
 """How gradients add up: in a shard, over all ranks that hold a parameter, and under the backward passes of other layers."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from distributed import GlooPool
 from torch import Tensor
 
+from megatron_core_impl import collectives
 from megatron_core_impl.config import Heads, Layout, TensorSpec
 from megatron_core_impl.layers.parameter import ParameterFactory, ShardedParameter
 from megatron_core_impl.mesh import Mesh, init_mesh
@@ -237,3 +239,37 @@ def test_without_replicas_nothing_is_counted_and_nothing_is_hooked() -> None:
     assert optimizer._buckets.in_order == []
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert all(shard.on_gradient is None for shard in optimizer._shards.values())
+
+
+def gradients_with_tp_overlap(overlaps: bool, weights: dict[str, Tensor]) -> tuple[int, Tensor, dict[str, Tensor]]:
+    """What a tp rank computes, with the tp collectives under way while it does, or each waited for at once."""
+    mesh = init_mesh(Layout(tp=2), "cpu")
+    model = tiny.loaded(tiny.GROUPED, mesh, weights, torch.float32)
+    batch = tiny.micro_batches(tiny.GROUPED, 0)[0]
+    calls = 0
+
+    def at_once(collective: Callable[[Tensor, collectives.Group], collectives.Pending]) -> Any:
+        def call(x: Tensor, group: collectives.Group) -> collectives.Pending:
+            nonlocal calls
+            calls += 1
+            pending = collective(x, group)
+            return pending if overlaps else collectives.Pending(pending.wait())
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_gather", "reduce_scatter"):
+            patch.setattr(collectives, name, at_once(getattr(collectives, name)))
+        loss = model.loss(batch.tokens, batch.labels, batch.weights)
+        loss.backward()  # type: ignore[no-untyped-call]
+    return calls, loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_overlap_over_tp_changes_when_and_not_what(pool: GlooPool) -> None:
+    weights = tiny.random_weights(tiny.GROUPED, torch.float32)
+    on, off = (pool.run(gradients_with_tp_overlap, 2, overlaps, weights) for overlaps in (True, False))
+    for (calls, loss, grads), (calls_off, loss_off, grads_off) in zip(on, off, strict=True):
+        assert calls == calls_off > 20
+        assert torch.equal(loss, loss_off)
+        assert grads.keys() == grads_off.keys() == weights.keys()
+        assert all(torch.equal(grad, grads_off[name]) for name, grad in grads.items())

@@ -71,7 +71,7 @@ class RecordingSink:
 
 def test_gradients_of_the_functions_are_those_of_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm, "CACHED", 9)  # two tokens at a time, and one
-    turn = rotation(torch.arange(3), model_config(head_dim=4), torch.float64)
+    turn = rotation(torch.arange(3), frequencies(model_config(head_dim=4), torch.float64), torch.float64)
     assert gradcheck(lambda x: rotate(x, turn), random(2, 3, 2, 4))
     for activation in ACTIVATIONS:
         assert gradcheck(lambda gate, up, a=activation: gated(gate, up, a), (random(3, 4), random(3, 4) + 1))
@@ -220,7 +220,12 @@ def test_mlp_is_act_of_gate_times_up_or_act_of_up(activation: Activation, is_gat
 
 def test_rotation_pairs_the_halves_of_a_head() -> None:
     x = random(1, 3, 1, 4)
-    turned = rotate(x, rotation(torch.tensor([0, 1, 7]), model_config(head_dim=4, rope_theta=100.0), torch.float64))
+    turned = rotate(
+        x,
+        rotation(
+            torch.tensor([0, 1, 7]), frequencies(model_config(head_dim=4, rope_theta=100.0), torch.float64), torch.float64
+        ),
+    )
     for row, position in enumerate((0, 1, 7)):
         for pair, speed in enumerate((1.0, 0.1)):
             a, b = x[0, row, 0, pair].item(), x[0, row, 0, pair + 2].item()

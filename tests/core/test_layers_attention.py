@@ -19,7 +19,7 @@ from megatron_core_impl.config import Layout, ModelConfig, TensorSpec
 from megatron_core_impl.layers import attention
 from megatron_core_impl.layers.attention import SelfAttention, Sequences, attend, choose_kernel
 from megatron_core_impl.layers.parameter import ParameterFactory, ShardedParameter
-from megatron_core_impl.layers.rope import rotation
+from megatron_core_impl.layers.rope import frequencies, rotation
 from megatron_core_impl.mesh import Mesh, init_mesh
 from megatron_core_impl.models.tensors import tensors
 
@@ -41,7 +41,9 @@ def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def sequences(batch_size: int, length: int, lengths: tuple[int, ...] | None = None) -> Sequences:
-    return Sequences(batch_size, rotation(torch.arange(length), config_of(), torch.float64), lengths)
+    return Sequences(
+        batch_size, rotation(torch.arange(length), frequencies(config_of(), torch.float64), torch.float64), lengths
+    )
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...] | None, window: int | None) -> Tensor:

@@ -10,7 +10,10 @@ import torch
 from activations import MODES, NONE, Storages, mode_name
 from distributed import GlooPool
 
+from megatron_core_impl import memory
 from megatron_core_impl.config import Dropout, Layout, ModelConfig, Recompute
+from megatron_core_impl.layers import cross_entropy
+from megatron_core_impl.layers.blocks import BLOCK
 from megatron_core_impl.memory import MemoryEstimate, Precision, estimate
 from megatron_core_impl.mesh import init_mesh
 from megatron_core_impl.models.tensors import count_parameters
@@ -35,7 +38,6 @@ LLAMA_7B = ModelConfig(
     family="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=32, head_dim=128, max_position_embeddings=4096,
 )  # fmt: skip
-BATCH_SIZE, LENGTH = 4, 64
 
 
 class Case(NamedTuple):
@@ -46,6 +48,8 @@ class Case(NamedTuple):
     dropout: Dropout | None = None
     num_microbatches: int = 2
     optimizer: OptimizerSettings = OptimizerSettings()
+    batch_size: int = 4
+    length: int = 64
 
 
 class Measured(NamedTuple):
@@ -55,8 +59,8 @@ class Measured(NamedTuple):
 
 def measure(case: Case) -> Measured:
     """On this rank of the case's layout."""
-    mesh = init_mesh(case.layout, "cpu")
-    shape = (case.num_microbatches, BATCH_SIZE, LENGTH)
+    mesh = init_mesh(case.layout, "cpu", kv_replicas=case.layout.kv_replicas(case.config))
+    shape = (case.num_microbatches, case.batch_size, case.length)
     with Storages() as storages:
         model = Transformer(case.config, mesh, dtype=DTYPES[case.precision], dropout=case.dropout, recompute=case.recompute)
         for parameter in model.parameters():
@@ -75,7 +79,7 @@ def measure(case: Case) -> Measured:
 
 def estimated(case: Case, **changes: Any) -> MemoryEstimate:
     arguments: dict[str, Any] = {
-        "precision": case.precision, "micro_batch_size": BATCH_SIZE, "sequence_length": LENGTH,
+        "precision": case.precision, "micro_batch_size": case.batch_size, "sequence_length": case.length,
         "num_microbatches": case.num_microbatches, "optimizer": case.optimizer, "recompute": case.recompute,
         "dropout": case.dropout, "device": "cpu",
     }  # fmt: skip
@@ -96,6 +100,7 @@ def test_the_estimate_is_what_a_step_allocates(config: ModelConfig, precision: P
     check(estimated(case), measure(case))
 
 
+SCORES = Dropout(hidden=0.1, attention=0.1)
 CASES = {
     "dropout": Case(LLAMA, dropout=Dropout(hidden=0.1)),
     "lima": Case(LLAMA, dropout=Dropout(hidden=0.1, lima=True), recompute=MODES[1]),
@@ -110,6 +115,13 @@ CASES = {
     "full-wide": Case(replace(FALCON, intermediate_size=2048, num_hidden_layers=1), precision="bf16", recompute=MODES[1]),
     "few-layers": Case(replace(LLAMA, num_hidden_layers=1), recompute=MODES[1], num_microbatches=16),
     "one-micro-batch": Case(FALCON, num_microbatches=1),
+    "attention-dropout": Case(LLAMA, dropout=SCORES, length=128, batch_size=2),
+    "attention-dropout-bf16": Case(FALCON, dropout=SCORES, length=128, batch_size=2, precision="bf16"),
+    "attention-dropout-full": Case(LLAMA, dropout=SCORES, precision="fp16", recompute=MODES[1]),
+    "attention-dropout-parallel": Case(FALCON, dropout=SCORES, recompute=MODES[1]),
+    "window": Case(replace(LLAMA, sliding_window=16), length=1024, batch_size=1),
+    "window-bf16": Case(replace(LLAMA, sliding_window=16, num_hidden_layers=2), length=1100, batch_size=1, precision="bf16"),
+    "window-dropout": Case(replace(LLAMA, sliding_window=16, num_hidden_layers=2), length=700, batch_size=1, dropout=SCORES),
 }
 
 
@@ -118,10 +130,27 @@ def test_other_configurations(case: Case) -> None:
     check(estimated(case), measure(case))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_logits_of_several_blocks(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (cross_entropy, memory):
+        monkeypatch.setattr(module, "BLOCK", 40 * 4000)  # of 256 tokens
+        monkeypatch.setattr(module, "CACHED", 10 * 4000)
+    case = Case(replace(LLAMA, vocab_size=4000, num_hidden_layers=1), precision=precision)
+    check(estimated(case), measure(case))
+
+
+def test_a_large_vocabulary_is_cut_into_blocks() -> None:
+    """As the layers cut it: 6 million logits more than a block."""
+    case = Case(replace(LLAMA, vocab_size=45000, num_hidden_layers=1, hidden_size=8), length=128, num_microbatches=1)
+    assert case.batch_size * case.length * case.config.vocab_size > BLOCK
+    check(estimated(case), measure(case))
+
+
 LAYOUTS = {
     "tp": Case(LLAMA, Layout(tp=2)),
     "pp": Case(replace(LLAMA, tie_word_embeddings=True), Layout(pp=2), num_microbatches=4, precision="bf16"),
     "interleaved": Case(LLAMA, Layout(pp=2, vpp=2), num_microbatches=4, recompute=MODES[0]),
+    "kv-replicas": Case(LLAMA, Layout(tp=4), precision="bf16"),
     "dp": Case(replace(LLAMA, hidden_size=65), Layout(dp=2), precision="bf16"),  # rows that do not come out even
 }
 

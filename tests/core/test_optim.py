@@ -48,6 +48,12 @@ def test_the_inverse_square_root_has_the_digits_that_the_reference_gives() -> No
     assert lr_at(0, schedule="inverse-square-root", **(G6 | {"warmup_steps": 0})) == 3e-4
 
 
+def test_the_inverse_square_root_without_warmup_depends_on_the_unit() -> None:
+    settings: dict[str, Any] = {"lr": 1.0, "min_lr": 0.0, "warmup_steps": 0, "schedule": "inverse-square-root"}
+    assert lr_at(1, decay_steps=4, **settings) == 1.0, "the first step, counted in steps"
+    assert lr_at(16, decay_steps=64, **settings) == 0.25, "the same step, counted in samples, 16 of them"
+
+
 def test_without_warmup_the_first_step_is_already_on_the_way_down() -> None:
     settings: dict[str, Any] = {"lr": 1.0, "min_lr": 0.0, "warmup_steps": 0, "decay_steps": 4, "schedule": "linear"}
     assert [lr_at(n, **settings) for n in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
@@ -79,28 +85,8 @@ def test_a_batch_grows_as_the_reference_s_does() -> None:
     assert G7.size_at(10**9) == 64
 
 
-@pytest.mark.parametrize("schedule", [G7, BatchSchedule(global_batch_size=64)], ids=["growing", "constant"])
-def test_where_a_run_stands_follows_from_the_samples_it_consumed(schedule: BatchSchedule) -> None:
-    consumed = 0
-    for step in range(40):
-        assert (schedule.samples_of(step), schedule.steps_of(consumed)) == (consumed, step)
-        assert schedule.steps_of(consumed + 1) == step + 1, "a step that is begun is a step"
-        consumed += schedule.size_at(consumed)
-
-
-def test_batches_that_replicas_cannot_share_out_are_refused_early() -> None:
-    G7.check(micro_batch_size=2, dp=4)
-    BatchSchedule(global_batch_size=64).check(micro_batch_size=16, dp=4)
-    with pytest.raises(
-        ValueError,
-        match=r"^batches of 24, 40, 56 samples are no multiple of micro_batch_size=4 × dp=4 = 16\. "
-        r"Make start, increment and global_batch_size multiples of 16, or change micro_batch_size or dp$",
-    ):
-        G7.check(micro_batch_size=4, dp=4)
-    with pytest.raises(
-        ValueError, match=r"^batches of 64 samples .*=3 × dp=1 = 3\. Make global_batch_size a multiple of 3, or"
-    ):
-        BatchSchedule(global_batch_size=64).check(micro_batch_size=3, dp=1)
+def test_a_constant_batch() -> None:
+    assert [BatchSchedule(global_batch_size=64).samples_of(steps) for steps in range(3)] == [0, 64, 128]
 
 
 @pytest.mark.parametrize(
@@ -121,10 +107,10 @@ def test_ramps_that_lead_nowhere_are_refused(changes: dict[str, int], message: s
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "lamb"}, r"^kind='lamb' is not an optimizer\. Legal here: adamw, sgd$"),
+        ({"kind": "lamb"}, r"^kind='lamb' is not supported\. Legal here: adamw, sgd$"),
         ({"beta2": 1.0}, r"^beta2=1\.0 must be at least 0 and less than 1$"),
         ({"momentum": -0.1}, r"^momentum=-0\.1 must be at least 0 and less than 1$"),
-        ({"clip_grad": float("nan")}, r"^clip_grad=nan must be at least 0$"),
+        ({"clip_grad": float("nan")}, r"^clip_grad=nan must be a finite number$"),
         ({"eps": -1.0}, r"^eps=-1\.0 must be at least 0$"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Tensor and data parallel training against plain training in one process, in float64: it must be the same training.
+"""Tensor, pipeline and data parallel training against plain training in one process, in float64: it must be the same training.
 
 The last test removes each collective in turn, and requires that the comparison notices: the net has no holes.
 """

@@ -1,12 +1,15 @@
 """Which rank holds what: pure arithmetic, checked by putting the pieces together again."""
 
 import itertools
+import re
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from megatron_core_impl.checkpoint.slicing import chunk_layers, dp_rows, rank_slices, replica, tp_slice
-from megatron_core_impl.config import Layout, ModelConfig, TensorSpec, balanced, padded_vocab_size
+from megatron_core_impl.config import Layout, ModelConfig, Recompute, RopeScaling, TensorSpec, balanced, padded_vocab_size
 from megatron_core_impl.models.tensors import tensors
 
 CONFIG = ModelConfig(
@@ -142,13 +145,31 @@ def test_illegal_layouts_name_the_legal_ones(layout: Layout, message: str) -> No
 
 
 def test_impossible_models_are_refused() -> None:
-    from dataclasses import replace
-
     with pytest.raises(ValueError, match="num_key_value_heads=3 does not divide num_attention_heads=8"):
         replace(CONFIG, num_key_value_heads=3)
     with pytest.raises(ValueError, match="head_dim=3 must be even"):
         replace(CONFIG, head_dim=3)
-    with pytest.raises(ValueError, match="hidden_size=0 must be a positive integer"):
+    with pytest.raises(ValueError, match="hidden_size=0 must be at least 1"):
         replace(CONFIG, hidden_size=0)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"norm": "layer_norm"}, "norm='layer_norm' is not supported. Legal here: rmsnorm, layernorm"),
+        ({"activation": "gelu_new"}, "activation='gelu_new' is not supported. Legal here: silu, gelu, gelu_tanh, relu"),
+        ({"norm_eps": float("nan")}, "norm_eps=nan must be a finite number"),
+        ({"rope_theta": float("inf")}, "rope_theta=inf must be a finite number"),
+        ({"rope_theta": 0.0}, "rope_theta=0.0 must be above 0"),
+        ({"head_dim": True}, "head_dim=True must be a whole number"),
+        ({"sliding_window": 0}, "sliding_window=0 must be at least 1"),
+    ]
+    for changes, message in refused:
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            replace(CONFIG, **changes)
+    with pytest.raises(ValueError, match=r"^rope_scaling: kind='yarn' is not supported\. Legal here: linear, llama3$"):
+        RopeScaling(kind="yarn", factor=2.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^rope_scaling: factor=nan must be a finite number$"):
+        RopeScaling(kind="linear", factor=float("nan"))
+    with pytest.raises(ValueError, match=r"^recompute: mode='half' is not supported\. Legal here: none, selective, full$"):
+        Recompute(mode="half")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^tp=2\.0 must be a whole number$"):
+        Layout(tp=2.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tp=0 must be at least 1"):
         Layout(tp=0)

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_job import CONFIG
+from tiny_job import CONFIG, make_job
 from tiny_training import MODEL
 
 from megatron_core_impl.loss_scale import DynamicLossScale, StaticLossScale
+from megatron_core_impl.mesh import Mesh
+from megatron_core_impl.metrics import Report
+from megatron_core_impl.resume import begin
 from megatron_core_impl.train_config import Job, Rates, TrainConfig
+from megatron_core_impl.trainer import train
 
 
 def config(**settings: Any) -> TrainConfig:
@@ -22,6 +26,25 @@ def config(**settings: Any) -> TrainConfig:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
+        (
+            {"schedule": "Cosine"},
+            "schedule='Cosine' is not supported. Legal here: cosine, linear, constant, inverse-square-root",
+        ),
+        ({"weight_decay_style": "foo"}, "weight_decay_style='foo' is not supported. Legal here: constant, linear, cosine"),
+        ({"optimizer": "lamb"}, "optimizer='lamb' is not supported. Legal here: adamw, sgd"),
+        ({"recompute": "half"}, "recompute='half' is not supported. Legal here: none, selective, full"),
+        ({"attention_kernel": "xla"}, "attention_kernel='xla' is not supported. Legal here: auto, flash-attn, varlen, sdpa"),
+        ({"lr": math.nan}, "lr=nan must be a finite number"),
+        ({"lr": -1.0}, "lr=-1.0 must be above 0"),
+        ({"min_lr": -1e-4}, "min_lr=-0.0001 must be at least 0"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0 must be at least 1"),
+        ({"eval_interval": 0}, "eval_interval=0 must be at least 1"),
+        ({"log_interval": 0}, "log_interval=0 must be at least 1"),
+        ({"decay_steps": 0}, "decay_steps=0 must be at least 1"),
+        ({"steps": 2.5}, "steps=2.5 must be a whole number"),
+        ({"decay_steps": True}, "decay_steps=True must be a whole number"),
+        ({"precision": "fp16", "initial_loss_scale": math.inf}, "initial_loss_scale=inf must be a finite number"),
+        ({"stop_after_minutes": -1.0}, "stop_after_minutes=-1.0 must be above 0"),
         ({"warmup_steps": 10}, "warmup_steps=10 must be less than the 10 steps of the schedule"),
         ({"warmup_steps": 5, "decay_steps": 5}, "warmup_steps=5 must be less than the 5 steps"),
         ({"min_lr": 2.0}, "min_lr=2.0 must not exceed lr=1.0: lower min_lr too, or raise lr"),
@@ -97,8 +120,30 @@ def job(**settings: Any) -> Job:
 def test_what_must_agree() -> None:
     """How the work is cut does not count, unless the loss is defined by it."""
     assert job(micro_batch_size=1, recompute="full", compile=True, skip_steps=(5,)).must_agree() == job().must_agree()
+    assert job(overlap=False, attention_kernel="sdpa").must_agree() == job().must_agree()
     assert job(hidden_dropout=0.1).must_agree() != job().must_agree()
     assert job(reference_loss_mean=True, micro_batch_size=1).must_agree() != job(reference_loss_mean=True).must_agree()
+
+
+def test_switches() -> None:
+    on, off = config().optimizer_settings, config(overlap=False).optimizer_settings
+    assert (on.overlap_reduce, on.overlap_gather, off.overlap_reduce, off.overlap_gather) == (True, True, False, False)
+    assert (config().kernel, config(attention_kernel="varlen").kernel) == (None, "varlen")
+
+
+def test_batches_that_a_layout_cannot_share_out_are_refused_before_anything_is_read() -> None:
+    """Here as in the stage, whose tests know all the texts."""
+    with pytest.raises(
+        ValueError, match=r"^train\.global_batch_size=8 is not a multiple of .* = 3 × 1 = 3\. Nearest legal: 6 or 9$"
+    ):
+        begin(job(micro_batch_size=3), Mesh.single("meta"), Report())
+
+
+def test_a_kernel_that_cannot_compute_here_is_refused_before_training(tmp_path: Path) -> None:
+    tiny = make_job(tmp_path, config=replace(CONFIG, attention_kernel="flash-attn"))
+    with pytest.raises(ValueError, match=r"kernel='flash-attn' computes on CUDA in bf16 or fp16, not on cpu in torch\.float64"):
+        train(tiny, Mesh.single())
+    assert list(tiny.checkpoints.iterdir()) == []
 
 
 def test_documents_need_an_end() -> None:

@@ -1,8 +1,12 @@
-"""Training against the reference: losses and gradient norms that Megatron-LLM computed on a CPU (../shared/golden/training)."""
+"""Training against the reference: losses and gradient norms that Megatron-LLM computed on a CPU (../shared/golden/training).
+
+The learning rate of step 1 is 0, so only from step 3 on does a loss follow from an update. GOLDEN=all compares all 20 steps.
+"""
 
 import gzip
 import importlib.util
 import json
+import os
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,23 +29,25 @@ from megatron_core_impl.train_config import Job, TrainConfig
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
 
+ALL = os.environ.get("GOLDEN") == "all"  # all 20 steps of all runs take minutes
+
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs ../shared/golden")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of the reference, and what it is with us. All 20 steps of all runs agree; a test takes a few."""
+    """A run of the reference, and what it is with us."""
 
     name: str
     layout: Layout = field(default_factory=Layout)
     settings: dict[str, Any] = field(default_factory=dict)
     rope_scaling: RopeScaling | None = None
-    steps: int = 1
+    steps: int = 1  # how many of its steps a test takes, if not all
     model: str = "llama2_gqa"
 
 
 RUNS = (
-    Run("gqa_tp1"),
+    Run("gqa_tp1", steps=3),
     Run("gqa_dp2", Layout(dp=2)),
     Run("gqa_pp4", Layout(pp=4)),
     Run("gqa_pp4_vpp", Layout(pp=2, vpp=2)),  # there pp 4 with one layer per virtual stage, which is one chunk per rank
@@ -56,7 +62,7 @@ RUNS = (
     ),
     Run("gqa_recompute_full", settings={"recompute": "full"}),
     Run("gqa_rope8", rope_scaling=RopeScaling(kind="linear", factor=8)),
-    Run("falcon7", model="falcon7"),
+    Run("falcon7", model="falcon7", steps=3),
 )  # fmt: skip
 
 
@@ -120,15 +126,15 @@ def job_of(run: Run, inputs: Path, folder: Path) -> Job:
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_equals_the_reference(run: Run, inputs: Path, tmp_path: Path, pool: GlooPool) -> None:
     job = job_of(run, inputs, tmp_path)
+    steps = job.config.steps if ALL else run.steps
     if run.layout.world_size == 1:
-        train_on_rank(job, run.layout, run.steps)
+        train_on_rank(job, run.layout, steps)
     else:
-        pool.run(train_on_rank, run.layout.world_size, job, run.layout, run.steps)
+        pool.run(train_on_rank, run.layout.world_size, job, run.layout, steps, timeout=60 + 60 * steps)
     ours = [line for line in read_metrics(job.folder) if "loss" in line]
-    theirs = json.loads((GOLDEN / "training" / f"{run.name}.json").read_text())[: run.steps]
+    theirs = json.loads((GOLDEN / "training" / f"{run.name}.json").read_text())[:steps]
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     assert ours[0]["loss"] == pytest.approx(theirs[0]["lm_loss"], rel=0, abs=2e-6)
-    assert ours[0]["grad_norm"] == pytest.approx(theirs[0]["grad_norm"], rel=2e-6, abs=0)
-    assert [line["loss"] for line in ours] == pytest.approx([line["lm_loss"] for line in theirs], rel=0, abs=1e-5)
-    assert [line["grad_norm"] for line in ours] == pytest.approx([line["grad_norm"] for line in theirs], rel=2e-5, abs=0)
+    assert [line["loss"] for line in ours] == pytest.approx([line["lm_loss"] for line in theirs], rel=0, abs=5e-6)
+    assert [line["grad_norm"] for line in ours] == pytest.approx([line["grad_norm"] for line in theirs], rel=2e-6, abs=0)
     assert [line["lr"] for line in ours] == pytest.approx([0, *(line["lr_of_next_step"] for line in theirs[:-1])], rel=1e-12)

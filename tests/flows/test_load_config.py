@@ -87,6 +87,31 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str, told: str) -
     assert problem.startswith(told)
 
 
+def test_what_a_local_model_refuses_of_the_layout_is_told_first(tmp_path: Path) -> None:
+    fields = {
+        "model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    text = GOOD.replace("somebody/model", str(tmp_path)).replace("steps: 10", "steps: 10, sequence_length: 64")
+    tokens = (
+        "layout.tp={} does not divide the 1 × 64 tokens of a micro batch (train.micro_batch_size × train.sequence_length), "
+        "which it shares out. Make one of the two a multiple of {}"
+    )
+    assert problems(tmp_path, text, "layout.tp=3") == [
+        "mine.yaml: layout: tp=3 cannot share out num_attention_heads=4 with num_key_value_heads=4 and "
+        "intermediate_size=128. Legal here: 1, 2, 4",
+        f"mine.yaml: {tokens.format(3, 3)}",
+    ]
+    assert problems(tmp_path, text, "layout.tp=2", "train.sequence_length=63") == [
+        f"mine.yaml: {tokens.format(2, 2).replace('64', '63')}"
+    ], "the model has nothing against 2"
+    assert problems(tmp_path, text.replace(str(tmp_path), "some/hub-id"), "layout.tp=3") == [
+        f"mine.yaml: {tokens.format(3, 3)}"
+    ], "what is on the Hub is known once it is here"
+    assert len(problems(tmp_path, text, "layout.tp=three")) == 1, "no layout to ask the model about"
+
+
 def test_missing_file_and_wrong_override(tmp_path: Path) -> None:
     with pytest.raises(BadConfig, match=r"nothing\.yaml: no such file$"):
         load_config(tmp_path / "nothing.yaml")
