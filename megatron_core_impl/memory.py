@@ -24,7 +24,7 @@ from typing import Literal
 
 from megatron_core_impl.checkpoint.slicing import chunk_layers, is_on_pp_rank, shape_of, tp_slice
 from megatron_core_impl.config import Dropout, Heads, Layout, ModelConfig, Recompute, TensorSpec, padded_vocab_size
-from megatron_core_impl.layers.blocks import BLOCK, CACHED, WINDOW_BLOCK, window_blocks
+from megatron_core_impl.layers.blocks import CACHED, WINDOW_BLOCK, count_logits_blocks, window_blocks
 from megatron_core_impl.models.tensors import norms_of_a_layer, tensors
 from megatron_core_impl.optim import OptimizerSettings
 from megatron_core_impl.parallel.schedule import schedule
@@ -312,7 +312,7 @@ def _loss(sizes: _Sizes) -> int:
     gathered = sizes.seen * sizes.hidden * sizes.item  # by tp; dx is as large
     matrix, is_narrow = sizes.vocabulary * sizes.hidden, sizes.item < sizes.wide
     product = matrix * sizes.item * is_narrow
-    blocks = min(sizes.seen, -(-sizes.seen * sizes.vocabulary // BLOCK))
+    blocks = count_logits_blocks(sizes.seen, sizes.vocabulary, sizes.item)
     rows = -(-sizes.seen // blocks)
     rows_in_wide = rows if sizes.device == "cuda" else max(1, CACHED // sizes.vocabulary)
     return sum((

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_core_impl import collectives
 from megatron_core_impl.collectives import Group
-from megatron_core_impl.layers.blocks import BLOCK, CACHED
+from megatron_core_impl.layers.blocks import CACHED, count_logits_blocks
 from megatron_core_impl.layers.parameter import ShardedParameter
 
 
@@ -42,7 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(gathered) if grads else None
         grad_weight = torch.empty_like(weight, dtype=wide, requires_grad=False) if grads else None
         room = product = None  # for the logits of a block, and for what they add to dW: memory is new only once
-        for block in _blocks(len(gathered), weight.shape[0]):
+        for block in _blocks(gathered, weight.shape[0]):
             tokens = gathered[block]
             room = tokens.new_empty(len(tokens), weight.shape[0]) if room is None else room
             logits = torch.mm(tokens, weight.t(), out=room[: len(tokens)])  # [R, V]
@@ -107,11 +107,10 @@ def vocab_parallel_linear_cross_entropy(
     return _LinearCrossEntropy.apply(x, weight, labels, weights, num_real, group, is_trained)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _blocks(tokens: int, vocabulary: int) -> Iterator[slice]:
-    """Cut tokens into as few blocks as BLOCK allows, of nearly one size."""
-    count = min(tokens, -(-tokens * vocabulary // BLOCK))
-    size = -(-tokens // count)
-    return (slice(start, start + size) for start in range(0, tokens, size))
+def _blocks(x: Tensor, vocabulary: int) -> Iterator[slice]:
+    """Cut tokens [S, H] into blocks."""
+    size = -(-len(x) // count_logits_blocks(len(x), vocabulary, x.element_size()))
+    return (slice(start, start + size) for start in range(0, len(x), size))
 
 
 def _softmax_(logits: Tensor, num_real: int) -> Tensor:

@@ -7,7 +7,7 @@ from distributed import GlooPool
 from torch import Tensor
 
 from megatron_core_impl.config import Layout
-from megatron_core_impl.layers import cross_entropy
+from megatron_core_impl.layers import blocks, cross_entropy
 from megatron_core_impl.layers.cross_entropy import vocab_parallel_linear_cross_entropy
 from megatron_core_impl.layers.parameter import ShardedParameter
 from megatron_core_impl.mesh import init_mesh
@@ -31,7 +31,7 @@ def plain(x: Tensor, weight: Tensor, labels: Tensor = LABELS, num_real: int = NU
 
 @pytest.fixture(params=[1 << 25, 5 * VOCAB], ids=["one-block", "blocks-of-4"])
 def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "BLOCK", request.param)
+    monkeypatch.setattr(blocks, "BLOCK", request.param)
     monkeypatch.setattr(cross_entropy, "CACHED", 3 * VOCAB)
 
 
@@ -92,7 +92,7 @@ def test_a_micro_batch_without_targets_has_no_loss_and_no_gradient() -> None:
 
 
 def test_the_sink_of_the_weight_takes_its_gradient_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "BLOCK", 5 * VOCAB)
+    monkeypatch.setattr(blocks, "BLOCK", 5 * VOCAB)
     x, weight = inputs(torch.bfloat16)
     grads: list[Tensor] = []
 
@@ -133,7 +133,7 @@ def test_enormous_logits_and_certain_labels_keep_their_digits() -> None:
 
 def loss_rank(num_real: int, dtype: torch.dtype) -> list[Tensor]:
     mesh = init_mesh(Layout(tp=2), "cpu")
-    cross_entropy.BLOCK = 5 * VOCAB // 2
+    blocks.BLOCK = 5 * VOCAB // 2
     x, weight = inputs(dtype)
     x = x.detach().chunk(2)[mesh.tp_rank].requires_grad_()
     part = ShardedParameter(weight.detach().chunk(2)[mesh.tp_rank].clone())
