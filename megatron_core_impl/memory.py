@@ -312,7 +312,7 @@ def _loss(sizes: _Sizes) -> int:
     gathered = sizes.seen * sizes.hidden * sizes.item  # by tp; dx is as large
     matrix, is_narrow = sizes.vocabulary * sizes.hidden, sizes.item < sizes.wide
     product = matrix * sizes.item * is_narrow
-    blocks = count_logits_blocks(sizes.seen, sizes.vocabulary, sizes.item)
+    blocks = count_logits_blocks(sizes.seen, sizes.vocabulary)
     rows = -(-sizes.seen // blocks)
     rows_in_wide = rows if sizes.device == "cuda" else max(1, CACHED // sizes.vocabulary)
     return sum((
@@ -323,7 +323,8 @@ def _loss(sizes: _Sizes) -> int:
         product * (blocks > 1),  # room for the blocks' parts of dW, made for the first
         max(
             rows_in_wide * sizes.vocabulary * sizes.wide * is_narrow,  # a block's softmax
-            rows * sizes.hidden * sizes.item + product * (blocks == 1),  # its tokens, weighed
+            rows * sizes.hidden * (2 * sizes.wide + sizes.item * is_narrow),  # its part of dx, and the labels' rows of W
+            rows * sizes.hidden * sizes.wide + product * (blocks == 1),  # its tokens, weighed
         ),
     ))  # fmt: skip
 

@@ -3,16 +3,14 @@
 The layers cut by these numbers, and the estimate of memory (`memory`) counts by them.
 """
 
-# Logits that exist at a time, in half precision; twice as many in others, whose products like larger blocks on a CPU. Large
-# enough for efficient products, small beside a micro batch's.
-BLOCK = 1 << 24
-CACHED = 1 << 18  # logits that a CPU works on at a time: in single precision they stay in its cache
+BLOCK = 1 << 25  # logits that exist at a time: enough for efficient products, few beside a large micro batch's
+CACHED = 1 << 17  # logits that a CPU works on at a time: in single precision they stay in its cache
 WINDOW_BLOCK = 512  # queries that `sdpa` takes at a time under a sliding window
 
 
-def count_logits_blocks(tokens: int, vocabulary: int, item_size: int) -> int:
-    """How many blocks of nearly one size the tokens of a micro batch are cut into for the loss; `item_size` in bytes."""
-    return min(tokens, -(-tokens * vocabulary // (BLOCK if item_size == 2 else 2 * BLOCK)))
+def count_logits_blocks(tokens: int, vocabulary: int) -> int:
+    """How many blocks of nearly one size the tokens of a micro batch are cut into for the loss."""
+    return min(tokens, -(-tokens * vocabulary // BLOCK))
 
 
 def window_blocks(length: int, window: int, size: int) -> list[tuple[int, int, int]]:

@@ -9,6 +9,10 @@ c is the gradient of the loss (a loss scale, 1/N) and w a token's weight. Both c
 fp16 nothing vanishes before the loss scale is there; only the *ratios* of the weights meet x in the model's precision, and
 those of a mask are 0 and 1.
 
+Over the logits goes one pass only, which leaves e = exp(z - highest), and 0 for the label. p = s e with one number s per token,
+which meets the rows of the products instead of the logits. The label's p - 1 stays out of the products: it is added to their
+results in single precision, as W's row of the label and as x to dW's row, and keeps its digits where p is nearly 1.
+
 Letters: T tokens of this rank, S of the micro batch, R of a block, H hidden, V rows of the padded vocabulary on this rank.
 """
 
@@ -20,6 +24,7 @@ from torch import Tensor
 
 from megatron_core_impl import collectives
 from megatron_core_impl.collectives import Group
+from megatron_core_impl.layers.accumulate import add_product_
 from megatron_core_impl.layers.blocks import CACHED, count_logits_blocks
 from megatron_core_impl.layers.parameter import ShardedParameter
 
@@ -33,7 +38,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         weights = weights.to(wide)
         largest = weights.abs().amax().clamp_min_(torch.finfo(wide).tiny)  # all may be 0
-        shares = (weights / largest).to(x.dtype).unsqueeze(1)  # [S, 1]
+        ratios = weights / largest
         rows = labels - (group.rank() * weight.shape[0] if group else 0)
         is_elsewhere = (rows < 0) | (rows >= num_real)
         rows = rows.masked_fill_(is_elsewhere, 0)
@@ -46,23 +51,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
             tokens = gathered[block]
             room = tokens.new_empty(len(tokens), weight.shape[0]) if room is None else room
             logits = torch.mm(tokens, weight.t(), out=room[: len(tokens)])  # [R, V]
-            of_label = logits.gather(1, rows[block].unsqueeze(1)).squeeze(1).to(wide).masked_fill_(is_elsewhere[block], 0)
-            total = own_total = _softmax_(logits, num_real)
+            at = (torch.arange(len(tokens), device=logits.device), rows[block])
+            of_label = of_label_anywhere = logits[at].to(wide).masked_fill_(is_elsewhere[block], 0)
+            own_total, reference = _exp_(logits, num_real)
+            total = own_total
             if group is not None:
                 shared = collectives.all_gather(torch.stack((own_total, of_label)).unsqueeze(0), group).wait()  # [tp, 2, R]
                 total, of_label_anywhere = shared[:, 0].logsumexp(0), shared[:, 1].sum(0)
-            else:
-                of_label_anywhere = of_label
             torch.sub(total, of_label_anywhere, out=losses[block])
             if grad_x is None or grad_weight is None:
                 continue
-            if group is not None:
-                _scale_rows_(logits, (own_total - total).exp_())
-            of_label = torch.expm1(of_label - total).to(x.dtype)  # p - 1, where p is nearly 1 too
-            at = (torch.arange(len(logits), device=logits.device), rows[block])
-            logits[at] = logits[at].where(is_elsewhere[block], of_label)  # (scatter_ would convert all of bf16 logits)
-            torch.mm(logits, weight, out=grad_x[block])
-            product = _add_product(grad_weight, logits, tokens * shares[block], product)
+            logits[at] *= is_elsewhere[block]
+            share = (reference - total).exp_().unsqueeze(1)  # p / e, [R, 1]
+            of_label = torch.expm1(of_label - total).masked_fill_(is_elsewhere[block], 0).unsqueeze(1)  # p - 1, [R, 1]
+            others = torch.mm(logits, weight).to(wide)
+            grad_x[block] = others.mul_(share).addcmul_(weight[rows[block]].to(wide), of_label)
+            del others
+            ratio = ratios[block].unsqueeze(1)
+            product = add_product_(
+                grad_weight, logits, (tokens * (share * ratio)).to(x.dtype), is_first=block.start == 0, room=product
+            )
+            grad_weight.index_add_(0, rows[block], tokens * (of_label * ratio))
         if grad_x is not None:
             ctx.grad_x, ctx.grad_weight = collectives.reduce_scatter(grad_x, group), grad_weight
             ctx.weight, ctx.largest = weight, largest
@@ -109,34 +118,33 @@ def vocab_parallel_linear_cross_entropy(
 
 def _blocks(x: Tensor, vocabulary: int) -> Iterator[slice]:
     """Cut tokens [S, H] into blocks."""
-    size = -(-len(x) // count_logits_blocks(len(x), vocabulary, x.element_size()))
+    size = -(-len(x) // count_logits_blocks(len(x), vocabulary))
     return (slice(start, start + size) for start in range(0, len(x), size))
 
 
-def _softmax_(logits: Tensor, num_real: int) -> Tensor:
-    """Softmax over the real columns, in place, computed in single precision; 0 in the others. Returns log Σ exp, [R]."""
+def _exp_(logits: Tensor, num_real: int) -> tuple[Tensor, Tensor]:
+    """Replace logits z [R, V] by exp(z - reference) ≤ 1, in single precision, and by 0 in columns that are not real.
+
+    Returns:
+        log Σ exp z [R], and the reference [R]: the row's highest, but in fp16, whose numbers end at 65504, that logarithm.
+    """
     wide = torch.promote_types(logits.dtype, torch.float32)
     totals = torch.full(logits.shape[:1], -torch.inf, dtype=wide, device=logits.device)
+    highest = totals.clone()
     logits[:, num_real:] = 0
     if num_real == 0:
-        return totals
+        return totals, highest
     for part, buffer in _cached(logits):
         real, result = buffer[:, :num_real], logits[part, :num_real]
-        highest = real.amax(1, keepdim=True)
-        total = real.sub_(highest).exp_().sum(1, keepdim=True)
-        if real.data_ptr() == result.data_ptr():
-            real.div_(total)
-        else:
-            result.copy_(real.div_(total))
-        totals[part] = total.log_().add_(highest).squeeze(1)
-    return totals
-
-
-def _scale_rows_(logits: Tensor, factors: Tensor) -> None:
-    for part, buffer in _cached(logits):
-        buffer.mul_(factors[part].unsqueeze(1))
+        torch.amax(real, 1, out=highest[part])
+        real.sub_(highest[part].unsqueeze(1)).exp_()
+        torch.sum(real, 1, out=totals[part])
+        if logits.dtype == torch.float16:
+            real.div_(totals[part].unsqueeze(1))
         if buffer.dtype != logits.dtype:
-            logits[part].copy_(buffer)
+            result.copy_(real)
+    totals.log_().add_(highest)
+    return totals, totals if logits.dtype == torch.float16 else highest
 
 
 def _cached(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -147,19 +155,3 @@ def _cached(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, len(logits), rows):
         part = logits[start : start + rows]
         yield slice(start, start + rows), part if buffer is None else buffer[: len(part)].copy_(part)
-
-
-def _add_product(total: Tensor, grad_output: Tensor, x: Tensor, product: Tensor | None) -> Tensor:
-    """Add dyᵀ x to `total`, or make it that at first, when there is no room for a product yet; returns that room."""
-    is_first = product is None
-    if total.dtype == x.dtype:
-        # beta = 0: what is there is not even read
-        return torch.addmm(total, grad_output.t(), x, beta=0 if is_first else 1, out=total)
-    product = torch.mm(grad_output.t(), x, out=product)
-    if is_first:
-        total.copy_(product)
-        return product
-    rows = max(1, CACHED // x.shape[1])
-    for part, increment in zip(torch.split(total, rows), torch.split(product, rows), strict=True):
-        part.add_(increment)
-    return product

@@ -16,12 +16,15 @@ from megatron_core_impl.layers.recompute import produced
 
 _aten = torch.ops.aten
 
-# name -> act(x), and the gradient of x from that of act(x)
+# name -> act(x); and the gradient of x in place of that of act(x)
 _ACTIVATIONS: dict[Activation, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "silu": (F.silu, _aten.silu_backward),
-    "gelu": (F.gelu, _aten.gelu_backward),
-    "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh")),
-    "relu": (F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0)),
+    "silu": (F.silu, lambda grad, x: _aten.silu_backward(grad, x, grad_input=grad)),
+    "gelu": (F.gelu, lambda grad, x: _aten.gelu_backward(grad, x, grad_input=grad)),
+    "gelu_tanh": (
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh", grad_input=grad),
+    ),
+    "relu": (F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0, grad_input=grad)),
 }
 
 

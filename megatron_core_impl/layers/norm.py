@@ -4,7 +4,7 @@ Both see this rank's tokens only, so that the gradients of their weights are sum
 their parameters are made with `sees_all_tokens=False`. Letters: T tokens of this rank, H hidden.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from megatron_core_impl.layers.parameter import ShardedParameter
 
-CACHED = 1 << 17  # numbers that a core of a CPU works on at a time: in single precision they stay in its cache
+CACHED = 1 << 16  # numbers that a core of a CPU works on at a time: in single precision they stay in its cache
 
 
 class _RMSNorm(torch.autograd.Function):
     """With n = x / sqrt(mean(x²) + eps):  y = w n;  dw = Σ dy n;  dx = (dn - n mean(dn n)) / sqrt(mean(x²) + eps), dn = w dy.
 
-    Keeps x and one number per token. Statistics in fp32, or fp64 where x is. Works on some tokens at a time (`_parts`).
+    Keeps x and one number per token. Statistics in fp32, or fp64 where x is. Works on some tokens at a time (`_parts`), in the
+    same buffers, which stay in a CPU's cache.
     """
 
     @staticmethod
@@ -27,11 +28,11 @@ class _RMSNorm(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         scale = x.new_empty(len(x), 1, dtype=wide)
         y = torch.empty_like(x)
-        for part in _parts(x):
-            inputs = x[part].to(wide)
-            torch.mean(inputs.square(), -1, keepdim=True, out=scale[part])
+        for part, (inputs, squares) in _parts(x, wide, 2):
+            inputs.copy_(x[part])
+            torch.mean(torch.mul(inputs, inputs, out=squares), -1, keepdim=True, out=scale[part])
             scale[part].add_(eps).rsqrt_()
-            y[part].copy_(inputs * scale[part]).mul_(weight)
+            y[part].copy_(inputs.mul_(scale[part])).mul_(weight)
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -40,10 +41,9 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         wide_weight = weight.to(scale.dtype)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(wide_weight)
-        for part in _parts(x):
-            normed = x[part] * scale[part] if x.dtype == scale.dtype else x[part].to(scale.dtype).mul_(scale[part])
-            wide_grad = grad[part].to(scale.dtype)
-            product = wide_grad * normed
+        for part, (normed, wide_grad, product) in _parts(x, scale.dtype, 3):
+            normed.copy_(x[part]).mul_(scale[part])
+            torch.mul(wide_grad.copy_(grad[part]), normed, out=product)
             grad_weight += product.sum(0)
             inner = (product @ wide_weight).div_(x.shape[-1]).unsqueeze_(-1)  # mean(dn n), [T, 1]
             torch.mul(wide_grad, wide_weight, out=product).addcmul_(normed, inner, value=-1)
@@ -51,10 +51,16 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight.to(weight.dtype), None
 
 
-def _parts(x: Tensor) -> Iterator[slice]:
-    """Rows of which as many as fit into a CPU's cache are worked on at a time; GPUs and compilers take all at once."""
+def _parts(x: Tensor, dtype: torch.dtype, count: int) -> Iterator[tuple[slice, Sequence[Tensor]]]:
+    """Rows of which as many as fit into a CPU's cache are worked on at a time; GPUs and compilers take all at once.
+
+    Yields:
+        Which rows, and `count` buffers of their shape.
+    """
     rows = max(1, len(x) if x.is_cuda or torch.compiler.is_compiling() else CACHED * torch.get_num_threads() // x.shape[-1])
-    return (slice(start, start + rows) for start in range(0, len(x), rows))
+    buffers = x.new_empty(count, min(rows, len(x)), *x.shape[1:], dtype=dtype)
+    for start in range(0, len(x), rows):
+        yield slice(start, start + rows), buffers[:, : len(x) - start].unbind()
 
 
 class RMSNorm(nn.Module):

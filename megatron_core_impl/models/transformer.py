@@ -66,13 +66,13 @@ class DecoderLayer(nn.Module):
         with produced(self.input_layernorm, x, is_kept=self.keeps_normed) as normed:
             attention = self.self_attn(normed, sequences)
             if self.is_parallel and self.mlp_layernorm is None:
-                return x + self._drop(attention + self.mlp(normed))
+                return self._drop(self.mlp(normed).add_(attention)).add_(x)
         if self.mlp_layernorm is not None:
             with produced(self.mlp_layernorm, x, is_kept=self.keeps_normed) as normed:
-                return x + self._drop(attention + self.mlp(normed))
-        x = x + self._drop(attention)
+                return self._drop(self.mlp(normed).add_(attention)).add_(x)
+        x = self._drop(attention).add_(x)
         with produced(self.post_attention_layernorm, x, is_kept=self.keeps_normed) as normed:
-            return x + self._drop(self.mlp(normed))
+            return self._drop(self.mlp(normed)).add_(x)
 
     def _drop(self, x: Tensor) -> Tensor:
         return _dropout(x, self.dropout) if self.training and self.dropout else x

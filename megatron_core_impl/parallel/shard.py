@@ -14,12 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_core_impl.checkpoint.slicing import Slice, dp_rows
+from megatron_core_impl.layers.accumulate import add_, add_product_
 from megatron_core_impl.layers.parameter import ShardedParameter
 from megatron_core_impl.mesh import Mesh
-
-BLOCK = (
-    1 << 17
-)  # numbers that are added at once where types differ: on the CPU, PyTorch converts what it adds into a copy first
 
 
 class Shard:
@@ -73,25 +70,14 @@ class Shard:
         if is_first:
             target.copy_(grad)
         else:
-            _add_(target, grad)
+            add_(target, grad)
         self._took()
 
     @torch.no_grad()
     def add_product(self, grad_output: Tensor, x: Tensor) -> None:
-        """Take the gradient of a linear layer's weight, dyᵀ x: [S, O], [S, I] → [O, I].
-
-        Where the hardware can, the product is added to the main gradient as it is computed, in the main gradient's precision.
-        """
+        """Take the gradient of a linear layer's weight, dyᵀ x: [S, O], [S, I] → [O, I]."""
         target, is_first = self._target()
-        dy_t = grad_output.t()
-        if target.dtype == x.dtype:
-            torch.addmm(target, dy_t, x, beta=0 if is_first else 1, out=target)  # beta = 0: what is there is not even read
-        elif target.is_cuda:  # CPUs have no such product
-            torch.addmm(target, dy_t, x, target.dtype, beta=0 if is_first else 1, out=target)
-        elif is_first:
-            target.copy_(dy_t @ x)
-        else:
-            _add_(target, dy_t @ x)
+        add_product_(target, grad_output, x, is_first=is_first)
         self._took()
 
     @torch.no_grad()
@@ -134,15 +120,6 @@ class Shard:
     def _took(self) -> None:
         if self.on_gradient is not None:
             self.on_gradient()
-
-
-def _add_(target: Tensor, grad: Tensor) -> None:
-    if target.dtype == grad.dtype or target.is_cuda:
-        target.add_(grad)
-        return
-    rows = max(1, BLOCK // max(1, grad[0].numel()))
-    for part, increment in zip(torch.split(target, rows), torch.split(grad, rows), strict=True):
-        part.add_(increment)
 
 
 def _owned(parameter: ShardedParameter, dp: int, dp_rank: int) -> Slice:

@@ -139,9 +139,9 @@ def test_logits_of_several_blocks(precision: Precision, monkeypatch: pytest.Monk
 
 
 def test_a_large_vocabulary_is_cut_into_blocks() -> None:
-    """As the layers cut it: 6 million logits more than a block."""
+    """As the layers cut it: 13 million logits more than a block."""
     case = Case(replace(LLAMA, vocab_size=45000, num_hidden_layers=1, hidden_size=8), length=256, num_microbatches=1)
-    assert case.batch_size * case.length * case.config.vocab_size > 2 * blocks.BLOCK
+    assert case.batch_size * case.length * case.config.vocab_size > blocks.BLOCK
     check(estimated(case), measure(case))
 
 
