@@ -319,6 +319,7 @@ def _train(spec: TrainSpec, scratch: Path, should_stop: Callable[[], bool]) -> b
     """Train with the other workers; whether the last step is done."""
     import torch.distributed as dist
 
+    from megatron_core_impl.host_memory import keep_freed_memory
     from megatron_core_impl.mesh import init_mesh
     from megatron_core_impl.train_config import Job
     from megatron_core_impl.trainer import train
@@ -347,6 +348,8 @@ def _train(spec: TrainSpec, scratch: Path, should_stop: Callable[[], bool]) -> b
     # What is compiled is kept, for the runs to come; torch's own choice is a folder in /tmp.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(workspace / COMPILED))
     mesh = init_mesh(layout, _join_group(), kv_replicas=layout.kv_replicas(model))
+    if mesh.device.type == "cpu":
+        keep_freed_memory()  # where there is another malloc, it is just slower
     _tell_memory(spec, model, mesh, report)
     state = train(job, mesh, report=report, should_stop=should_stop)
     dist.destroy_process_group()

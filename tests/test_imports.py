@@ -17,7 +17,7 @@ LAYERS = ["config", "mesh", "collectives", "layers", "models", "parallel", "top"
 PART_OF = {
     "config": "config", "mesh": "mesh", "collectives": "collectives", "layers": "layers", "models": "models",
     "parallel": "parallel", "optim": "parallel", "loss_scale": "parallel", "trainer": "top", "parity": "top", "metrics": "top",
-    "train_config": "top", "train_step": "top", "batches": "top", "resume": "top", "memory": "top",
+    "train_config": "top", "train_step": "top", "batches": "top", "resume": "top", "memory": "top", "host_memory": "top",
 }  # fmt: skip
 
 
