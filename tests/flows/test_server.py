@@ -1,11 +1,11 @@
 """The local server: shared by the runs of a workspace, gone when nobody uses it, clear when it does not start."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +37,18 @@ def api_of(user: subprocess.Popen[str]) -> str:
     return user.stdout.readline().strip()
 
 
+def wait_for_looks(home: Path) -> None:
+    """Until the shim has looked twice from now on whether anybody uses its server: it sleeps before each look."""
+    pid = json.loads((home / "server.json").read_text())["pid"]
+
+    def sleeps() -> int:
+        status = Path(f"/proc/{pid}/status").read_text()
+        return int(status.rpartition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+    before = sleeps()
+    wait_until(lambda: sleeps() >= before + 3)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -53,14 +65,14 @@ def test_shared_while_used_and_gone_with_the_last_user(tmp_path: Path, monkeypat
     assert (home / "prefect.db").exists()
     assert home.stat().st_mode & 0o777 == 0o700
     keeper.communicate()
-    time.sleep(1.2)  # longer than the shim takes to look: it was asked to stay
+    wait_for_looks(home)  # it was asked to stay
     assert servers._answers(api)
 
     first, second = use(tmp_path), use(tmp_path)
     assert api_of(first) == api_of(second) == api
     (home / "server.keep").unlink()
     first.communicate()
-    time.sleep(1.2)  # there is a user left
+    wait_for_looks(home)  # there is a user left
     assert servers._answers(api)
 
     # Another workspace's server that chose the same port at the same moment loses it, and gets another.
