@@ -107,13 +107,14 @@ def choose_kernel(
     Raises:
         ValueError: the wanted kernel cannot do this here.
     """
+    asked = f"attention_kernel={wanted!r}"  # as the setting is called
     fits_gpu_kernels = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if wanted in ("flash-attn", "varlen") and not fits_gpu_kernels:
-        raise ValueError(f"kernel={wanted!r} computes on CUDA in bf16 or fp16, not on {device.type} in {dtype}. Use 'sdpa'")
+        raise ValueError(f"{asked} computes on CUDA in bf16 or fp16, not on {device.type} in {dtype}. Use 'sdpa'")
     if wanted == "flash-attn" and flash_attn_package() is None:
-        raise ValueError("kernel='flash-attn' needs the package flash-attn, which is not installed. Install it, or use 'sdpa'")
+        raise ValueError(f"{asked} needs the package flash-attn, which is not installed. Install it, or use 'sdpa'")
     if wanted == "varlen" and has_dropout:
-        raise ValueError("kernel='varlen' has no attention dropout. Use 'flash-attn' or 'sdpa', or set attention dropout to 0")
+        raise ValueError(f"{asked} has no attention dropout. Use 'flash-attn' or 'sdpa', or set attention dropout to 0")
     if wanted is not None:
         return wanted
     if not fits_gpu_kernels:

@@ -181,11 +181,12 @@ def test_the_fastest_kernel_that_fits_is_chosen(monkeypatch: pytest.MonkeyPatch)
 def test_a_kernel_that_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     x = random(1, 4, 1, 6, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"^kernel='varlen' computes on CUDA in bf16 or fp16, not on cpu in torch.bfloat16\."):
+    told = r"^attention_kernel='varlen' computes on CUDA in bf16 or fp16, not on cpu in torch\.bfloat16\."
+    with pytest.raises(ValueError, match=told):
         attend(x, x, x, sequences(1, 4), kernel="varlen")
-    with pytest.raises(ValueError, match=r"^kernel='flash-attn' needs the package flash-attn, which is not installed"):
+    with pytest.raises(ValueError, match=r"^attention_kernel='flash-attn' needs the package flash-attn, which is not inst"):
         choose_kernel(CUDA, torch.bfloat16, is_plain=True, has_dropout=False, wanted="flash-attn")
-    with pytest.raises(ValueError, match=r"^kernel='varlen' has no attention dropout"):
+    with pytest.raises(ValueError, match=r"^attention_kernel='varlen' has no attention dropout"):
         choose_kernel(CUDA, torch.bfloat16, is_plain=True, has_dropout=True, wanted="varlen")
 
 

@@ -40,6 +40,6 @@ kernels: tuple[Kernel | None, ...] = (None, "sdpa")
 
 @pytest.mark.parametrize("kernel", ["flash-attn", "varlen"])
 def test_a_kernel_that_cannot_compute_here_is_refused(kernel: Kernel) -> None:
-    text = rf"kernel='{kernel}' computes on CUDA in bf16 or fp16, not on cpu in torch\.bfloat16\. Use 'sdpa'$"
+    text = rf"attention_kernel='{kernel}' computes on CUDA in bf16 or fp16, not on cpu in torch\.bfloat16\. Use 'sdpa'$"
     with pytest.raises(ValueError, match=text):
         parallelize(tiny.GROUPED, Mesh.single(), dtype=torch.bfloat16, kernel=kernel)
