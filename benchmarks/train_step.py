@@ -5,8 +5,8 @@
     python benchmarks/train_step.py --profile bf16 ours    where the time of one step goes, by operator
 
 The model is a Llama of 58.5M parameters: hidden 512, 8 layers, 8 heads, ffn 1408, vocabulary 32000, untied; one micro batch of
-4 × 512 tokens per step. Each side runs in a process of its own, and both take turns, a step each, so that what else the machine
-does hits both alike. The figure is the median step; the ratio is that of the medians. CPU seconds are those of the process.
+4 × 512 tokens per step. Each side runs in a process of its own, and all take turns, a step each, so that what else the machine
+does hits all alike. The figure is the median step; the ratio is that of the medians. CPU seconds are those of the process.
 
 What is compared:
     ours          the trainer's step: fused output layer and loss, main gradients, clipping, AdamW. In bf16 the master weights,

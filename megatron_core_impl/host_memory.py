@@ -8,13 +8,15 @@ NEVER = -1  # as an unsigned number, the largest
 
 
 def keep_freed_memory() -> bool:
-    """Let malloc keep what is freed, for the next step: the process stays as large as it has been at most.
+    """Let malloc keep what is freed, for the next step: the process stays as large as it has been.
+
+    It may become larger than what it holds at most, as all tensors lie in one heap, whose gaps have to fit the next ones.
 
     By default glibc gives large tensors back to the kernel as they die, and gets them anew in every step, page by page: faults,
     and zeros that nobody reads. PyTorch has a cache of its own for GPUs only.
 
     Returns:
-        Whether this malloc can be told so; it is glibc's.
+        Whether the C library could be told so; it is glibc. (Another malloc that is loaded before it is not reached.)
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -311,7 +311,7 @@ def _loss(sizes: _Sizes) -> int:
     stream = sizes.own * sizes.hidden * sizes.item
     gathered = sizes.seen * sizes.hidden * sizes.item  # by tp; dx is as large
     matrix, is_narrow = sizes.vocabulary * sizes.hidden, sizes.item < sizes.wide
-    product = matrix * sizes.item * is_narrow
+    product = matrix * sizes.item * (is_narrow and sizes.device == "cpu")  # GPUs add it up as they compute it
     blocks = count_logits_blocks(sizes.seen, sizes.vocabulary)
     rows = -(-sizes.seen // blocks)
     rows_in_wide = rows if sizes.device == "cuda" else max(1, CACHED // sizes.vocabulary)
@@ -334,7 +334,7 @@ def _layer_backward(config: ModelConfig, sizes: _Sizes, recompute: Recompute, dr
     attention that makes scores, whose gradient is as large.
 
     First down_proj needs its input, the product, makes the product's gradient and then its weight's. With that the product is
-    free again. Then from its gradient and one in between comes that of the gate; a plain MLP goes without the one in between.
+    free again. Then its gradient, that of the gate and that of the other factor exist at once; a plain MLP has no third.
     """
     stream = sizes.own * sizes.hidden * sizes.item  # the gradient of the residual stream
     gathered = sizes.seen * sizes.hidden * sizes.item * (sizes.seen > sizes.own)

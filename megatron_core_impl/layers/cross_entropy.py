@@ -6,12 +6,12 @@ made where the logits are, at once, and becomes its part of dx and of dW; the ba
 With logits z = x Wᵀ and p = softmax(z):    dx = c w (p - onehot) W,    dW = Σ c w (p - onehot)ᵀ x
 
 c is the gradient of the loss (a loss scale, 1/N) and w a token's weight. Both come in last, in single precision, so that in
-fp16 nothing vanishes before the loss scale is there; only the *ratios* of the weights meet x in the model's precision, and
-those of a mask are 0 and 1.
+fp16 nothing vanishes for want of the loss scale; only the *ratios* of the weights meet x before.
 
 Over the logits goes one pass only, which leaves e = exp(z - highest), and 0 for the label. p = s e with one number s per token,
 which meets the rows of the products instead of the logits. The label's p - 1 stays out of the products: it is added to their
-results in single precision, as W's row of the label and as x to dW's row, and keeps its digits where p is nearly 1.
+results in single precision, as W's row of the label and as x to dW's row, and keeps its digits where p is nearly 1. Likewise
+log Σ e stays apart from the highest logit, beside which it would be rounded.
 
 Letters: T tokens of this rank, S of the micro batch, R of a block, H hidden, V rows of the padded vocabulary on this rank.
 """
@@ -53,17 +53,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = torch.mm(tokens, weight.t(), out=room[: len(tokens)])  # [R, V]
             at = (torch.arange(len(tokens), device=logits.device), rows[block])
             of_label = of_label_anywhere = logits[at].to(wide).masked_fill_(is_elsewhere[block], 0)
-            own_total, reference = _exp_(logits, num_real)
-            total = own_total
+            highest, log_sum = _exp_(logits, num_real)
+            top, log_total = highest, log_sum  # of all ranks
             if group is not None:
-                shared = collectives.all_gather(torch.stack((own_total, of_label)).unsqueeze(0), group).wait()  # [tp, 2, R]
-                total, of_label_anywhere = shared[:, 0].logsumexp(0), shared[:, 1].sum(0)
-            torch.sub(total, of_label_anywhere, out=losses[block])
+                own = torch.stack((highest, log_sum, of_label)).unsqueeze(0)
+                shared = collectives.all_gather(own, group).wait()  # [tp, 3, R]
+                top, of_label_anywhere = shared[:, 0].amax(0), shared[:, 2].sum(0)
+                log_total = (shared[:, 0] - top + shared[:, 1]).logsumexp(0)
+            torch.add(top - of_label_anywhere, log_total, out=losses[block])
             if grad_x is None or grad_weight is None:
                 continue
             logits[at] *= is_elsewhere[block]
-            share = (reference - total).exp_().unsqueeze(1)  # p / e, [R, 1]
-            of_label = torch.expm1(of_label - total).masked_fill_(is_elsewhere[block], 0).unsqueeze(1)  # p - 1, [R, 1]
+            log_share = highest - top - log_total  # log p/e; what lies in fp16 logits is e / Σ e
+            share = (log_share + log_sum if logits.dtype == torch.float16 else log_share).exp_().unsqueeze(1)  # [R, 1]
+            of_label = (
+                torch.expm1(of_label - top - log_total).masked_fill_(is_elsewhere[block], 0).unsqueeze(1)
+            )  # p - 1, [R, 1]
             others = torch.mm(logits, weight).to(wide)
             grad_x[block] = others.mul_(share).addcmul_(weight[rows[block]].to(wide), of_label)
             del others
@@ -108,7 +113,7 @@ def vocab_parallel_linear_cross_entropy(
     Returns:
         A scalar in fp32, or fp64 where `x` is.
 
-    forward   all-gather x → [S, H];  per block of tokens, all-gather of log Σ exp and the label's logit  [tp, 2, R]
+    forward   all-gather x → [S, H];  per block of tokens, all-gather of highest logit, log Σ e, the label's  [tp, 3, R]
               dx [S, H], partial → reduce-scatter → [T, H], under which the forward pass ends and the backward pass starts
     backward  none
     """
@@ -123,28 +128,28 @@ def _blocks(x: Tensor, vocabulary: int) -> Iterator[slice]:
 
 
 def _exp_(logits: Tensor, num_real: int) -> tuple[Tensor, Tensor]:
-    """Replace logits z [R, V] by exp(z - reference) ≤ 1, in single precision, and by 0 in columns that are not real.
+    """Replace logits z [R, V] by e = exp(z - highest), and by 0 in columns that are not real.
+
+    In fp16 by e / Σ e: its numbers end at 65504, which a sum over V may exceed. Computed in single precision.
 
     Returns:
-        log Σ exp z [R], and the reference [R]: the row's highest, but in fp16, whose numbers end at 65504, that logarithm.
+        The highest of each row [R], -inf where no column is real; and log Σ e [R].
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    totals = torch.full(logits.shape[:1], -torch.inf, dtype=wide, device=logits.device)
-    highest = totals.clone()
+    highest = torch.full(logits.shape[:1], -torch.inf, dtype=wide, device=logits.device)
+    sums = torch.ones_like(highest)
     logits[:, num_real:] = 0
-    if num_real == 0:
-        return totals, highest
-    for part, buffer in _cached(logits):
-        real, result = buffer[:, :num_real], logits[part, :num_real]
-        torch.amax(real, 1, out=highest[part])
-        real.sub_(highest[part].unsqueeze(1)).exp_()
-        torch.sum(real, 1, out=totals[part])
-        if logits.dtype == torch.float16:
-            real.div_(totals[part].unsqueeze(1))
-        if buffer.dtype != logits.dtype:
-            result.copy_(real)
-    totals.log_().add_(highest)
-    return totals, totals if logits.dtype == torch.float16 else highest
+    if num_real > 0:
+        for part, buffer in _cached(logits):
+            real, result = buffer[:, :num_real], logits[part, :num_real]
+            torch.amax(real, 1, out=highest[part])
+            real.sub_(highest[part].unsqueeze(1)).exp_()
+            torch.sum(real, 1, out=sums[part])
+            if logits.dtype == torch.float16:
+                real.div_(sums[part].unsqueeze(1))
+            if buffer.dtype != logits.dtype:
+                result.copy_(real)
+    return highest, sums.log_()
 
 
 def _cached(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -28,11 +28,11 @@ class _RMSNorm(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         scale = x.new_empty(len(x), 1, dtype=wide)
         y = torch.empty_like(x)
-        for part, (inputs, squares) in _parts(x, wide, 2):
-            inputs.copy_(x[part])
-            torch.mean(torch.mul(inputs, inputs, out=squares), -1, keepdim=True, out=scale[part])
+        for part, (room, product) in _parts(x, wide, 2):
+            inputs = _widened(x[part], room)
+            torch.mean(torch.mul(inputs, inputs, out=product), -1, keepdim=True, out=scale[part])
             scale[part].add_(eps).rsqrt_()
-            y[part].copy_(inputs.mul_(scale[part])).mul_(weight)
+            y[part].copy_(torch.mul(inputs, scale[part], out=product)).mul_(weight)
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -41,14 +41,20 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         wide_weight = weight.to(scale.dtype)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(wide_weight)
-        for part, (normed, wide_grad, product) in _parts(x, scale.dtype, 3):
-            normed.copy_(x[part]).mul_(scale[part])
-            torch.mul(wide_grad.copy_(grad[part]), normed, out=product)
+        for part, (normed, room, product) in _parts(x, scale.dtype, 3):
+            torch.mul(_widened(x[part], normed), scale[part], out=normed)
+            wide_grad = _widened(grad[part], room)
+            torch.mul(wide_grad, normed, out=product)
             grad_weight += product.sum(0)
             inner = (product @ wide_weight).div_(x.shape[-1]).unsqueeze_(-1)  # mean(dn n), [T, 1]
             torch.mul(wide_grad, wide_weight, out=product).addcmul_(normed, inner, value=-1)
             grad_x[part].copy_(product.mul_(scale[part]))
         return grad_x, grad_weight.to(weight.dtype), None
+
+
+def _widened(x: Tensor, room: Tensor) -> Tensor:
+    """`x` in the precision of `room`: itself, or a copy there."""
+    return x if x.dtype == room.dtype else room.copy_(x)
 
 
 def _parts(x: Tensor, dtype: torch.dtype, count: int) -> Iterator[tuple[slice, Sequence[Tensor]]]:

@@ -131,9 +131,48 @@ def test_enormous_logits_and_certain_labels_keep_their_digits() -> None:
     assert certain.grad[0].item() == pytest.approx(-(1 - torch.tensor(9.0).sigmoid().item()), rel=1e-2)
 
 
-def loss_rank(num_real: int, dtype: torch.dtype) -> list[Tensor]:
+def test_logits_far_from_zero_keep_the_gradient_of_their_differences() -> None:
+    """Of a token's logits only the differences count, though single precision rounds their sum with what is common to all."""
+    x, weight = random(64, 8, dtype=torch.float32), ShardedParameter(random(1000, 8, dtype=torch.float32))
+    x[:, 0], weight.data[:, 0] = 1, 1000
+    exact = x.double().requires_grad_()
+    labels, weights = torch.arange(64), torch.ones(64)
+    F.cross_entropy(exact @ weight.detach().double().t(), labels, reduction="sum").backward()
+    x.requires_grad_()
+    vocab_parallel_linear_cross_entropy(x, weight, labels, weights, 1000, None).backward()
+    assert x.grad is not None
+    assert exact.grad is not None
+    error = (x.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert error < 2e-3, "the logits themselves are rounded by 6e-5"
+
+
+def test_in_fp16_sums_over_a_vocabulary_do_not_overflow() -> None:
+    x = torch.zeros(2, 1, dtype=torch.float16, requires_grad=True)
+    weight = ShardedParameter(torch.full((4000, 1), 20.0, dtype=torch.float16))  # Σ e W is 80000
+    vocab_parallel_linear_cross_entropy(x, weight, torch.tensor([1, 2]), torch.ones(2), 4000, None).backward()
+    assert x.grad is not None
+    assert x.grad.abs().max() < 0.1
+
+
+def test_what_belongs_to_a_label_is_added_in_single_precision() -> None:
+    x, weight = torch.full((1, 1), 1.0078125, dtype=torch.bfloat16), torch.zeros(1000, 1, dtype=torch.bfloat16)
+    parameter, grads = ShardedParameter(weight), list[Tensor]()
+
+    class Sink:
+        def add(self, grad: Tensor) -> None:
+            grads.append(grad)
+
+    parameter.sink = Sink()  # type: ignore[assignment]
+    vocab_parallel_linear_cross_entropy(x, parameter, torch.tensor([3]), torch.ones(1), 1000, None).backward()
+    assert grads[0][3].item() == pytest.approx(-0.999 * 1.0078125, rel=1e-6)
+
+
+def loss_rank(num_real: int, dtype: torch.dtype, lower: float = 0.0) -> list[Tensor]:
+    """`lower` is taken from all logits of the second rank."""
     mesh = init_mesh(Layout(tp=2), "cpu")
     x, weight = inputs(dtype)
+    x.data[:, 0] = 1
+    weight.data[VOCAB // 2 :, 0] -= lower
     x = x.detach().chunk(2)[mesh.tp_rank].requires_grad_()
     part = ShardedParameter(weight.detach().chunk(2)[mesh.tp_rank].clone())
     own_real = min(max(num_real - mesh.tp_rank * len(part), 0), len(part))
@@ -150,9 +189,26 @@ def loss_rank(num_real: int, dtype: torch.dtype) -> list[Tensor]:
 def test_over_two_ranks_it_is_the_plain_loss(pool: GlooPool, num_real: int) -> None:
     first, second = pool.run(loss_rank, 2, num_real, torch.float64)
     x, weight = inputs()
+    x.data[:, 0] = 1
     want = plain(x, weight, LABELS % num_real, num_real)
     (3 * want).backward()
     assert torch.equal(first[0], second[0])
     torch.testing.assert_close(first[0], want, rtol=1e-13, atol=0)
     torch.testing.assert_close(torch.cat([first[1], second[1]]), x.grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.cat([first[2], second[2]]), weight.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("lower", [0.0, 50.0], ids=["alike", "the-second-hardly-counts"])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_over_two_ranks_in_less_precision(pool: GlooPool, dtype: torch.dtype, close: float, lower: float) -> None:
+    first, second = pool.run(loss_rank, 2, NUM_REAL, dtype, lower)
+    x, weight = (tensor.detach().double() for tensor in inputs(dtype))
+    x[:, 0] = 1
+    weight[VOCAB // 2 :, 0] -= lower
+    x.requires_grad_(), weight.requires_grad_()
+    want = plain(x, weight, LABELS % NUM_REAL)
+    (3 * want).backward()
+    assert first[0].item() == pytest.approx(want.item(), rel=close)
+    for got, exact in ((torch.cat([first[1], second[1]]), x.grad), (torch.cat([first[2], second[2]]), weight.grad)):
+        assert exact is not None
+        torch.testing.assert_close(got.double(), exact, rtol=0, atol=float(exact.abs().max()) * close)
