@@ -1,4 +1,4 @@
-"""Collectives on plain local tensors, and the autograd functions made of them.
+"""Collectives on plain local tensors.
 
 Tensor parallelism with sequence parallelism (https://arxiv.org/abs/2205.05198): outside a pair of column- and row-parallel
 layers the tokens of a micro batch are shared out over the tp group, inside it the features are. Two conjugate operations
@@ -8,8 +8,8 @@ move between the two forms, each the other's backward:
     gather tokens        all-gather      [T, F] → [T·tp, F]     reduce-scatter  [T·tp, F] → [T, F]
     reduce-scatter       reduce-scatter  [T·tp, F] → [T, F]     all-gather      [T, F] → [T·tp, F]
 
-The first lives in `layers.linear`, fused with the products that follow it; the second is `reduce_scatter_tokens`. All act on
-dim 0, and every reduction is a SUM: averages are the caller's, by the scale of the loss.
+Both live in `layers`, fused with the products before or after them. All act on dim 0, and every reduction is a SUM: averages
+are the caller's, by the scale of the loss.
 
 Whoever calls one of these names the group. A group of None is an axis of size 1: nothing is called, nothing is copied.
 All ranks of a group must issue its collectives in the same order.
@@ -140,25 +140,3 @@ def connect(group: Group, device: torch.device) -> None:
     """Comes once, on all ranks of a group, before the first message in it: NCCL's first call in a group needs all of them."""
     if group is not None:
         dist.all_reduce(torch.zeros(1, device=device), group=group)
-
-
-class _ReduceScatterTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return reduce_scatter(x, group).wait()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_gather(grad, ctx.group).wait(), None
-
-
-def reduce_scatter_tokens(x: Tensor, group: Group) -> Tensor:
-    """Partial sums over all tokens → full sums over this rank's tokens.
-
-    forward   [T·tp, F] partial → [T, F]             reduce-scatter
-    backward  [T, F] → [T·tp, F], whole on each rank  all-gather
-    """
-    if group is None:
-        return x
-    return _ReduceScatterTokens.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]

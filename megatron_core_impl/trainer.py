@@ -3,7 +3,7 @@
 One step is one optimizer update over a global batch (`train_step`). The result does not depend on how the batch is cut into
 micro batches, nor on the layout. The order of the data is a pure function of (seed, samples consumed), and a checkpoint holds
 master weights, moments and a few counters (`resume`). So training that stops and goes on computes what it would have computed:
-bit for bit under the same layout, and up to the order of sums under any other.
+bit for bit on CPUs under the same layout, and up to the order of sums under any other, or on GPUs.
 """
 
 import math

@@ -66,9 +66,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits[at] *= is_elsewhere[block]
             log_share = highest - top - log_total  # log p/e; what lies in fp16 logits is e / Σ e
             share = (log_share + log_sum if logits.dtype == torch.float16 else log_share).exp_().unsqueeze(1)  # [R, 1]
-            of_label = (
-                torch.expm1(of_label - top - log_total).masked_fill_(is_elsewhere[block], 0).unsqueeze(1)
-            )  # p - 1, [R, 1]
+            of_label = torch.expm1(of_label - top - log_total).masked_fill_(is_elsewhere[block], 0)  # p - 1
+            of_label = of_label.unsqueeze(1)
             others = torch.mm(logits, weight).to(wide)
             grad_x[block] = others.mul_(share).addcmul_(weight[rows[block]].to(wide), of_label)
             del others
