@@ -3,11 +3,14 @@
 import torch
 from torch import Tensor
 
-CACHED = 1 << 17  # numbers that a CPU adds at once where types differ: PyTorch converts what it adds into a copy first
+from megatron_core_impl.layers.blocks import CACHED
 
 
 def add_(total: Tensor, increment: Tensor) -> None:
-    """`total += increment`, of any floating-point types."""
+    """`total += increment`, of any floating-point types.
+
+    Where they differ, PyTorch converts the increment into a copy first. On a CPU that is done in parts, which stay in its cache.
+    """
     if total.dtype == increment.dtype or total.is_cuda:
         total.add_(increment)
         return

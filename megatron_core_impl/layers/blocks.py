@@ -4,7 +4,7 @@ The layers cut by these numbers, and the estimate of memory (`memory`) counts by
 """
 
 BLOCK = 1 << 25  # logits that exist at a time: enough for efficient products, few beside a large micro batch's
-CACHED = 1 << 17  # logits that a CPU works on at a time: in single precision they stay in its cache
+CACHED = 1 << 17  # numbers that a CPU works on at a time: in single precision they stay in its cache
 WINDOW_BLOCK = 512  # queries that `sdpa` takes at a time under a sliding window
 
 
