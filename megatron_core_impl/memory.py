@@ -238,10 +238,9 @@ def _layer_activations(config: ModelConfig, sizes: _Sizes, recompute: Recompute,
 def _attention_activations(config: ModelConfig, sizes: _Sizes, dropout: Dropout) -> int:
     """What attention keeps besides its output."""
     if _makes_scores(sizes, dropout):
+        # weights, the mask of dropout, their product; queries, and keys and values for each of them
         numbers = 3 * sum(_num_scores(config, sizes)) + sizes.queries * (sizes.seen + 2 * _num_keys(config, sizes))
-        return (
-            numbers * sizes.wide
-        )  # weights, the mask of dropout, their product; queries, and keys and values for each of them
+        return numbers * sizes.wide
     return sum((
         sizes.seen * sizes.item * (sizes.queries + 2 * sizes.keys),  # turned queries and keys, and values
         sizes.seen * sizes.wide * sizes.heads,  # the logarithm of its denominators
@@ -351,9 +350,8 @@ def _layer_backward(config: ModelConfig, sizes: _Sizes, recompute: Recompute, dr
     numbers = sizes.own * sizes.hidden * (own_norm + (not config.is_parallel))
     gone = numbers * sizes.item + sizes.own * sizes.hidden * (dropout.hidden > 0) + _mlp_activations(config, sizes, recompute)
     scores = _num_scores(config, sizes)
-    gradient = max(
-        of_block - 3 * sum(scores[block + 1 :]) for block, of_block in enumerate(scores)
-    )  # the last block goes first
+    # the last block goes first
+    gradient = max(of_block - 3 * sum(scores[block + 1 :]) for block, of_block in enumerate(scores))
     of_attention = gradient * sizes.wide + sizes.seen * sizes.queries * (2 * sizes.wide - sizes.item)
     return stream + max(of_mlp, of_attention - gone)
 

@@ -9,7 +9,7 @@ from megatron_core_impl.layers.blocks import CACHED
 def add_(total: Tensor, increment: Tensor) -> None:
     """`total += increment`, of any floating-point types.
 
-    Where they differ, PyTorch converts the increment into a copy first. On a CPU that is done in parts, which stay in its cache.
+    Where they differ, PyTorch converts the increment into a copy first: on a CPU in parts that stay in its cache.
     """
     if total.dtype == increment.dtype or total.is_cuda:
         total.add_(increment)

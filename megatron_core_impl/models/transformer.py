@@ -74,6 +74,7 @@ class DecoderLayer(nn.Module):
         with produced(self.post_attention_layernorm, x, is_kept=self.keeps_normed) as normed:
             return self._drop(self.mlp(normed)).add_(x)
 
+    # What a row-parallel layer or dropout results in is new, and neither keeps it: the stream is added in place.
     def _drop(self, x: Tensor) -> Tensor:
         return _dropout(x, self.dropout) if self.training and self.dropout else x
 
