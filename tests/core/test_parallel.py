@@ -99,12 +99,13 @@ def train_cases(layout: Layout, cases: list[tuple[ModelConfig, int, Recompute, d
     return traces
 
 
+@pytest.mark.timeout(3600 if ALL else 300)  # eight processes share what cores there are
 @pytest.mark.parametrize("layout", layouts(), ids=lambda layout: f"tp{layout.tp}-pp{layout.pp}-dp{layout.dp}")
 def test_every_layout_is_the_same_training(pool: GlooPool, layout: Layout) -> None:
     cases = cases_of(layout) if ALL else some(cases_of(layout), layouts().index(layout))
     configs = [deep(shape, layout) for shape, _, _ in cases]
     jobs = [(config, vpp, RECOMPUTE[mode], wanted(config)[0]) for config, (_, vpp, mode) in zip(configs, cases, strict=True)]
-    ranks = pool.run(train_cases, layout.world_size, layout, jobs, timeout=60 + 10 * len(cases))
+    ranks = pool.run(train_cases, layout.world_size, layout, jobs, timeout=60 + 60 * len(cases))
     for n, (case, config) in enumerate(zip(cases, configs, strict=True)):
         want = wanted(config)[1]
         got = tiny.assemble(config, replace(layout, vpp=case[1]), [traces[n] for traces in ranks])
