@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 from pathlib import Path
 
 import sentencepiece
@@ -47,3 +48,20 @@ def train_huggingface(folder: Path, vocab_size: int = 300) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}}))
+
+
+def fuzz(count: int, seed: int = 0) -> list[str]:
+    """Texts of what tokenizers trip over: words, runs of spaces, all kinds of line ends, controls, all of Unicode."""
+    rng = random.Random(seed)
+    words = ["self", "return", "Foo", "été", "naïve", "x", "İ", "ﬁ", "한국", "你好", "👩\u200d🚀", "<s>", "</s>", "<0x0A>"]
+    breaks = ["\n", "\r\n", "\r", "\t", "\n\n\n", "\x00", "\x7f", "\x85", "\u2028", "\u00a0", "\u3000", "\ufeff"]
+    kinds = [
+        lambda: rng.choice(words),
+        lambda: " " * rng.choice([1, 1, 1, 2, 3, 4, 7, 8, 16, 17, 40]),
+        lambda: rng.choice(breaks),
+        lambda: "".join(rng.choices("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", k=rng.randint(1, 4))),
+        lambda: str(rng.randint(0, 10**6)),
+        lambda: chr(rng.choice([rng.randint(0, 0x2FF), rng.randint(0x300, 0xD7FF), rng.randint(0xE000, 0x10FFFF)])),
+        lambda: rng.choice(["▁", "▁▁", "a▁", "ɪ", "’s", "“", "—", "…"]) if rng.random() < 0.1 else "a",
+    ]
+    return ["".join(rng.choice(kinds)() for _ in range(rng.randint(0, 30))) for _ in range(count)]

@@ -16,7 +16,7 @@
 A document of plain text is one sequence. Reading maps both files into memory; writing keeps nothing in memory.
 """
 
-import shutil
+import os
 import struct
 import tempfile
 from pathlib import Path
@@ -31,10 +31,12 @@ OLD_MAGIC = b"TNTIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, N, D
 DTYPES: dict[int, np.dtype[Any]] = {
-    1: np.dtype("<u1"), 2: np.dtype("<i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"), 5: np.dtype("<i8"), 8: np.dtype("<u2"),
+    1: np.dtype("<u1"), 2: np.dtype("<i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"), 5: np.dtype("<i8"), 7: np.dtype("<f8"),
+    8: np.dtype("<u2"),
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 BLOCK = 1 << 20  # entries of an index that pass through memory at once
+COPIED = 1 << 26  # bytes that the kernel copies in one call
 
 Tokens = npt.NDArray[np.integer[Any]]
 
@@ -134,6 +136,55 @@ def _read_header(idx: Path, index: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any]
     return DTYPES[code], num_sequences, len_doc_idx
 
 
+def copy_into(target: IO[bytes], source: Path) -> None:
+    """Append a file to an open one, inside the kernel."""
+    target.flush()
+    with source.open("rb") as file:
+        offset, size = 0, source.stat().st_size
+        while offset < size:
+            copied = os.sendfile(target.fileno(), file.fileno(), offset, min(COPIED, size - offset))
+            if copied == 0:
+                raise ValueError(f"{source}: became shorter while it was copied")
+            offset += copied
+
+
+class IndexWriter:
+    """Writes an index whose length is known, block by block, each part of it at its own place: nothing waits in memory.
+
+    A context manager: it is an error of the caller to leave it before all is written.
+    """
+
+    def __init__(self, prefix: Path | str, dtype: np.dtype[Any], num_sequences: int, len_doc_idx: int) -> None:
+        self._itemsize = dtype.itemsize
+        self._token = 0  # at which the next sequence begins
+        places = (HEADER.size, HEADER.size + 4 * num_sequences, HEADER.size + 12 * num_sequences)
+        idx_path(prefix).write_bytes(HEADER.pack(MAGIC, VERSION, CODES[dtype], num_sequences, len_doc_idx))
+        self._files = [idx_path(prefix).open("r+b") for _ in places]
+        for file, place in zip(self._files, places, strict=True):
+            file.seek(place)
+        self._sizes, self._pointers, self._doc_idx = self._files
+        self._doc_idx.write(bytes(8))
+
+    def add_sizes(self, sizes: npt.NDArray[np.int32]) -> None:
+        """Append sequences: how many tokens each has."""
+        # In int64: the reference's merge tool overflows int32 beyond 2 GiB.
+        ends = self._token + np.cumsum(sizes, dtype=np.int64)
+        self._sizes.write(sizes.astype("<i4", copy=False).tobytes())
+        self._pointers.write(((ends - sizes) * self._itemsize).astype("<i8").tobytes())
+        self._token = int(ends[-1]) if len(ends) else self._token
+
+    def add_doc_idx(self, ends: npt.NDArray[np.int64]) -> None:
+        """Append documents: how many sequences there are up to the end of each. The first 0 is there already."""
+        self._doc_idx.write(ends.astype("<i8", copy=False).tobytes())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for file in self._files:
+            file.close()
+
+
 class IndexedDatasetWriter:
     """Writes a dataset in one pass. What the index will hold waits in unnamed files on disk, so memory stays constant.
 
@@ -175,7 +226,7 @@ class IndexedDatasetWriter:
         self._end_documents(before + 1 + np.arange(len(sizes)))
 
     def _append(self, tokens: Tokens, sizes: npt.NDArray[np.integer[Any]]) -> None:
-        limits = np.iinfo(self.dtype)
+        limits = np.finfo(self.dtype) if self.dtype.kind == "f" else np.iinfo(self.dtype)
         if len(tokens) and tokens.dtype != self.dtype and (tokens.min() < limits.min or tokens.max() > limits.max):
             raise ValueError(
                 f"token ids {tokens.min():,} to {tokens.max():,} do not fit {self.dtype.name}, "
@@ -195,20 +246,13 @@ class IndexedDatasetWriter:
     def finish(self) -> None:
         """Write the index and close the files."""
         self._bin.close()
-        with idx_path(self.prefix).open("wb") as index:
-            header = (MAGIC, VERSION, CODES[self.dtype], self.num_sequences, self._len_doc_idx)
-            index.write(HEADER.pack(*header))
-            self._sizes.seek(0)
-            shutil.copyfileobj(self._sizes, index)
-            self._sizes.seek(0)
-            start = 0
+        self._sizes.seek(0)
+        self._doc_idx.seek(8)  # behind the 0, which every index begins with
+        with IndexWriter(self.prefix, self.dtype, self.num_sequences, self._len_doc_idx) as index:
             while block := self._sizes.read(4 * BLOCK):
-                # In int64: the reference's merge tool overflows int32 beyond 2 GiB.
-                ends = start + np.cumsum(np.frombuffer(block, "<i4"), dtype=np.int64) * self.dtype.itemsize
-                index.write(np.concatenate(([start], ends[:-1])).astype("<i8").tobytes())
-                start = int(ends[-1])
-            self._doc_idx.seek(0)
-            shutil.copyfileobj(self._doc_idx, index)
+                index.add_sizes(np.frombuffer(block, "<i4"))
+            while block := self._doc_idx.read(8 * BLOCK):
+                index.add_doc_idx(np.frombuffer(block, "<i8"))
         self.close()
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """Tokenizers of both kinds: ids as the libraries give them, special tokens in a text, what names them, what is refused."""
 
 import hashlib
+import io
 import json
 import re
 from pathlib import Path
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
-from tiny_tokenizers import CODE, train_huggingface, train_sentencepiece
+from tiny_tokenizers import CODE, fuzz, train_huggingface, train_sentencepiece
 
-from megatron_core_impl.data.tokenizer import load_tokenizer
+from megatron_core_impl.data import segments
+from megatron_core_impl.data.segments import sentencepiece_cuts, sentencepiece_memory
+from megatron_core_impl.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
 
 AWKWARD = [
     "", " ", "\n", "a", "</s>", "<s>hello</s>", "x</s></s>y", "<unk>", "  two", "trailing  ", "tabs\t\r\nCRLF\r",
@@ -48,6 +51,141 @@ def test_huggingface_encodes_as_its_library_does(folder: Path) -> None:
     assert max(len(tokenizer.encode(text)) for text in CODE) > 8  # not cut, and the shorter not padded, as the file asks
     assert len(tokenizer.encode("a")) == 1
     assert tokenizer.fingerprint == hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
+@pytest.mark.parametrize("parse_special", [False, True])
+def test_many_texts_at_once_are_the_same_as_one_by_one(folder: Path, kind: str, parse_special: bool) -> None:
+    tokenizer = load_tokenizer(folder, kind, parse_special=parse_special)
+    texts = AWKWARD + fuzz(500)
+    ids, sizes = tokenizer.encode_flat(texts)
+    expected = [tokenizer.encode(text) for text in texts]
+    assert sizes.tolist() == [len(one) for one in expected]
+    assert ids.tolist() == [token for one in expected for token in one]
+    assert tokenizer.encode_flat([])[0].tolist() == []
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
+def test_added_tokens(folder: Path, kind: str) -> None:
+    """Golden fact G17: behind the vocabulary, in order; one that is known keeps its id."""
+    plain = load_tokenizer(folder, kind)
+    assert plain.added_tokens == {}
+    base, eod = plain.vocab_size, plain.eod_id
+    asked = ("<|im_end|>", "</s>", "<|user|>")
+    tokenizer = load_tokenizer(folder, kind, added_tokens=asked)
+    assert tokenizer.added_tokens == {"<|im_end|>": base, "</s>": eod, "<|user|>": base + 1}
+    assert tokenizer.vocab_size == base + 2
+    assert (tokenizer.eod_id, tokenizer.bos_id) == (eod, plain.bos_id)
+    assert len({t.fingerprint for t in (plain, tokenizer, load_tokenizer(folder, kind, added_tokens=asked[::-1]))}) == 3
+    for text in ("a<|user|>b", "<|im_end|>", "x</s>"):
+        assert tokenizer.encode(text) == plain.encode(text)  # text
+    parsing = load_tokenizer(folder, kind, added_tokens=asked, parse_special=True)
+    assert parsing.encode("a<|user|>b") == [*plain.encode("a"), base + 1, *plain.encode("b")]
+    assert parsing.encode("<|im_end|>\n")[0] == base
+    for ids in (parsing.encode("a<|user|> b<|im_end|>\n"), [base + 1, base, *plain.encode("b")]):
+        assert tokenizer.decode(ids) in ("a<|user|> b<|im_end|>\n", "<|user|><|im_end|>b")
+    for wrong in (("",), ("<a>", "<a>")):
+        with pytest.raises(ValueError, match=re.escape(f"added tokens {list(wrong)} must be texts that differ")):
+            load_tokenizer(folder, kind, added_tokens=wrong)
+
+
+def test_sentencepiece_token_after_a_special_one_begins_anew(tmp_path: Path) -> None:
+    """Golden fact G17, of Megatron-LLM's own splitting."""
+    (tmp_path / "tokenizer.model").write_bytes(make_model())
+    parsing = load_tokenizer(tmp_path, added_tokens=("<|im_end|>",), parse_special=True)
+    library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert parsing.encode("<|im_end|>\n") == [320, library.piece_to_id("▁"), library.piece_to_id("<0x0A>")]
+
+
+def make_model(**settings: object) -> bytes:
+    """A model that is trained, with other settings, on the same text."""
+    model = io.BytesIO()
+    defaults: dict[str, object] = {
+        "vocab_size": 320, "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    }  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in CODE for line in text.splitlines()),
+        model_writer=model,
+        minloglevel=3,
+        **(defaults | settings),
+    )
+    return model.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_cut"),
+    [
+        ({}, True),
+        ({"split_by_number": False}, True),
+        ({"split_digits": True}, True),
+        ({"split_by_unicode_script": False, "vocab_size": 400}, True),
+        ({"model_type": "unigram", "vocab_size": 305}, False),
+        ({"byte_fallback": False, "vocab_size": 64}, False),
+        ({"normalization_rule_name": "nmt_nfkc"}, False),
+        ({"add_dummy_prefix": False}, False),
+        ({"remove_extra_whitespaces": True}, False),
+        ({"treat_whitespace_as_suffix": True}, False),
+        ({"split_by_whitespace": False, "vocab_size": 400}, False),
+        ({"user_defined_symbols": ["for"]}, False),
+        ({"allow_whitespace_only_pieces": True}, True),
+    ],
+)
+def test_text_is_cut_only_where_the_vocabulary_allows_it(tmp_path: Path, settings: dict[str, object], is_cut: bool) -> None:
+    model = make_model(**settings)
+    assert (sentencepiece_cuts(model) is not None) == is_cut
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    tokenizer = load_tokenizer(tmp_path)
+    texts = AWKWARD + fuzz(300, seed=1)
+    expected = tokenizer.encode_batch(texts)
+    for _ in range(2):  # the second time from memory
+        assert tokenizer.encode_flat(texts)[0].tolist() == [token for ids in expected for token in ids]
+
+
+def test_memory_of_segments_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "MAX_SEGMENTS", 20)
+    model = sentencepiece.SentencePieceProcessor(model_proto=make_model())
+    memory = sentencepiece_memory(model)
+    assert memory is not None
+    for text in [*CODE, *fuzz(50)]:
+        assert memory.encode([text])[0].tolist() == model.encode(text)
+        assert len(memory) <= 20
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+FALCON = [
+    {"type": "Punctuation", "behavior": "Contiguous"}, BYTE_LEVEL, {"type": "Digits", "individual_digits": False},
+    {"type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated", "invert": False},
+]  # fmt: skip
+LLAMA_3 = {"type": "Split", "pattern": {"Regex": "\\p{N}{1,3}|\\s+|."}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    ("splitter", "normalizer", "is_cut"),
+    [
+        (BYTE_LEVEL, None, True),
+        ({"type": "Sequence", "pretokenizers": FALCON}, None, True),
+        (BYTE_LEVEL | {"add_prefix_space": True}, None, False),
+        (BYTE_LEVEL | {"use_regex": False}, None, False),
+        (BYTE_LEVEL, {"type": "NFC"}, False),
+        ({"type": "Sequence", "pretokenizers": [LLAMA_3, BYTE_LEVEL | {"use_regex": False}]}, None, False),
+    ],
+)
+@pytest.mark.parametrize("parse_special", [False, True])
+def test_byte_level_text_is_cut_where_words_end(
+    folder: Path, tmp_path: Path, splitter: object, normalizer: object, is_cut: bool, parse_special: bool
+) -> None:
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition |= {"pre_tokenizer": splitter, "normalizer": normalizer}
+    definition["added_tokens"].append(definition["added_tokens"][-1] | {"id": 301, "content": "self ", "special": False})
+    write(tmp_path, "tokenizer.json", definition)
+    tokenizer = load_tokenizer(tmp_path, parse_special=parse_special)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    assert (tokenizer._memory is not None) == is_cut
+    texts = [*AWKWARD, *fuzz(1500, seed=2), "don't 's self x", "a' t", "it's'll '", "1234567 12 3", "x \u3000 \u00a0 y\x1c z"]
+    expected = [tokenizer.encode(text) for text in texts]
+    for _ in range(2):
+        assert tokenizer.encode_flat(texts)[0].tolist() == [token for ids in expected for token in ids]
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
