@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_core_impl.collectives import all_reduce_
 from megatron_core_impl.loss_scale import LossScale
 from megatron_core_impl.mesh import Mesh
+from megatron_core_impl.metrics import Sums
 from megatron_core_impl.models.transformer import MicroBatch, Transformer
 from megatron_core_impl.parallel.pipeline import Pipeline
 from megatron_core_impl.parallel.zero import ZeroOptimizer
@@ -65,6 +66,31 @@ def measure(pipeline: Pipeline, batches: Sequence[MicroBatch], *, by_micro_batch
     return StepResult(*_summed(share, tokens, pipeline.model.mesh))
 
 
+def measure_sums(pipeline: Pipeline, batches: Sequence[MicroBatch]) -> Sums:
+    """What the metrics of an evaluation are made of, over this global batch; the same on every rank. Nothing is updated.
+
+    Where micro batches do not say which labels are of an answer, as those of text, none is.
+    """
+    mesh = pipeline.model.mesh
+    marked = [
+        batch if batch.answers is not None else batch._replace(answers=torch.zeros_like(batch.tokens, dtype=torch.bool))
+        for batch in batches
+    ]
+    with _without_dropout(pipeline.model):
+        share = pipeline.forward(marked).expand(3)  # one zero, where this is not the last pp rank
+    share = all_reduce_(share.clone(), mesh.pp_group)
+    counts = torch.stack([_counts(batch) for batch in marked]).sum(0)
+    loss, correct, answers_correct, weight, tokens, answers = all_reduce_(torch.cat((share, counts)), mesh.dp_group).tolist()
+    return Sums(loss, weight, int(tokens), int(correct), int(answers), int(answers_correct))
+
+
+def _counts(batch: MicroBatch) -> Tensor:
+    """Of a micro batch: the sum of the weights, how many are not 0, and how many of these are of an answer. [3] in fp64."""
+    assert batch.answers is not None
+    has_weight = batch.weights != 0
+    return torch.stack((batch.weights.sum(dtype=torch.float64), has_weight.sum(), (has_weight & batch.answers).sum()))
+
+
 def _weigh(batches: Sequence[MicroBatch], mesh: Mesh, by_micro_batch: bool) -> tuple[list[MicroBatch], Tensor]:
     """Micro batches whose losses add up to the loss of the global batch, over all replicas; and how many tokens it has.
 
@@ -72,15 +98,17 @@ def _weigh(batches: Sequence[MicroBatch], mesh: Mesh, by_micro_batch: bool) -> t
     """
     counts = torch.stack([batch.weights.sum(dtype=torch.float64) for batch in batches])
     tokens = all_reduce_(counts.sum(), mesh.dp_group)
-    if by_micro_batch:
-        totals = counts.clamp(min=1) * (len(batches) * mesh.layout.dp)
-    else:
-        totals = tokens.clamp(min=1).expand(len(batches))
+    totals = _or_one(counts) * (len(batches) * mesh.layout.dp) if by_micro_batch else _or_one(tokens).expand(len(batches))
     weighed = [
         batch._replace(weights=(batch.weights / total).to(batch.weights.dtype))
         for batch, total in zip(batches, totals, strict=True)
     ]
     return weighed, tokens
+
+
+def _or_one(totals: Tensor) -> Tensor:
+    """1 instead of 0, to divide by. Weights of less than 1 may add up to less than 1."""
+    return totals.where(totals > 0, 1)
 
 
 def _summed(share: Tensor, tokens: Tensor, mesh: Mesh) -> tuple[float, int]:

@@ -32,8 +32,9 @@ from megatron_core_impl.layers.parameter import ShardedParameter
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: ShardedParameter, labels: Tensor, weights: Tensor, num_real: int, group: Group, grads: bool
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: ShardedParameter, labels: Tensor, weights: Tensor, num_real: int, group: Group,
+        grads: bool, hits: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         gathered = collectives.all_gather(x, group).wait()  # [S, H]
         wide = torch.promote_types(x.dtype, torch.float32)
         weights = weights.to(wide)
@@ -61,6 +62,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 top, of_label_anywhere = shared[:, 0].amax(0), shared[:, 2].sum(0)
                 log_total = (shared[:, 0] - top + shared[:, 1]).logsumexp(0)
             torch.add(top - of_label_anywhere, log_total, out=losses[block])
+            if hits is not None:
+                torch.eq(top, of_label_anywhere, out=hits[block])
             if grad_x is None or grad_weight is None:
                 continue
             logits[at] *= is_elsewhere[block]
@@ -92,8 +95,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight.mul_(grad * ctx.largest)
         if ctx.weight.sink is not None:
             ctx.weight.sink.add(grad_weight)
-            return grad_x, *[None] * 6
-        return grad_x, grad_weight.to(ctx.weight.dtype), *[None] * 5
+            return grad_x, *[None] * 7
+        return grad_x, grad_weight.to(ctx.weight.dtype), *[None] * 6
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -117,7 +120,20 @@ def vocab_parallel_linear_cross_entropy(
     backward  none
     """
     is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(x, weight, labels, weights, num_real, group, is_trained)  # type: ignore[no-any-return, no-untyped-call]
+    return _LinearCrossEntropy.apply(x, weight, labels, weights, num_real, group, is_trained, None)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@torch.no_grad()
+def loss_and_hits(
+    x: Tensor, weight: ShardedParameter, labels: Tensor, weights: Tensor, num_real: int, group: Group
+) -> tuple[Tensor, Tensor]:
+    """The same loss without gradients, and for each token whether no other id has a higher logit than its label: [S] bool.
+
+    Both are the same on every tp rank. Where a label lies outside the vocabulary, its hit means nothing.
+    """
+    hits = torch.empty(labels.shape, dtype=torch.bool, device=labels.device)
+    loss = _LinearCrossEntropy.apply(x, weight, labels, weights, num_real, group, False, hits)  # type: ignore[no-untyped-call]
+    return loss, hits
 
 
 def _blocks(x: Tensor, vocabulary: int) -> Iterator[slice]:

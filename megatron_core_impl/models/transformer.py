@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_core_impl.checkpoint.slicing import chunk_layers
 from megatron_core_impl.config import Dropout, Kernel, ModelConfig, Recompute
 from megatron_core_impl.layers.attention import SelfAttention, Sequences
-from megatron_core_impl.layers.cross_entropy import vocab_parallel_linear_cross_entropy
+from megatron_core_impl.layers.cross_entropy import loss_and_hits, vocab_parallel_linear_cross_entropy
 from megatron_core_impl.layers.embedding import VocabParallelEmbedding
 from megatron_core_impl.layers.linear import ColumnParallelLinear
 from megatron_core_impl.layers.mlp import MLP
@@ -37,6 +37,7 @@ class MicroBatch(NamedTuple):
     weights: Tensor  # [B, S] what each token counts in the loss; 0 masks it
     position_ids: Tensor | None = None  # [B, S]; None: 0 … S-1 in every sequence
     document_lengths: tuple[int, ...] | None = None  # of the documents in the packed B·S tokens; None: each sequence is one
+    answers: Tensor | None = None  # [B, S] bool, labels that are an answer. Given in an evaluation, where hits are counted
 
 
 class DecoderLayer(nn.Module):
@@ -191,7 +192,9 @@ class Transformer(nn.Module):
 
         Returns:
             [T, H] hidden states; from the last chunk of the model the weighted SUM of the tokens' losses instead, a scalar in
-            fp32 (fp64 where the model is), the same on every rank of a tp group.
+            fp32 (fp64 where the model is), the same on every rank of a tp group. Where the micro batch says what is an answer,
+            three numbers in fp64: that sum; of the tokens with a weight, how many labels are the likeliest id; and how many of
+            these are of an answer.
 
         Raises:
             ValueError: tp does not divide B·S.
@@ -200,9 +203,14 @@ class Transformer(nn.Module):
         if not self.is_last(index):
             return x
         start, stop = self.lm_head.weight.piece[0]
-        return vocab_parallel_linear_cross_entropy(
-            x, self.lm_head.weight, batch.labels.reshape(-1), batch.weights.reshape(-1), stop - start, self.mesh.tp_group
-        )
+        labels, weights = batch.labels.reshape(-1), batch.weights.reshape(-1)
+        if batch.answers is None:
+            return vocab_parallel_linear_cross_entropy(
+                x, self.lm_head.weight, labels, weights, stop - start, self.mesh.tp_group
+            )
+        loss, hits = loss_and_hits(x, self.lm_head.weight, labels, weights, stop - start, self.mesh.tp_group)
+        hits &= weights != 0
+        return torch.stack((loss.double(), hits.sum(), (hits & batch.answers.reshape(-1)).sum()))
 
     def is_last(self, index: int) -> bool:
         """Whether a chunk of this rank is the last one of the model."""

@@ -47,7 +47,11 @@ class Pipeline:
 
     @torch.no_grad()
     def forward(self, batches: Sequence[MicroBatch]) -> Tensor:
-        """The forward passes alone, of any number of micro batches. Arguments and result as of `forward_backward`."""
+        """The forward passes alone, of any number of micro batches. Arguments and result as of `forward_backward`.
+
+        Where micro batches say what is an answer, the result on the last pp rank is the sum of the three numbers of each
+        (`Transformer.forward_chunk`), [3].
+        """
         return _Run(self.model, batches, None).result()
 
 
@@ -94,7 +98,7 @@ class _Run:
         if self.scale is not None:
             self.held[action.chunk, action.microbatch] = _Held(x, y if is_last else get_gradient_edge(y))
         if is_last:
-            self.loss += y.detach()
+            self.loss = self.loss + y.detach()  # what an evaluation counts beside the loss, too
             return None
         return y.detach()
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 from megatron_core_impl.batches import micro_batches
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.config import Layout
+from megatron_core_impl.data.gpt_dataset import TextSamples
 from megatron_core_impl.loss_scale import StaticLossScale
 from megatron_core_impl.mesh import Mesh, init_mesh
 from megatron_core_impl.metrics import Report
@@ -119,10 +121,16 @@ def test_a_batch_without_targets_changes_nothing(job: Job) -> None:
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
-def samples() -> Any:
-    """A dataset of eight samples in which many documents end."""
+def samples(job: Job) -> TextSamples:
+    """Eight samples in which many documents end."""
     random = np.random.RandomState(3)
-    return [random.randint(0, 8, 17) for _ in range(8)]
+    data: Any = Rows(random.randint(0, 8, 17) for _ in range(8))
+    config = job.config
+    return TextSamples(data, 2, config.reset_position_ids, config.reset_attention_mask, config.eod_mask_loss)
+
+
+class Rows(list[npt.NDArray[np.int64]]):
+    sequence_length = 16
 
 
 def test_documents_stand_for_themselves(job: Job) -> None:
@@ -130,7 +138,7 @@ def test_documents_stand_for_themselves(job: Job) -> None:
     eod = 2
     job = changed(job, reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True)
     model, _ = start(job, Mesh.single())
-    batches = micro_batches(samples(), 0, 8, job, Mesh.single())
+    batches = micro_batches(samples(job), 0, 8, job, Mesh.single())
     losses, documents = [], 0
     for batch in batches:
         for tokens, labels in zip(batch.tokens.tolist(), batch.labels.tolist(), strict=True):
@@ -149,7 +157,7 @@ def test_documents_stand_for_themselves(job: Job) -> None:
 def test_each_of_them_matters(job: Job, name: str) -> None:
     model, _ = start(job, Mesh.single())
     plain, changes = (
-        measure(Pipeline(model), micro_batches(samples(), 0, 8, one, Mesh.single()))
+        measure(Pipeline(model), micro_batches(samples(one), 0, 8, one, Mesh.single()))
         for one in (job, changed(job, **{name: True}))
     )
     assert abs(plain.loss - changes.loss) > 1e-4
