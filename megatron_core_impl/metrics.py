@@ -1,18 +1,19 @@
 """What training tells of itself: a line for people, a line of JSON and TensorBoard scalars every few steps, and how far it is.
 
 `metrics.jsonl` holds one object per line: `{"step", "loss", "lr", "grad_norm", "tokens", "seconds", …}` for the steps since
-the line before, with `loss_scale` and `batch_size` where these may change; `{"step", "valid_loss", "valid_perplexity"}` for an
-evaluation. A figure that is not finite, or that there is not, is null.
+the line before, with `loss_scale` and `batch_size` where these may change, and `data_wait_share`, the share of these seconds
+spent waiting for data; `{"step", "valid_loss", "valid_perplexity", "valid_accuracy", …, "eval_seconds"}` for an evaluation
+(`Sums.metrics`), `test_…` for that of the test split. A figure that is not finite, or that there is not, is null.
 Importing this module loads no torch; making a `Journal` that writes does.
 """
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, NamedTuple, Self
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -25,6 +26,50 @@ class Report:
     log: Callable[[str], None] = lambda line: None  # a line for people
     warn: Callable[[str], None] = lambda line: None  # a line that deserves a look
     progress: Callable[[float, float, str], None] = lambda done, total, text: None  # may be called at every step
+
+
+class Sums(NamedTuple):
+    """Sums over the tokens of an evaluation, from which its metrics follow. Those of several batches simply add up (`total`).
+
+    A token is counted when its label has a weight other than 0.
+    """
+
+    loss: float = 0.0  # of weight × loss
+    weight: float = 0.0
+    tokens: int = 0  # counted
+    correct: int = 0  # of those, how many labels no other id is likelier than
+    answer_tokens: int = 0  # counted ones of an answer: its text and its end, not its header
+    answer_correct: int = 0
+
+    @property
+    def mean_loss(self) -> float:
+        """The loss, weighted over tokens; nan without any."""
+        return self.loss / self.weight if self.weight else math.nan
+
+    @property
+    def accuracy(self) -> float:
+        """The share of the counted tokens that the model would have chosen itself."""
+        return self.correct / self.tokens if self.tokens else math.nan
+
+    @property
+    def instruct_accuracy(self) -> float:
+        """The same of the tokens of answers; nan where there are none, as in text."""
+        return self.answer_correct / self.answer_tokens if self.answer_tokens else math.nan
+
+    def metrics(self) -> dict[str, float]:
+        """All of them by name, those of answers only where there are some."""
+        of_all = {
+            "loss": self.mean_loss, "perplexity": perplexity(self.mean_loss), "accuracy": self.accuracy,
+            "loss_tokens": self.tokens,
+        }  # fmt: skip
+        if not self.answer_tokens:
+            return of_all
+        return of_all | {"instruct_accuracy": self.instruct_accuracy, "answer_tokens": self.answer_tokens}
+
+
+def total(sums: Iterable[Sums]) -> Sums:
+    """The sums of all batches together."""
+    return Sums(*map(sum, zip(Sums(), *sums, strict=True)))
 
 
 class Journal:
@@ -49,7 +94,9 @@ class Journal:
         *,
         loss: float,
         tokens: int,
+        read: int,
         seconds: float,
+        waited: float = 0.0,
         lr: float,
         grad_norm: float | None,
         loss_scale: float | None = None,
@@ -58,11 +105,14 @@ class Journal:
         """Take in a finished step: the mean loss over its tokens, its time.
 
         Args:
+            read: tokens that went through the model, padding and what no loss counts included: the speed is theirs.
+            waited: how many of the seconds were spent waiting for data.
             grad_norm: not finite: the step was skipped for that; None: it was not meant to update anything.
             loss_scale, batch_size: given where they may change from step to step.
         """
         window = self._window
-        window.add(loss=loss, tokens=tokens, seconds=seconds, is_skipped=grad_norm is not None and not math.isfinite(grad_norm))
+        is_skipped = grad_norm is not None and not math.isfinite(grad_norm)
+        window.add(loss=loss, tokens=tokens, read=read, seconds=seconds, waited=waited, is_skipped=is_skipped)
         # A mean that forgets: steady enough to read, and right again soon after the machine's pace changed.
         self._seconds_per_step = 0.9 * self._seconds_per_step + 0.1 * seconds if self._seconds_per_step else seconds
         seconds_left = (self.steps - step) * self._seconds_per_step
@@ -91,15 +141,23 @@ class Journal:
             }
             self._write(
                 step, loss=window.loss, lr=lr, grad_norm=math.nan if grad_norm is None else grad_norm, tokens=window.tokens,
+                tokens_read=window.read,
                 seconds=round(window.seconds, 4), tokens_per_second=round(window.tokens_per_second, 1),
-                seconds_left=round(seconds_left, 1), skipped_steps=window.skipped_steps, **vary,
+                seconds_left=round(seconds_left, 1), skipped_steps=window.skipped_steps,
+                data_wait_share=round(window.waited / window.seconds, 5) if window.seconds else 0.0, **vary,
             )  # fmt: skip
             self._window = Window()
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Take in the held-out loss after a step."""
-        self._report.log(f"{self._place(step)} · held-out loss {loss:.4f} · perplexity {perplexity(loss):,.4g}")
-        self._write(step, valid_loss=loss, valid_perplexity=perplexity(loss))
+    def evaluation(self, step: int, found: "Sums", *, seconds: float = 0.0, split: Literal["valid", "test"] = "valid") -> None:
+        """Take in what the model is worth on held-out samples after a step, and how long it took to find out."""
+        name = "held-out" if split == "valid" else split
+        answers = f" ({found.instruct_accuracy:.1%} of answers' tokens)" if found.answer_tokens else ""
+        self._report.log(
+            f"{self._place(step)} · {name} loss {found.mean_loss:.4f} · perplexity {perplexity(found.mean_loss):,.4g} · "
+            f"next token right {found.accuracy:.1%}{answers}"
+        )
+        figures = {f"{split}_{metric}": value for metric, value in found.metrics().items()}
+        self._write(step, **figures, eval_seconds=round(seconds, 4))
 
     def _place(self, step: int) -> str:
         return f"step {step:>{len(str(self.steps))}}/{self.steps}"
@@ -123,15 +181,21 @@ class Window:
         self.steps = 0
         self.skipped_steps = 0
         self.tokens = 0
+        self.read = 0
         self.seconds = 0.0
+        self.waited = 0.0
         self._finite_tokens = 0
         self._loss_sum = 0.0
 
-    def add(self, *, loss: float, tokens: int, seconds: float, is_skipped: bool) -> None:
+    def add(
+        self, *, loss: float, tokens: int, read: int, seconds: float, is_skipped: bool, waited: float = 0.0
+    ) -> None:  # fmt: skip
         self.steps += 1
         self.skipped_steps += is_skipped
         self.tokens += tokens
+        self.read += read
         self.seconds += seconds
+        self.waited += waited
         if math.isfinite(loss):
             self._finite_tokens += tokens
             self._loss_sum += loss * tokens
@@ -143,7 +207,7 @@ class Window:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
+        return self.read / self.seconds if self.seconds else 0.0
 
 
 class MetricsWriter:
@@ -191,7 +255,7 @@ def downsample(points: Sequence[tuple[int, float]], limit: int = 200) -> list[tu
 
 def perplexity(loss: float) -> float:
     """e^loss, cut at e^20 as the reference does, so that an untrained model has a figure too."""
-    return math.exp(min(20.0, loss))
+    return math.exp(20.0 if loss > 20 else loss)
 
 
 def duration(seconds: float) -> str:

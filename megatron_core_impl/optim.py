@@ -124,3 +124,13 @@ class BatchSchedule:
             samples += self.size_at(samples)
             taken += 1
         return samples + (steps - taken) * self.global_batch_size
+
+    def steps_within(self, samples: int) -> int:
+        """The most steps from the beginning of a run that consume no more than so many samples."""
+        consumed = steps = 0
+        while self.start is not None and consumed < self.ramp_samples:
+            consumed += self.size_at(consumed)
+            if consumed > samples:
+                return steps
+            steps += 1
+        return steps + max(0, samples - consumed) // self.global_batch_size

@@ -40,6 +40,7 @@ class State:
     loss_scale: dict[str, float] = field(default_factory=dict)
     loss_before: float | None = None  # on the valid split, before the first step
     loss_after: float | None = None  # after the last
+    loss_test: float | None = None  # on the test split, after the last step; None too where there is no such split
 
 
 def begin(job: Job, mesh: Mesh, report: Report) -> tuple[Transformer, ZeroOptimizer, LossScale, State]:

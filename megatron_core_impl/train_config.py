@@ -18,6 +18,9 @@ from megatron_core_impl.optim import (
 )
 
 CHECKPOINTS_FOLDER = "checkpoints"
+EVAL_SHARE = 0.05  # of the training's cost, that all evaluations together stay below where eval_batches does not say
+FORWARD_SHARE = 1 / 3  # what an evaluation costs of a training step on the same samples: the forward pass
+MOST_EVAL_BATCHES = 100  # more of them tell nothing more
 # What may differ between a run and the one that goes on from its checkpoint: how the work is shared out, what is told and kept,
 # when to give up or to pause, and which of the steps to come are skipped.
 MAY_CHANGE = {
@@ -89,11 +92,18 @@ class TrainConfig:
     skip_steps: tuple[int, ...] = ()  # their data is consumed and their loss computed, but nothing is updated
 
     eval_interval: int = 100
-    eval_batches: int = 4  # global batches of the valid split, the same ones each time
+    eval_batches: int | None = None  # global batches of held-out samples, the same each time; None: see `eval_samples`
     checkpoint_interval: int = 100
     keep_checkpoints: int = 2
     log_interval: int = 10
     stop_after_minutes: float | None = None
+
+    # Of conversations; see data.instruction_dataset.
+    packing: bool = True
+    too_long: Literal["error", "drop", "truncate"] = "error"
+    system_weight: float = 0.0
+    user_weight: float = 0.0
+    assistant_weight: float = 1.0
 
     # Parity with Megatron-LLM; see `rates` and `train_step`.
     reference_first_lr: bool = False
@@ -106,7 +116,10 @@ class TrainConfig:
             "loss_scale_hysteresis", "max_skipped_steps", "recompute_layers_per_unit", "eval_interval", "eval_batches",
             "checkpoint_interval", "keep_checkpoints", "log_interval", at_least=1,
         )  # fmt: skip
-        check_numbers(self, "min_lr", "warmup_steps", "weight_decay", "weight_decay_start", "seed", at_least=0)
+        check_numbers(
+            self, "min_lr", "warmup_steps", "weight_decay", "weight_decay_start", "seed",
+            "system_weight", "user_weight", "assistant_weight", at_least=0,
+        )  # fmt: skip
         check_numbers(self, "lr", "loss_scale", "initial_loss_scale", "min_loss_scale", "stop_after_minutes", above=0)
         decay = self._last_decay_step
         if self.warmup_steps >= decay:
@@ -171,6 +184,23 @@ class TrainConfig:
     def samples(self) -> int:
         """What all steps together consume."""
         return self.batches.samples_of(self.steps)
+
+    @property
+    def evaluations(self) -> int:
+        """How often a run evaluates: before the first step, at intervals, after the last, and once on the test split."""
+        return 2 + -(-self.steps // self.eval_interval)
+
+    @property
+    def eval_samples(self) -> int:
+        """The most samples that an evaluation reads.
+
+        Without `eval_batches`, as many as keep all evaluations of the run below `EVAL_SHARE` of the training's cost, where a
+        sample costs `FORWARD_SHARE` of what it costs in training; at least one, at most `MOST_EVAL_BATCHES` global batches.
+        """
+        if self.eval_batches is not None:
+            return self.eval_batches * self.global_batch_size
+        budget = int(EVAL_SHARE / FORWARD_SHARE * self.samples / self.evaluations)
+        return max(1, min(budget, MOST_EVAL_BATCHES * self.global_batch_size))
 
     @property
     def optimizer_settings(self) -> OptimizerSettings:
@@ -241,18 +271,32 @@ def _neighbours(number: int, unit: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """Tokenized documents that training takes samples from."""
+
+    prefix: Path  # of the files
+    role: Literal["all", "train", "valid", "test"] = "all"  # all: shared out by config.split; else it is taken whole
+    weight: float = 1.0  # its share among those of a role; they need not sum to anything
+    fingerprint: str  # of its content
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What is trained, on what, and where the results go."""
 
     config: TrainConfig
     model: ModelConfig
     weights: Path  # folder of the weights to start from, in any form that `open_weights` reads
-    dataset: Path  # prefix of the .bin and .idx files
-    dataset_fingerprint: str
+    sets: tuple[DataSet, ...]
+    content: Literal["text", "conversations"] = "text"  # of all of them
     folder: Path  # gets checkpoints/, metrics.jsonl, tensorboard/
-    eod_id: int | None = None  # the token that ends a document in the dataset
+    cache: Path | None = None  # folder that keeps the indices of samples, for all jobs; None: each process makes its own
+    eod_id: int | None = None  # the token that ends a document in the sets
+    header_tokens: int = 0  # conversations: at the beginning of every answer, which no metric counts
 
     def __post_init__(self) -> None:
+        if not self.sets:
+            raise ValueError("a job needs at least one dataset")
         if self.config.resets_at_eod and self.eod_id is None:
             raise ValueError(
                 "reset_position_ids, reset_attention_mask and eod_mask_loss need the id of the token that ends a document, and "
@@ -266,5 +310,8 @@ class Job:
     def must_agree(self) -> dict[str, Any]:
         """What a checkpoint was made with, and whoever goes on from it must have too. JSON values."""
         may_change = MAY_CHANGE - ({"micro_batch_size"} if self.config.reference_loss_mean else set())
+        if self.config.eval_batches is None:
+            may_change = may_change - {"eval_interval"}  # the size of an evaluation follows from it
         settings = {name: value for name, value in asdict(self.config).items() if name not in may_change}
-        return settings | {"model": asdict(self.model), "dataset": self.dataset_fingerprint}
+        sets = [[one.role, one.weight, one.fingerprint] for one in self.sets]
+        return settings | {"model": asdict(self.model), "content": self.content, "datasets": sets}

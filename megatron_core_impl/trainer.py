@@ -10,17 +10,20 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
-from megatron_core_impl.batches import micro_batches, open_datasets
+from megatron_core_impl.batches import evaluation_batches, on_device, training_batches
 from megatron_core_impl.checkpoint import training as checkpoints
-from megatron_core_impl.data.gpt_dataset import GPTDataset
+from megatron_core_impl.data.samples import Samples
 from megatron_core_impl.mesh import Mesh
-from megatron_core_impl.metrics import Journal, Report
+from megatron_core_impl.metrics import Journal, Report, Sums, total
 from megatron_core_impl.parallel.pipeline import Pipeline
 from megatron_core_impl.parallel.random import seed_step
+from megatron_core_impl.prefetch import Prefetched
 from megatron_core_impl.resume import State, any_says, begin, save
-from megatron_core_impl.train_config import Job, TrainConfig
-from megatron_core_impl.train_step import StepResult, measure, train_step
+from megatron_core_impl.train_config import FORWARD_SHARE, Job, TrainConfig
+from megatron_core_impl.train_step import StepResult, measure, measure_sums, train_step
+from megatron_core_impl.training_data import TrainingData, open_data
 
 
 class TrainingDiverged(RuntimeError):
@@ -42,7 +45,7 @@ def train(job: Job, mesh: Mesh, *, report: Report | None = None, should_stop: Ca
     """
     config, begun = job.config, time.monotonic()
     report = report or Report()
-    train_data, valid_data = open_datasets(job)
+    data = open_data(job, report.log if mesh.rank == 0 else lambda line: None)
     model, optimizer, loss_scale, state = begin(job, mesh, report)
     pipeline = Pipeline(model)
     resumed_step = saved_step = state.step
@@ -55,21 +58,23 @@ def train(job: Job, mesh: Mesh, *, report: Report | None = None, should_stop: Ca
             report.log(f"stop_after_minutes={limit:g} have passed")
         return any_says(is_late or should_stop(), mesh)
 
-    with Journal(
+    journal = Journal(
         job.folder if mesh.rank == 0 else None,
         report, steps=config.steps, log_interval=config.log_interval, resume_step=state.step,
-    ) as journal:  # fmt: skip
+    )  # fmt: skip
+    with journal, Prefetched(training_batches(data.train, job, mesh, state.consumed_samples)) as feed:
         if state.loss_before is None:
-            state.loss_before = evaluate(pipeline, valid_data, job)
-            journal.evaluation(0, state.loss_before)
+            if mesh.rank == 0:
+                report.log(_evaluation_plan(data, config))
+            state.loss_before = _evaluate(pipeline, data.valid, job, journal, 0)
             _require_finite(
                 state.loss_before, "before the first step: the weights to start from are damaged, or not this model's"
             )
         while state.step < config.steps and not must_stop():
-            started = time.perf_counter()
+            started, waited = time.perf_counter(), feed.waited
             batch_size = config.batches.size_at(state.consumed_samples)
             rates, scale = config.rates(state.consumed_samples), loss_scale.scale
-            batches = micro_batches(train_data, state.consumed_samples, batch_size, job, mesh)
+            batches = on_device(next(feed), mesh.device)
             state.step += 1
             if state.step in config.skip_steps:
                 result = measure(pipeline, batches, by_micro_batch=config.reference_loss_mean)
@@ -83,7 +88,9 @@ def train(job: Job, mesh: Mesh, *, report: Report | None = None, should_stop: Ca
                 state.step,
                 loss=result.loss,
                 tokens=result.tokens,
+                read=sum(batch.tokens.numel() for batch in batches) * mesh.layout.dp,
                 seconds=time.perf_counter() - started,
+                waited=feed.waited - waited,
                 lr=rates.lr,
                 grad_norm=result.grad_norm,
                 loss_scale=scale if config.precision == "fp16" else None,
@@ -93,11 +100,12 @@ def train(job: Job, mesh: Mesh, *, report: Report | None = None, should_stop: Ca
 
             is_last = state.step == config.steps
             if is_last or state.step % config.eval_interval == 0:
-                held_out = evaluate(pipeline, valid_data, job)
-                journal.evaluation(state.step, held_out)
+                held_out = _evaluate(pipeline, data.valid, job, journal, state.step)
                 if is_last:
                     _require_finite(held_out, f"after {state.step} steps: lower lr (now {config.lr:g}) or raise warmup_steps")
                     state.loss_after = held_out
+                    if data.test is not None:
+                        state.loss_test = _evaluate(pipeline, data.test, job, journal, state.step, "test")
             if is_last or state.step % config.checkpoint_interval == 0:
                 save(job, mesh, optimizer, loss_scale, state)
                 saved_step = state.step
@@ -106,15 +114,32 @@ def train(job: Job, mesh: Mesh, *, report: Report | None = None, should_stop: Ca
     return state
 
 
-def evaluate(pipeline: Pipeline, data: GPTDataset, job: Job) -> float:
-    """Mean loss over the tokens of the first `eval_batches` global batches of a dataset: the same ones at every call."""
-    loss_sum, tokens = 0.0, 0
-    size = job.config.global_batch_size
-    for number in range(job.config.eval_batches):
-        result = measure(pipeline, micro_batches(data, number * size, size, job, pipeline.model.mesh))
-        loss_sum += result.loss * result.tokens
-        tokens += result.tokens
-    return loss_sum / tokens if tokens else math.nan
+def evaluate(pipeline: Pipeline, samples: Samples, job: Job) -> Sums:
+    """What the model is worth on the first `eval_samples` of some samples, or all of them: the same ones at every call."""
+    mesh = pipeline.model.mesh
+    with Prefetched(evaluation_batches(samples, job, mesh)) as feed:
+        return total(measure_sums(pipeline, on_device(batches, mesh.device)) for batches in feed)
+
+
+def _evaluate(
+    pipeline: Pipeline, samples: Samples, job: Job, journal: Journal, step: int, split: Literal["valid", "test"] = "valid"
+) -> float:
+    """Evaluate, and write it down. Returns the loss."""
+    started = time.perf_counter()
+    found = evaluate(pipeline, samples, job)
+    journal.evaluation(step, found, seconds=time.perf_counter() - started, split=split)
+    return found.mean_loss
+
+
+def _evaluation_plan(data: TrainingData, config: TrainConfig) -> str:
+    """What evaluations will cost, for people."""
+    count = min(config.eval_samples, len(data.valid))
+    share = config.evaluations * count * FORWARD_SHARE / config.samples
+    most = "all there are" if count == len(data.valid) else f"of {len(data.valid):,}"
+    return (
+        f"evaluation: {count:,} samples ({most}), before the first step, every {config.eval_interval:,} and after the last: "
+        f"about {share:.1%} of the training's time"
+    )
 
 
 def _count_skipped(state: State, result: StepResult, job: Job, scale: float) -> None:

@@ -9,7 +9,7 @@ one, wherever it was cut. These are Megatron-LLM's `--reset_position_ids`, `--re
     document lengths   3     3     2
     weights            1 1 0 1 1 0 1 1      nothing tells what the next document begins with
 
-B samples of a micro batch, S tokens of each.
+n tokens of a sample.
 """
 
 import numpy as np
@@ -18,26 +18,22 @@ import numpy.typing as npt
 Tokens = npt.NDArray[np.int64]
 
 
-def document_starts(tokens: Tokens, eod_id: int) -> npt.NDArray[np.bool_]:
-    """Whether a document begins at a token: [B, S] ids → [B, S]."""
-    starts = np.ones(tokens.shape, np.bool_)
-    starts[:, 1:] = np.equal(tokens[:, :-1], eod_id)
-    return starts
-
-
-def position_ids(tokens: Tokens, eod_id: int) -> Tokens:
-    """The place of every token in its document: [B, S] ids → [B, S], from 0."""
-    places = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int64), tokens.shape)
-    start_of = np.where(document_starts(tokens, eod_id), places, 0)
-    return places - np.maximum.accumulate(start_of, axis=1)
+def document_starts(tokens: Tokens, eod_id: int) -> npt.NDArray[np.intp]:
+    """Where documents begin: [n] ids → positions, 0 the first."""
+    return np.concatenate(([0], 1 + np.flatnonzero(tokens[:-1] == eod_id)))
 
 
 def document_lengths(tokens: Tokens, eod_id: int) -> tuple[int, ...]:
-    """Tokens of the documents that lie one after the other in the B·S tokens of a micro batch: [B, S] ids → lengths."""
-    starts = np.flatnonzero(document_starts(tokens, eod_id))
-    return tuple(np.diff(starts, append=tokens.size).tolist())
+    """Tokens of the documents that lie one after the other in a sample: [n] ids → lengths, sum n."""
+    return tuple(np.diff(document_starts(tokens, eod_id), append=len(tokens)).tolist())
+
+
+def position_ids(tokens: Tokens, eod_id: int) -> Tokens:
+    """The place of every token in its document: [n] ids → [n], from 0."""
+    starts = document_starts(tokens, eod_id)
+    return np.arange(len(tokens)) - np.repeat(starts, np.diff(starts, append=len(tokens)))
 
 
 def loss_weights(tokens: Tokens, eod_id: int) -> npt.NDArray[np.float64]:
-    """0 where the input token ends a document, else 1: [B, S] ids → [B, S]."""
+    """0 where the input token ends a document, else 1: [n] ids → [n]."""
     return np.not_equal(tokens, eod_id).astype(np.float64)

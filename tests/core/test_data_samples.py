@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from megatron_core_impl.data.gpt_dataset import GPTDataset, build_sample_index, split_documents
+from megatron_core_impl.data.gpt_dataset import BLOCK, GPTDataset, build_sample_index, split_documents
 from megatron_core_impl.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_core_impl.data.sampler import step_samples
 
@@ -94,6 +94,20 @@ def test_cuts_equal_a_plain_walk(tmp_path: Path, case: int) -> None:
     assert sorted(index.shuffle.tolist()) == list(range(len(samples)))
     for k, s in enumerate(index.shuffle.tolist()):
         assert samples[k].tolist() == stream[s * length : (s + 1) * length + 1].tolist()
+
+
+@pytest.mark.parametrize("longest", [100, 3_000_000])  # counted in 32 bits, and in 64
+def test_cuts_of_many_blocks_of_documents(longest: int) -> None:
+    """The oracle: where each cut lies among the ends of the documents."""
+    random = np.random.RandomState(1)
+    sizes = random.randint(0, 100, size=3 * BLOCK).astype(np.int32)
+    sizes[[0, 5, BLOCK + 1]] = longest
+    index = build_sample_index(sizes, range(len(sizes)), sequence_length=64, num_samples=1, seed=3)
+    ends = np.cumsum(sizes[index.documents], dtype=np.int64)
+    tokens = np.arange(len(index.samples)) * 64
+    position = np.searchsorted(ends, tokens, side="right")
+    np.testing.assert_array_equal(index.samples[1:, 0], position[1:])
+    np.testing.assert_array_equal(index.samples[1:, 1], (tokens - (ends - sizes[index.documents])[position])[1:])
 
 
 def test_only_the_documents_of_the_split(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 
 from megatron_core_impl.data import masks
 
-G14 = np.array([[5, 6, 2, 7, 8, 2, 9, 3]])
+G14 = np.array([5, 6, 2, 7, 8, 2, 9, 3])
 
 
 def visible(lengths: tuple[int, ...]) -> list[str]:
@@ -13,31 +13,33 @@ def visible(lengths: tuple[int, ...]) -> list[str]:
 
 
 def test_golden() -> None:
-    assert masks.position_ids(G14, 2).tolist() == [[0, 1, 2, 0, 1, 2, 0, 1]]
-    assert masks.loss_weights(G14, 2).tolist() == [[1, 1, 0, 1, 1, 0, 1, 1]]
+    assert masks.position_ids(G14, 2).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert masks.loss_weights(G14, 2).tolist() == [1, 1, 0, 1, 1, 0, 1, 1]
     assert visible(masks.document_lengths(G14, 2)) == [
         "1", "11", "111", "---1", "---11", "---111", "------1", "------11",
     ]  # fmt: skip
 
 
-def test_samples_do_not_run_into_each_other() -> None:
-    """A document at the end of a sample does not go on in the next one, and an eod there makes no empty document."""
-    tokens = np.array([[4, 2, 4], [4, 4, 2], [2, 2, 4], [4, 4, 4]])
-    assert masks.document_lengths(tokens, 2) == (2, 1, 3, 1, 1, 1, 3)
-    assert masks.position_ids(tokens, 2).tolist() == [[0, 1, 0], [0, 1, 2], [0, 0, 0], [0, 1, 2]]
-    assert masks.loss_weights(tokens, 2).tolist() == [[1, 0, 1], [1, 1, 0], [0, 0, 1], [1, 1, 1]]
+def test_an_end_at_the_end_makes_no_empty_document() -> None:
+    for tokens, lengths, positions, weights in (
+        ([4, 2, 4], (2, 1), [0, 1, 0], [1, 0, 1]),
+        ([4, 4, 2], (3,), [0, 1, 2], [1, 1, 0]),
+        ([2, 2, 4], (1, 1, 1), [0, 0, 0], [0, 0, 1]),
+        ([4, 4, 4], (3,), [0, 1, 2], [1, 1, 1]),
+    ):
+        assert masks.document_lengths(np.array(tokens), 2) == lengths
+        assert masks.position_ids(np.array(tokens), 2).tolist() == positions
+        assert masks.loss_weights(np.array(tokens), 2).tolist() == weights
 
 
 def test_token_by_token() -> None:
-    tokens = np.random.RandomState(1).randint(0, 5, (3, 40))
-    positions, lengths = [], []
-    for sample in tokens.tolist():
-        place = 0
-        for i, token in enumerate(sample):
-            positions.append(place)
-            place += 1
-            if token == 2 or i == len(sample) - 1:
-                lengths.append(place)
-                place = 0
-    assert masks.position_ids(tokens, 2).ravel().tolist() == positions
+    tokens = np.random.RandomState(1).randint(0, 5, 120)
+    positions, lengths, place = [], [], 0
+    for i, token in enumerate(tokens.tolist()):
+        positions.append(place)
+        place += 1
+        if token == 2 or i == len(tokens) - 1:
+            lengths.append(place)
+            place = 0
+    assert masks.position_ids(tokens, 2).tolist() == positions
     assert list(masks.document_lengths(tokens, 2)) == lengths

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_core_impl.metrics import Journal, Report, Window, downsample, duration, perplexity, read_metrics
+from megatron_core_impl.metrics import Journal, Report, Sums, Window, downsample, duration, perplexity, read_metrics
 
 
 def test_window_is_weighted_by_tokens() -> None:
     window = Window()
-    window.add(loss=1.0, tokens=10, seconds=1.0, is_skipped=False)
-    window.add(loss=4.0, tokens=30, seconds=3.0, is_skipped=False)
-    window.add(loss=math.inf, tokens=40, seconds=4.0, is_skipped=True)
+    window.add(loss=1.0, tokens=10, read=20, seconds=1.0, is_skipped=False)
+    window.add(loss=4.0, tokens=30, read=60, seconds=3.0, is_skipped=False)
+    window.add(loss=math.inf, tokens=40, read=80, seconds=4.0, is_skipped=True)
     assert window.loss == pytest.approx(130 / 40)
-    assert window.tokens_per_second == 10
+    assert window.tokens_per_second == 20, "of all that was read"
     assert (window.steps, window.skipped_steps) == (3, 1)
     assert math.isnan(Window().loss)
 
@@ -24,16 +24,16 @@ def test_window_is_weighted_by_tokens() -> None:
 def test_journal_writes_and_talks(tmp_path: Path) -> None:
     lines: list[str] = []
     with Journal(tmp_path, Report(log=lines.append), steps=100, log_interval=2, resume_step=0) as journal:
-        journal.evaluation(0, math.log(4098))
+        journal.evaluation(0, Sums(loss=10 * math.log(4098), weight=10, tokens=10, correct=1))
         for step in (1, 2):
-            journal.step(step, loss=3.5, tokens=24_100, seconds=1.0, lr=3e-4, grad_norm=1.25)
+            journal.step(step, loss=3.5, tokens=20_000, read=24_100, seconds=1.0, waited=0.25, lr=3e-4, grad_norm=1.25)
     assert lines == [
-        "step   0/100 · held-out loss 8.3183 · perplexity 4,098",
+        "step   0/100 · held-out loss 8.3183 · perplexity 4,098 · next token right 10.0%",
         "step   2/100 · loss 3.5000 · lr 3.00e-04 · grad norm 1.25 · 24,100 tokens/s · 1m 38s left",
     ]
     assert read_metrics(tmp_path)[1] == {
-        "step": 2, "loss": 3.5, "lr": 3e-4, "grad_norm": 1.25, "tokens": 48_200, "seconds": 2.0,
-        "tokens_per_second": 24_100.0, "seconds_left": 98.0, "skipped_steps": 0,
+        "step": 2, "loss": 3.5, "lr": 3e-4, "grad_norm": 1.25, "tokens": 40_000, "tokens_read": 48_200, "seconds": 2.0,
+        "tokens_per_second": 24_100.0, "seconds_left": 98.0, "skipped_steps": 0, "data_wait_share": 0.25,
     }  # fmt: skip
 
 
@@ -52,8 +52,8 @@ def test_journal_without_a_folder_is_silent(tmp_path: Path) -> None:
         raise AssertionError(arguments)
 
     with Journal(None, Report(fail, fail, fail), steps=1, log_interval=1, resume_step=0) as journal:
-        journal.step(1, loss=1.0, tokens=1, seconds=1.0, lr=1.0, grad_norm=1.0)
-        journal.evaluation(1, 1.0)
+        journal.step(1, loss=1.0, tokens=1, read=1, seconds=1.0, lr=1.0, grad_norm=1.0)
+        journal.evaluation(1, Sums(loss=1.0, weight=1.0, tokens=1))
 
 
 def test_downsample_keeps_the_ends() -> None:

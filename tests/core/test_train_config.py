@@ -14,7 +14,7 @@ from megatron_core_impl.loss_scale import DynamicLossScale, StaticLossScale
 from megatron_core_impl.mesh import Mesh
 from megatron_core_impl.metrics import Report
 from megatron_core_impl.resume import begin
-from megatron_core_impl.train_config import Job, Rates, TrainConfig
+from megatron_core_impl.train_config import DataSet, Job, Rates, TrainConfig
 from megatron_core_impl.trainer import train
 
 
@@ -112,9 +112,8 @@ def test_loss_scale() -> None:
 
 def job(**settings: Any) -> Job:
     here = Path()
-    return Job(
-        config=replace(CONFIG, **settings), model=MODEL, weights=here, dataset=here, dataset_fingerprint="f", folder=here
-    )  # fmt: skip
+    sets = (DataSet(prefix=here, fingerprint="f"),)
+    return Job(config=replace(CONFIG, **settings), model=MODEL, weights=here, sets=sets, folder=here)
 
 
 def test_what_must_agree() -> None:

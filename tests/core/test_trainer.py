@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from distributed import GlooPool
@@ -19,18 +20,18 @@ from tiny_job import assert_close, changed, losses_of, make_job, stop_after, ten
 from tiny_training import MODEL
 
 from megatron_core_impl import trainer
-from megatron_core_impl.batches import open_datasets
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.checkpoint.training import STATE_FILE, finished_steps, step_folder
 from megatron_core_impl.config import Layout
 from megatron_core_impl.mesh import Mesh
-from megatron_core_impl.metrics import Report, read_metrics
+from megatron_core_impl.metrics import Report, Sums, read_metrics
 from megatron_core_impl.parallel.parallelize import load_weights, parallelize
 from megatron_core_impl.parallel.pipeline import Pipeline
 from megatron_core_impl.resume import begin
 from megatron_core_impl.train_config import Job, Rates, TrainConfig
 from megatron_core_impl.train_step import StepResult
 from megatron_core_impl.trainer import TrainingDiverged, train
+from megatron_core_impl.training_data import open_data
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_equals_a_plain_loop(job: Job, settings: dict[str, Any], expected: list[
     job = changed(job, **settings)
     lines: list[str] = []
     train(job, Mesh.single(), report=Report(log=lines.append))
-    data, _ = open_datasets(job)
+    data = open_data(job).train
     model = parallelize(MODEL, Mesh.single(), dtype=torch.float64)
     load_weights(model, open_weights(job.weights))
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -100,9 +101,11 @@ def test_equals_a_plain_loop(job: Job, settings: dict[str, Any], expected: list[
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5)
     written, first = [], 0
     for step, (size, lr, weight_decay) in enumerate(expected, start=1):
-        samples = torch.stack([torch.from_numpy(data[k]) for k in range(first, first + size)])
+        tokens, labels = (
+            torch.stack([torch.from_numpy(data[k][column]) for k in range(first, first + size)]) for column in (0, 1)
+        )
         first += size
-        loss = model.loss(samples[:, :-1], samples[:, 1:], torch.full((size, 16), 1 / (16 * size), dtype=torch.float64))
+        loss = model.loss(tokens, labels, torch.full((size, 16), 1 / (16 * size), dtype=torch.float64))
         written.append((step, "loss", loss.item()))
         if step in job.config.skip_steps:
             continue
@@ -129,8 +132,8 @@ def test_equals_a_plain_loop(job: Job, settings: dict[str, Any], expected: list[
 
 def test_held_out_loss_is_the_mean_over_tokens(job: Job) -> None:
     """By hand: every sample of the evaluation alone. In one of its batches more tokens count than in the other."""
-    _, data = open_datasets(changed(job, eval_batches=2))
-    samples = [torch.from_numpy(data[k]) for k in range(2 * 8)]
+    data = open_data(changed(job, eval_batches=2)).valid
+    samples = [torch.from_numpy(np.append(data[k].tokens, data[k].labels[-1])) for k in range(2 * 8)]
     ids, counts = torch.stack(samples[:8])[:, :-1].unique(return_counts=True)
     job = replace(changed(job, eval_batches=2, eod_mask_loss=True), eod_id=int(ids[counts.argmax()]))
     is_counted = torch.stack(samples)[:, :-1] != job.eod_id
@@ -140,7 +143,24 @@ def test_held_out_loss_is_the_mean_over_tokens(job: Job) -> None:
         logits = torch.cat([model(sample[None, :-1])[:, : MODEL.vocab_size] for sample in samples])
     losses = torch.nn.functional.cross_entropy(logits, torch.cat([sample[1:] for sample in samples]), reduction="none")
     expected = losses[is_counted.reshape(-1)].mean()
-    assert trainer.evaluate(Pipeline(model), data, job) == pytest.approx(expected.item(), rel=1e-12)
+    found = trainer.evaluate(Pipeline(model), open_data(job).valid, job)
+    assert found.mean_loss == pytest.approx(expected.item(), rel=1e-12)
+    assert found.tokens == is_counted.sum()
+
+
+def test_the_test_split_is_read_once_at_the_end(job: Job) -> None:
+    job = changed(job, split="60,20,20", steps=3, eval_interval=1)
+    lines: list[str] = []
+    state = train(job, Mesh.single(), report=Report(log=lines.append))
+    told = [line for line in read_metrics(job.folder) if "test_loss" in line]
+    assert [(line["step"], line["test_loss"]) for line in told] == [(3, state.loss_test)]
+    assert state.loss_test not in (None, state.loss_after)
+    model = begin(job, Mesh.single(), Report())[0]  # of the last checkpoint
+    data = open_data(job).test
+    assert data is not None
+    assert trainer.evaluate(Pipeline(model), data, job).mean_loss == pytest.approx(state.loss_test, rel=1e-12)
+    assert lines[0].startswith("evaluation: 8 samples (of ")
+    assert lines[-1].startswith("step 3/3 · test loss ")
 
 
 def test_cut_of_the_batch_does_not_matter(job: Job) -> None:
@@ -278,7 +298,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
 
 
 def test_damaged_weights_stop_before_the_first_step(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "evaluate", lambda *arguments: math.nan)
+    monkeypatch.setattr(trainer, "evaluate", lambda *arguments: Sums(math.nan, 1.0, 1))
     with pytest.raises(TrainingDiverged, match="held-out loss is nan before the first step: the weights to start from"):
         train(job, Mesh.single())
 

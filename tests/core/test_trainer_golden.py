@@ -25,7 +25,7 @@ from megatron_core_impl.data.indexed_dataset import IndexedDatasetWriter
 from megatron_core_impl.data.tokenizer import load_tokenizer
 from megatron_core_impl.metrics import read_metrics
 from megatron_core_impl.models import families
-from megatron_core_impl.train_config import Job, TrainConfig
+from megatron_core_impl.train_config import DataSet, Job, TrainConfig
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
 
@@ -119,7 +119,8 @@ def job_of(run: Run, inputs: Path, folder: Path) -> Job:
     )  # fmt: skip
     return Job(
         config=config, model=replace(model_config(inputs, run.model), rope_scaling=run.rope_scaling),
-        weights=inputs / run.model, dataset=inputs / "dataset" / "data", dataset_fingerprint="f", folder=folder, eod_id=2,
+        weights=inputs / run.model, sets=(DataSet(prefix=inputs / "dataset" / "data", fingerprint="f"),), folder=folder,
+        eod_id=2,
     )  # fmt: skip
 
 

@@ -168,5 +168,7 @@ def test_other_settings_are_refused(job: Job, changes: dict[str, Any], text: str
 
 def test_other_data_is_refused(job: Job) -> None:
     train(job, Mesh.single(), should_stop=stop_after(1))
-    with pytest.raises(ValueError, match="dataset='f', now it is 'g'"):
-        train(replace(job, dataset_fingerprint="g"), Mesh.single())
+    (own,) = job.sets
+    for other, text in ((replace(own, fingerprint="g"), r"\[\['all', 1.0, 'g'\]\]"), (replace(own, weight=2), r"2, 'f'\]\]")):
+        with pytest.raises(ValueError, match=rf"datasets=\[\['all', 1.0, 'f'\]\], now it is .*{text}"):
+            train(replace(job, sets=(other,)), Mesh.single())

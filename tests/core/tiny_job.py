@@ -15,7 +15,7 @@ from megatron_core_impl.config import Layout, ModelConfig
 from megatron_core_impl.mesh import init_mesh
 from megatron_core_impl.metrics import read_metrics
 from megatron_core_impl.resume import State
-from megatron_core_impl.train_config import Job, TrainConfig
+from megatron_core_impl.train_config import DataSet, Job, TrainConfig
 from megatron_core_impl.trainer import train
 
 CONFIG = TrainConfig(
@@ -29,8 +29,8 @@ def make_job(folder: Path, model: ModelConfig = MODEL, config: TrainConfig = CON
     write_weights(folder / "weights", model=model)
     write_dataset(folder / "dataset")
     return Job(
-        config=config, model=model, weights=folder / "weights", dataset=folder / "dataset" / "data", dataset_fingerprint="f",
-        folder=folder / "run", eod_id=2,
+        config=config, model=model, weights=folder / "weights",
+        sets=(DataSet(prefix=folder / "dataset" / "data", fingerprint="f"),), folder=folder / "run", eod_id=2,
     )  # fmt: skip
 
 
