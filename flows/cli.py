@@ -37,6 +37,7 @@ examples:
   finetune status                                        all runs; with a run's name, all about it
   finetune rerun brisk-otter                             go on where a run stopped
   finetune rerun brisk-otter --stage train               do a stage again, and what depends on it
+  finetune dataset inspect runs/brisk-otter/preprocess   what is in the data
 
 exit codes: 0 done, 1 failed, 2 the configuration or an input is wrong, 3 a gate refused the result, 130 Ctrl-C, 143 SIGTERM"""
 
@@ -105,6 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("run", metavar="RUN", nargs="?", type=_run_name, help="all about this run; default: a line per run")
     _has_workspace(status)
     _takes_config(add("plan", _plan, "what a run would do, and why", PLAN_HELP))
+    dataset = add("dataset", _dataset, "look into tokenized datasets, or merge them", DATASET_HELP)
+    dataset.add_argument(
+        "rest", nargs=argparse.REMAINDER, metavar="inspect|merge …", help="see: finetune dataset inspect --help"
+    )
     return parser
 
 
@@ -130,6 +135,11 @@ PLAN_HELP = """\
 What `finetune run` would do with a configuration: model, data, layout and length, and for each stage whether its result is
 there, and if not, why: which input will be new, which setting differs from the nearest earlier result, what is damaged.
 Looks only; starts nothing."""
+
+
+DATASET_HELP = """\
+finetune dataset inspect RESULT|PREFIX [--document N]     its documents, tokens and lengths; or the text of a document
+finetune dataset merge --output PREFIX PREFIX PREFIX …    datasets one after the other, in one"""
 
 
 def _takes_config(parser: argparse.ArgumentParser) -> None:
@@ -196,6 +206,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = _load(arguments)
     print(plan.report(config))
     return ExitCode.OK
+
+
+def _dataset(arguments: argparse.Namespace) -> int:
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "stages.dataset", *(arguments.rest or ["--help"])])
 
 
 def _load(arguments: argparse.Namespace) -> PipelineConfig:

@@ -17,6 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from stages.contracts import preflight
 from stages.contracts.config import Frozen, PipelineConfig
+from stages.contracts.sources import expand, is_glob
 
 
 class BadConfig(ValueError):
@@ -58,7 +59,9 @@ def check_ready(config: PipelineConfig, where: str) -> None:
         BadConfig: a local source that is not there, a model that the layout does not fit, a token that is missing.
     """
     problems = []
-    for key, source in (("model.source", config.model.source), ("data.source", config.data.source)):
+    sources = [("model.source", config.model.source)]
+    sources += [(f"{named.key}.source", named.settings.source) for named in config.data.sources()]
+    for key, source in sources:
         if _looks_local(source) and not _exists(source):
             problems.append(f"{key}: {source}: no such file or folder (seen from {Path.cwd()})")
     if config.push.to == "hub" and not os.environ.get("HF_TOKEN"):
@@ -76,14 +79,15 @@ def check_ready(config: PipelineConfig, where: str) -> None:
 
 def _exists(source: str) -> bool:
     try:
-        return Path(source).expanduser().exists()
+        return bool(expand(source)[1]) if is_glob(source) else Path(source).expanduser().exists()
     except (OSError, RuntimeError, ValueError):  # no such user, too long a name, a NUL byte
         return False
 
 
 def _looks_local(source: str) -> bool:
     """Whether a source can only be a path: a Hub id is `name` or `owner/name`."""
-    return source.startswith((".", "/", "~")) or source.endswith((".jsonl", "/")) or source.count("/") > 1
+    is_file = source.endswith((".jsonl", ".ndjson", ".gz", ".zst", ".parquet", "/"))
+    return is_glob(source) or source.startswith((".", "/", "~")) or is_file or source.count("/") > 1
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages.contracts import artifacts as a
-from stages.contracts import preflight
-from stages.contracts.config import Frozen, PipelineConfig
+from stages.contracts import length, preflight
+from stages.contracts.config import Frozen, PipelineConfig, TrainSettings
 from stages.contracts.specs import SOURCES, SPECS, Spec
 from stages.contracts.words import count, short
 
@@ -130,18 +130,13 @@ def describe(config: PipelineConfig, plans: list[NodePlan]) -> list[tuple[str, s
     parts = [config.model.source]
     if isinstance(model, a.ModelArtifact):
         parts += [f"{short(model.model.parameters)} parameters", f"vocabulary {count(model.model.vocab_size)}"]
-    data = [config.data.source, *filter(None, [config.data.subset, config.data.data_dir])]
+    data = [
+        " ".join(filter(None, [named.settings.source, named.settings.subset, named.settings.data_dir]))
+        for named in config.data.sources()
+    ]
     if isinstance(dataset, a.DatasetArtifact):
         data.append(f"{count(dataset.tokens)} tokens")
     replicas = train.micro_batch_size * layout.dp
-    tokens = train.batches().samples_of(train.steps) * train.sequence_length
-    batch = count(train.global_batch_size)
-    if train.ramp_start is not None:
-        batch = f"{count(train.ramp_start)} … {batch}"
-    length = f"{count(train.steps)} steps × {batch} × {count(train.sequence_length)} = {short(tokens)} tokens"
-    if isinstance(dataset, a.DatasetArtifact):
-        shares = [float(share) for share in train.split.split(",")]
-        length += f" = {tokens * sum(shares) / (dataset.tokens * shares[0]):.2g} epochs"
     interleaved = f" (vpp {layout.vpp})" if layout.vpp > 1 else ""
     processes = f"{layout.world_size} process{'es' if layout.world_size > 1 else ''}"
     memory = preflight.memory_of(config, model if isinstance(model, a.ModelArtifact) else None)
@@ -155,10 +150,20 @@ def describe(config: PipelineConfig, plans: list[NodePlan]) -> list[tuple[str, s
             f" ({count(train.global_batch_size // replicas)} micro batches)",
         ),
         *([("memory", f"each GPU {memory}")] if memory else []),
-        ("length", length),
+        ("length", _length(train, dataset)),
         ("push", {"dry-run": "dry run", "folder": f"to {config.push.folder}", "hub": f"to {config.push.repo}"}[config.push.to]),
         ("workspace", str(config.workspace_path)),
     ]
+
+
+def _length(train: TrainSettings, dataset: a.Artifact | None) -> str:
+    """How long training is going to be. The split is one of documents, so the tokens of an epoch are nearly known."""
+    shares = [float(share) for share in train.split.split(",")]
+    tokens = round(dataset.tokens * shares[0] / sum(shares)) if isinstance(dataset, a.DatasetArtifact) else None
+    try:
+        return length.described(train, tokens)
+    except ValueError as error:
+        return f"cannot be: {error}"
 
 
 def report(config: PipelineConfig) -> str:

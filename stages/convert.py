@@ -1,4 +1,4 @@
-"""Hugging Face weights to canonical ones: the same numbers, bit for bit, each accounted for.
+"""Hugging Face weights to canonical ones: the same numbers, bit for bit, each accounted for, and rows for added tokens.
 
 Every tensor that config.json implies must be there with the right shape, and nothing else may be. A family's table tells what
 the tensors are called there and how they are fused. Precisions are kept, tensor by tensor; one block of rows is in memory at a
@@ -15,12 +15,15 @@ from typing import Any
 import torch
 
 from megatron_core_impl.checkpoint.foreign import Rearranged, invert
+from megatron_core_impl.checkpoint.grown import Grown
 from megatron_core_impl.checkpoint.index import read_json
 from megatron_core_impl.checkpoint.reshard import NotEqual, list_names, reshard, same_bits
 from megatron_core_impl.checkpoint.safetensors_io import WeightsError
 from megatron_core_impl.checkpoint.sharded import WeightsReader, WeightsSource, count_bytes, open_weights
 from megatron_core_impl.config import Layout, ModelConfig, TensorSpec
+from megatron_core_impl.data.tokenizer import load_tokenizer
 from megatron_core_impl.models import families
+from megatron_core_impl.models.tensors import EMBEDDING, HEAD
 from stages import runtime
 from stages.contracts import artifacts as a
 from stages.contracts import words
@@ -45,21 +48,36 @@ def run(spec: ConvertSpec, ctx: Context) -> a.WeightsArtifact:
         source = Rearranged(files, invert(families.family_of(config).hf_tensors(config)))
         specs = families.tensors(config)
         _warn_of_other_dtypes(source, specs, model.model.dtype, ctx)
-        reshard(source, ctx.scratch, specs, Layout(), progress=ctx.progress)
+        grown = replace(config, vocab_size=_vocab_size(spec, folder / "files", config))
+        specs = families.tensors(grown)
+        reshard(Grown(source, (EMBEDDING, HEAD), grown.vocab_size), ctx.scratch, specs, Layout(), progress=ctx.progress)
     except WeightsError as error:
         raise BadInput(str(error)) from error
     except NotEqual as error:
         raise GateFailed(str(error)) from error
-    size = count_bytes(source, (tensor.name for tensor in specs))
+    size = count_bytes(open_weights(ctx.scratch), (tensor.name for tensor in specs))
+    new = grown.vocab_size - config.vocab_size
+    rows = f", and {new:,} row{'s' if new > 1 else ''} for added tokens" if new else ""
     return ctx.artifact(
         a.WeightsArtifact,
-        figure=f"{len(specs):,} tensors, {words.size(size)}, bit for bit",
-        model=model.model,
+        figure=f"{len(specs):,} tensors, {words.size(size)}, bit for bit{rows}",
+        model=model.model.model_copy(update={"vocab_size": grown.vocab_size, "parameters": families.count_parameters(grown)}),
         tp=1,
         pp=1,
         tensors=len(specs),
         bytes=size,
     )
+
+
+def _vocab_size(spec: ConvertSpec, files: Path, config: ModelConfig) -> int:
+    """Rows of the embedding once the added tokens have theirs: as many as the model has, unless ids lie beyond."""
+    if not spec.added_tokens:
+        return config.vocab_size
+    try:
+        tokenizer = load_tokenizer(files, spec.tokenizer, added_tokens=spec.added_tokens)
+    except ValueError as error:
+        raise BadInput(f"model.added_tokens: {error}") from error
+    return max(config.vocab_size, tokenizer.vocab_size)
 
 
 def _read_config(path: Path, facts: a.ModelFacts) -> ModelConfig:

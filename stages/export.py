@@ -8,7 +8,7 @@ trained weights: a folder that computes something else than what was trained is 
     python -m stages.export SPEC.json
 
 The result is model/, with comparison.json (the figures of that comparison) and samples.json (what the model writes after each
-prompt, before and after training) beside it.
+prompt, before and after training) beside it; of conversations answers.json, the answers to held-out questions.
 """
 
 import gc
@@ -31,14 +31,17 @@ from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.data.tokenizer import load_tokenizer
 from megatron_core_impl.models import families
 from stages import gate, runtime
+from stages.answers import answers, exact, held_out
 from stages.contracts import artifacts as a
 from stages.contracts import words
 from stages.contracts.specs import ExportSpec
 from stages.runtime import BadInput, Context, GateFailed
+from stages.tokenizer_files import add_tokens, check_added_tokens, write_chat_template
 
 MODEL_FOLDER = "model"
 COMPARISON = "comparison.json"
 SAMPLES = "samples.json"
+ANSWERS = "answers.json"
 CARRIED = re.compile(r"generation_config\.json|(LICEN[SC]E|NOTICE|USE_POLICY)[\w.-]*", re.IGNORECASE)  # beside the tokenizer
 SAME = ("norm_eps", "activation", "sliding_window", "rope_theta", "rope_scaling", "max_position_embeddings")  # with the base
 SHARD_BYTES = 5_000_000_000  # a file of weights is not larger, unless one tensor is
@@ -63,6 +66,10 @@ def run(spec: ExportSpec, ctx: Context) -> a.ExportArtifact:
     write_config(base_folder / "files" / "config.json", folder / "config.json", weights.model)
     copy_files(base, base_folder / "files", folder)
     _check_tokenizer(folder, dataset)
+    added = dataset.tokenizer.added_tokens
+    add_tokens(folder, added)
+    if dataset.content == "conversations":
+        write_chat_template(folder, dataset.spec["settings"]["chat_template"])
 
     verdict = gate.check_gate(
         ctx,
@@ -74,13 +81,16 @@ def run(spec: ExportSpec, ctx: Context) -> a.ExportArtifact:
         data=dataset_folder,
     )
     gate.write_json(ctx.scratch / COMPARISON, verdict.report)
-    samples = make_samples(spec, ctx, before=base_folder / "files", after=folder)
+    if added:
+        check_added_tokens(gate.quiet_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True), added)
+    samples = make_samples(spec, ctx, before=base_folder / "files", after=folder, vocab_size=weights.model.vocab_size)
     gate.write_json(ctx.scratch / SAMPLES, samples)
+    right = _answer(spec, ctx, dataset, dataset_folder, checkpoint, before=base_folder / "files", after=folder)
     mean_error = verdict.comparison.mean_error
     return ctx.artifact(
         a.ExportArtifact,
-        figure=f"Hugging Face folder, {words.size(size)} · logits equal to training's (mean |Δ| {mean_error:.1e})",
-        metrics={"samples": samples, "comparison": verdict.metrics},
+        figure=f"Hugging Face folder, {words.size(size)} · logits equal to training's (mean |Δ| {mean_error:.1e}){told(right)}",
+        metrics={"samples": samples, "comparison": verdict.metrics, "answers": right},
         model=weights.model,
         loss_before=checkpoint.loss_before,
         loss_after=checkpoint.loss_after,
@@ -100,7 +110,7 @@ def _check_inputs(
         BadInput: naming the field and both values.
     """
     gate.check_model(weights.model, base.model, also=SAME)
-    gate.check_model(weights.model, checkpoint.model)
+    gate.check_model(weights.model, checkpoint.model, has_grown=False)
     gate.check_tokenizer(dataset, weights.model)
     if weights.trained_steps != checkpoint.step:
         raise BadInput(
@@ -200,7 +210,7 @@ def _check_tokenizer(folder: Path, dataset: a.DatasetArtifact) -> None:
     Raises:
         BadInput: it is not.
     """
-    tokenizer = load_tokenizer(folder, dataset.tokenizer.kind)
+    tokenizer = load_tokenizer(folder, dataset.tokenizer.kind, added_tokens=tuple(dataset.tokenizer.added_tokens))
     if tokenizer.fingerprint != dataset.tokenizer.fingerprint:
         raise BadInput(
             f"inputs: tokenizer {tokenizer.fingerprint[:12]} of the model is not the {_identity(dataset.tokenizer)} of the "
@@ -211,20 +221,67 @@ def _check_tokenizer(folder: Path, dataset: a.DatasetArtifact) -> None:
 # ── Samples ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def make_samples(spec: ExportSpec, ctx: Context, *, before: Path, after: Path) -> list[dict[str, str]]:
-    """What each model writes after each prompt, the most likely token each time: [{"prompt", "before", "after"}]."""
+def make_samples(spec: ExportSpec, ctx: Context, *, before: Path, after: Path, vocab_size: int) -> list[dict[str, str]]:
+    """What each model writes after each prompt, the most likely token each time: [{"prompt", "before", "after"}].
+
+    Both read with the tokenizer of the trained one, which knows the added tokens.
+    """
+    if not spec.settings.prompts:
+        return []
+    tokenizer = gate.quiet_transformers().AutoTokenizer.from_pretrained(after, local_files_only=True)
     samples = [{"prompt": prompt, "before": "", "after": ""} for prompt in spec.settings.prompts]
     for when, folder in (("before", before), ("after", after)):
-        if not samples:
-            break
         ctx.log(f"sampling from the model {when} training")
-        model = gate.load_transformers(folder, spec.verify.precision).module
-        tokenizer = gate.quiet_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = gate.load_transformers(folder, spec.verify.precision, vocab_size=vocab_size).module
         for sample in samples:
             sample[when] = _continue(model, tokenizer, sample["prompt"], spec.settings.max_new_tokens)
         del model
         gc.collect()  # two models of 7B do not fit everywhere
     return samples
+
+
+def _answer(
+    spec: ExportSpec, ctx: Context, dataset: a.DatasetArtifact, data: Path, checkpoint: a.CheckpointArtifact,
+    *, before: Path, after: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Let each model answer held-out questions: {"questions", "before", "after"}, shares of right ones; or nothing.
+
+    Both get a row of the vocabulary for each added token. Question and answers by token stand in answers.json.
+    """
+    if not spec.settings.answers:
+        return {}
+    if dataset.content != "conversations":
+        raise BadInput(f"export.answers={spec.settings.answers} is for conversations, and the data is text: leave it out")
+    trained = checkpoint.spec["settings"]  # which of the data were held out
+    questions = held_out(dataset, data, split=trained["split"], seed=trained["seed"], count=spec.settings.answers)
+    if not questions:
+        raise BadInput("export.answers: no held-out conversation ends with a short answer: give data.valid, or leave it out")
+    said = {}
+    for when, folder in (("before", before), ("after", after)):
+        ctx.log(f"asking the model {when} training {len(questions):,} questions")
+        model = gate.load_transformers(folder, spec.verify.precision, vocab_size=checkpoint.model.vocab_size).module
+        said[when] = answers(model, questions)
+        del model
+        gc.collect()
+    tokenizer = gate.quiet_transformers().AutoTokenizer.from_pretrained(after, local_files_only=True)
+    texts = [
+        {
+            "question": tokenizer.decode(question.prompt),
+            "answer": tokenizer.decode(question.answer),
+            **{when: tokenizer.decode(ids[number]) for when, ids in said.items()},
+        }
+        for number, question in enumerate(questions)
+    ]
+    gate.write_json(ctx.scratch / ANSWERS, texts)
+    return {"questions": len(questions), **{when: exact(ids, questions) for when, ids in said.items()}}
+
+
+def told(right: Mapping[str, Any]) -> str:
+    """How many answers were right, for the figure of the stage."""
+    if not right:
+        return ""
+    shares = f"{gate.percent(right['before'])} → {gate.percent(right['after'])}"
+    return f" · right answers to {right['questions']:,} held-out questions {shares}"
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from megatron_core_impl.checkpoint.foreign import assemble, invert
 from megatron_core_impl.checkpoint.index import read_json
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.config import ModelConfig
+from megatron_core_impl.data.conversation_encoder import TEXT
 from megatron_core_impl.data.gpt_dataset import GPTDataset
 from megatron_core_impl.data.indexed_dataset import IndexedDataset
 from megatron_core_impl.mesh import Mesh
@@ -82,8 +83,12 @@ class Verdict:
         return {key: value for key, value in self.report.items() if key not in ("modules", "first_difference", "hint")}
 
 
-def check_model(ours: a.ModelFacts, source: a.ModelFacts, *, also: tuple[str, ...] = ()) -> None:
-    """Refuse weights that are not of this model's shape; `also` names further facts that must be the same.
+def check_model(ours: a.ModelFacts, source: a.ModelFacts, *, also: tuple[str, ...] = (), has_grown: bool = True) -> None:
+    """Refuse weights that are not of this model's shape.
+
+    Args:
+        also: further facts that must be the same.
+        has_grown: the weights may have further rows, for added tokens.
 
     Raises:
         BadInput: naming the field and both values.
@@ -92,7 +97,7 @@ def check_model(ours: a.ModelFacts, source: a.ModelFacts, *, also: tuple[str, ..
                   "num_key_value_heads", "head_dim", "norm", "is_gated", "qkv_bias", "o_bias", "mlp_bias", "is_parallel",
                   "has_shared_norm", "tie_word_embeddings", *also):  # fmt: skip
         mine, other = getattr(ours, field), getattr(source, field)
-        if mine != other:
+        if mine != other and not (has_grown and field == "vocab_size" and mine > other):
             name = families.FAMILIES[source.family].hf_fields.get(field, field)  # as config.json says it
             raise BadInput(
                 f"inputs: {name}={mine} of the weights is not {name}={other} of the model: they do not belong together; "
@@ -139,11 +144,11 @@ def check_gate(
             report in a file beside the stage's results.
     """
     check_tokenizer(dataset, model)
-    batches = _read_batches(settings, model, data)
+    batches = _read_batches(settings, model, dataset, data)
     torch.set_float32_matmul_precision("highest")  # NVIDIA's containers switch TF32 on, which is no fp32
     ctx.log(f"loading both models in {settings.precision}")
     ours = load_ours(model, weights, settings.precision)
-    theirs = load_transformers(reference, settings.precision)
+    theirs = load_transformers(reference, settings.precision, vocab_size=model.vocab_size)
     comparison = parity.compare(ours, theirs, _with_progress(ctx, batches))
     gates = _judge(comparison, settings)
     report = _report(comparison, gates, settings, ours, theirs)
@@ -184,8 +189,11 @@ def load_ours(model: a.ModelFacts, weights: Path, precision: Precision) -> parit
     return parity.Side("ours", module, logits, config.num_hidden_layers)
 
 
-def load_transformers(folder: Path, precision: Precision) -> parity.Side:
+def load_transformers(folder: Path, precision: Precision, *, vocab_size: int | None = None) -> parity.Side:
     """The model of a Hugging Face folder, loaded by transformers, which says nothing and asks nobody.
+
+    Args:
+        vocab_size: rows that embedding and output layer get; those that the folder lacks become the mean of the others.
 
     Raises:
         BadInput: transformers cannot load it, or finds no weights for a part of it.
@@ -200,8 +208,11 @@ def load_transformers(folder: Path, precision: Precision) -> parity.Side:
     # transformers goes on with random numbers where it finds no weights
     if lacking := sorted(str(key) for fault in ("missing_keys", "mismatched_keys") for key in loading[fault]):
         raise BadInput(f"{folder}: has no weights that fit {lacking[0]} ({len(lacking)} such tensors), says transformers")
-    module = module.eval().to(_device())
     config = families.config_from_hf(read_json(folder / "config.json"))
+    if vocab_size is not None and vocab_size > config.vocab_size:
+        _grow(module, config.vocab_size, vocab_size)
+        config = replace(config, vocab_size=vocab_size)
+    module = module.eval().to(_device())
     family = families.family_of(config)
     canonical = {stacked.name: stacked for stacked in invert(family.hf_tensors(config))}
 
@@ -213,6 +224,14 @@ def load_transformers(folder: Path, precision: Precision) -> parity.Side:
         return assemble(canonical[name], module.get_parameter) if name in canonical else None
 
     return parity.Side("transformers", module, logits, config.num_hidden_layers, family.hf_name, parameter)
+
+
+@torch.no_grad()
+def _grow(module: Any, rows: int, wanted: int) -> None:
+    """Give a model of transformers rows for added tokens."""
+    module.resize_token_embeddings(wanted, mean_resizing=False)
+    for layer in (module.get_input_embeddings(), module.get_output_embeddings()):
+        layer.weight[rows:] = layer.weight[:rows].mean(0, dtype=torch.float64).to(layer.weight.dtype)
 
 
 def quiet_transformers() -> Any:
@@ -229,8 +248,10 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _read_batches(settings: VerifySettings, model: a.ModelFacts, data: Path) -> list[parity.Batch]:
-    """Real tokens: the first samples of the data in an order of their own, always the same ones."""
+def _read_batches(
+    settings: VerifySettings, model: a.ModelFacts, dataset: a.DatasetArtifact, data: Path
+) -> list[parity.Batch]:  # fmt: skip
+    """Real tokens: the first samples of the first set in an order of their own, always the same ones."""
     length = settings.sequence_length
     if length > model.max_position_embeddings:
         raise BadInput(
@@ -238,7 +259,8 @@ def _read_batches(settings: VerifySettings, model: a.ModelFacts, data: Path) -> 
             f"set it to {model.max_position_embeddings} or less"
         )
     try:
-        tokens = IndexedDataset(data / "data")
+        name = dataset.sets[0].name
+        tokens = IndexedDataset(data / (name if dataset.content == "text" else f"{name}{TEXT}"))
         count = settings.batches * settings.batch_size
         samples = GPTDataset(tokens, range(len(tokens)), sequence_length=length, num_samples=count, seed=SEED)
     except ValueError as error:
@@ -284,7 +306,7 @@ def _config_differences(model: a.ModelFacts, reference: Path) -> list[str]:
     return [
         f"Our model is built with {in_file.get(field, field)}={value}, config.json says {getattr(described, field)}."
         for field, value in model.config_fields().items()
-        if getattr(described, field) != value
+        if getattr(described, field) != value and not (field == "vocab_size" and value > described.vocab_size)
     ]
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from stages.model_files import listed
 from stages.runtime import BadInput, StageError
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
@@ -187,3 +188,12 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def names_of_revisions(api: Any, repo_id: str, kind: str) -> str:
+    """Names of a repo's branches and tags, for a person. `api`: a client of the Hub."""
+    try:
+        refs = api.list_repo_refs(repo_id, repo_type=kind)
+    except Exception:  # it only completes a message
+        return ""
+    return listed({ref.name for ref in [*refs.branches, *refs.tags]})

@@ -119,7 +119,7 @@ def _data_rows(lineage: Lineage) -> list[tuple[str, ...]]:
         ("documents", f"{dataset.documents:,}, {words.size(data.text_bytes)} of text"),
         ("tokens", f"{dataset.tokens:,}"),
         ("tokenizer", f"{dataset.tokenizer.kind}, vocabulary {dataset.tokenizer.vocab_size:,}"),
-        ("end of a document", "marked by the end-of-text token" if dataset.append_eod else "not marked"),
+        ("end of a document", "marked by the end-of-text token" if dataset.bos_eos != "none" else "not marked"),
     ]
 
 
@@ -129,7 +129,11 @@ def _training_rows(checkpoint: a.CheckpointArtifact) -> list[tuple[str, ...]]:
     return [
         ("length", f"{checkpoint.step:,} steps, {checkpoint.consumed_tokens:,} tokens"),
         ("layout", f"{processes} processes = dp {checkpoint.dp} × tp {checkpoint.tp} × pp {checkpoint.pp}"),
-        *((key, f"{value}") for key, value in settings.items() if key not in NOT_SHOWN | {"steps"} and value is not None),
+        *(
+            (key, f"{value}")
+            for key, value in settings.items()
+            if key not in NOT_SHOWN | {"steps", "epochs", "tokens"} and value is not None
+        ),
     ]
 
 

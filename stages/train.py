@@ -22,13 +22,13 @@ import megatron_core_impl
 from megatron_core_impl import metrics
 from megatron_core_impl.checkpoint import training as checkpoints
 from megatron_core_impl.config import ModelConfig
-from megatron_core_impl.data.gpt_dataset import split_documents
-from megatron_core_impl.data.indexed_dataset import IndexedDataset
 from megatron_core_impl.memory import Device
+from megatron_core_impl.training_data import tokens_per_epoch
 from stages import runtime, torchrun
 from stages.contracts import artifacts as a
-from stages.contracts import memory
+from stages.contracts import length, memory
 from stages.contracts.specs import TrainSpec
+from stages.training_job import job_of
 
 if TYPE_CHECKING:
     import torch
@@ -51,9 +51,15 @@ class WorkerCrashed(runtime.StageError):
 def run(spec: TrainSpec, ctx: runtime.Context) -> a.CheckpointArtifact:
     """The stage: check, start workers, listen, publish."""
     weights, _ = ctx.input("weights", a.WeightsArtifact)
-    dataset, dataset_folder = ctx.input("dataset", a.DatasetArtifact)
+    dataset, _ = ctx.input("dataset", a.DatasetArtifact)
     check(spec, weights, dataset)
-    ctx.log(check_data(spec, dataset_folder / "data"))
+    job = job_of(spec, weights, dataset, ctx.scratch)
+    layout, world_size = spec.layout, spec.layout.world_size
+    ctx.log(
+        f"{world_size} process{'es' if world_size > 1 else ''}, dp {layout.dp} × tp {layout.tp} × pp {layout.pp}"
+        f"{f' (vpp {layout.vpp})' if layout.vpp > 1 else ''}"
+    )
+    ctx.log(f"length: {length.described(spec.settings, tokens_per_epoch(job))}")
 
     (ctx.scratch / SPEC_FILE).write_text(spec.model_dump_json())
     listener = Listener(ctx)
@@ -70,7 +76,7 @@ def run(spec: TrainSpec, ctx: runtime.Context) -> a.CheckpointArtifact:
             raise failure(outcome, spec, ctx.scratch, listener.step)
     finally:
         checkpoints.remove_unfinished(ctx.scratch / CHECKPOINTS)
-    return publish(spec, ctx, weights, dataset)
+    return publish(spec, ctx, weights, dataset, tokens_per_epoch(job))
 
 
 def check(spec: TrainSpec, weights: a.WeightsArtifact, dataset: a.DatasetArtifact) -> None:
@@ -102,55 +108,12 @@ def check(spec: TrainSpec, weights: a.WeightsArtifact, dataset: a.DatasetArtifac
     except ValueError as error:
         raise runtime.BadInput(f"layout: {error}") from None
     resets = [f"train.{name}" for name in RESETS if getattr(settings, name)]
-    if resets and (dataset.tokenizer.eod_id is None or not dataset.append_eod):
-        missing = "append_eod=False" if dataset.tokenizer.eod_id is not None else "tokenizer.eod_id=None"
+    if resets and (dataset.tokenizer.eod_id is None or dataset.bos_eos == "none"):
+        missing = "bos_eos=none" if dataset.tokenizer.eod_id is not None else "tokenizer.eod_id=None"
         raise runtime.BadInput(
             f"{' and '.join(resets)} need a token at the end of each document, but dataset.{missing}: preprocess the text with "
-            f"preprocess.append_eod=true{'' if 'append' in missing else ' and a tokenizer that has one'}, or leave them out"
+            f"preprocess.bos_eos=eos{'' if 'bos_eos' in missing else ' and a tokenizer that has one'}, or leave them out"
         )
-
-
-def check_data(spec: TrainSpec, prefix: Path) -> str:
-    """Refuse a dataset that leaves nothing to train on, or nothing to measure the held-out loss on.
-
-    Returns:
-        How much of it training will see, for people.
-
-    Raises:
-        BadInput: naming the split, its tokens, and what to change.
-    """
-    settings, data = spec.settings, IndexedDataset(prefix)
-
-    def tokens_of(split: str) -> dict[str, tuple[int, int]]:
-        parts = split_documents(split, len(data))
-        return {
-            name: (len(part), int(data.sizes[part.start : part.stop].sum(dtype="int64")))
-            for name, part in zip(("train", "valid"), parts, strict=False)
-        }
-
-    parts = tokens_of(settings.split)
-    for name, (documents, tokens) in parts.items():
-        if tokens > settings.sequence_length:
-            continue
-        better = next(
-            (s for s in ("95,5,0", "90,10,0", "80,20,0", "50,50,0")
-             if min(tokens for _, tokens in tokens_of(s).values()) > settings.sequence_length), None,
-        )  # fmt: skip
-        advice = f'Set train.split to "{better}", or lower' if better else "Give more text, or lower"
-        raise runtime.BadInput(
-            f'train.split="{settings.split}" gives the {name} split {documents:,} of {len(data):,} documents with {tokens:,} '
-            f"tokens, and one sample needs {settings.sequence_length + 1:,}. {advice} train.sequence_length "
-            f"(now {settings.sequence_length})"
-        )
-    documents, tokens = parts["train"]
-    layout, sizes = spec.layout, settings.batches().sizes
-    seen = settings.batches().samples_of(settings.steps) * settings.sequence_length
-    samples = f"{sizes[0]} to {sizes[-1]} samples" if len(sizes) > 1 else f"{sizes[0]} samples"
-    return (
-        f"{layout.world_size} process{'es' if layout.world_size > 1 else ''}, dp {layout.dp} × tp {layout.tp} × pp {layout.pp}"
-        f"{f' (vpp {layout.vpp})' if layout.vpp > 1 else ''} · {settings.steps:,} steps × {samples} × "
-        f"{settings.sequence_length:,} tokens = {seen:,} tokens = {seen / tokens:.2f} epochs of {documents:,} documents"
-    )
 
 
 @dataclass
@@ -224,27 +187,39 @@ def failure(outcome: torchrun.Outcome, spec: TrainSpec, scratch: Path, step: int
 
 
 def publish(
-    spec: TrainSpec, ctx: runtime.Context, weights: a.WeightsArtifact, dataset: a.DatasetArtifact
+    spec: TrainSpec,
+    ctx: runtime.Context,
+    weights: a.WeightsArtifact,
+    dataset: a.DatasetArtifact,
+    epoch: int,
 ) -> a.CheckpointArtifact:
-    """The artifact: the last checkpoint, the curves, the figures."""
+    """The artifact: the last checkpoint, the curves, the figures. `epoch`: the tokens of one."""
     root = ctx.scratch / CHECKPOINTS
     last, *older = checkpoints.finished_steps(root)
     for step in older:
         shutil.rmtree(checkpoints.step_folder(root, step))
     (ctx.scratch / SPEC_FILE).unlink()
     state = checkpoints.read_state(root, last)
-    before, after = state["loss_before"], state["loss_after"]
+    before, after, test = state["loss_before"], state["loss_after"], state["loss_test"]
+    gone_through = length.length_of(spec.settings, epoch)
+    assert gone_through is not None
 
     lines = metrics.read_metrics(ctx.scratch)
     trained = [line for line in lines if "loss" in line]
     seconds = sum(line["seconds"] for line in trained)
+    waited = sum(line["data_wait_share"] * line["seconds"] for line in trained)
     figures = {
+        "length": gone_through._asdict(),
         "train_loss": trained[-1]["loss"],
-        "tokens_per_second": round(sum(line["tokens"] for line in trained) / seconds, 1) if seconds else None,
+        "tokens_per_second": round(sum(line["tokens_read"] for line in trained) / seconds, 1) if seconds else None,
         "training_seconds": round(seconds, 1),
+        "evaluation_seconds": round(sum(line.get("eval_seconds", 0.0) for line in lines), 3),
+        "data_wait_share": round(waited / seconds, 5) if seconds else None,
         "skipped_steps": state["skipped_steps"],
         "perplexity_before": metrics.perplexity(before),
         "perplexity_after": metrics.perplexity(after),
+        "loss_test": test,
+        "perplexity_test": None if test is None else metrics.perplexity(test),
         "loss_curve": metrics.downsample([(line["step"], line["loss"]) for line in trained]),
         "valid_curve": metrics.downsample([(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]),
     }
@@ -321,25 +296,16 @@ def _train(spec: TrainSpec, scratch: Path, should_stop: Callable[[], bool]) -> b
 
     from megatron_core_impl.host_memory import keep_freed_memory
     from megatron_core_impl.mesh import init_mesh
-    from megatron_core_impl.train_config import Job
     from megatron_core_impl.trainer import train
+    from megatron_core_impl.training_data import prepare
 
     workspace = Path(spec.workspace)
-    weights_folder = workspace / spec.inputs["weights"].path
-    dataset_folder = workspace / spec.inputs["dataset"].path
-    weights, dataset = a.load_artifact(weights_folder), a.load_artifact(dataset_folder)
+    weights, dataset = (a.load_artifact(workspace / spec.inputs[name].path) for name in ("weights", "dataset"))
     assert isinstance(weights, a.WeightsArtifact)
     assert isinstance(dataset, a.DatasetArtifact)
-    model, layout = ModelConfig(**weights.model.config_fields()), spec.layout.layout()
-    job = Job(
-        config=spec.settings.train_config(),
-        model=model,
-        weights=weights_folder,
-        dataset=dataset_folder / "data",
-        dataset_fingerprint=dataset.fingerprint,
-        folder=scratch,
-        eod_id=dataset.tokenizer.eod_id,
-    )
+    layout = spec.layout.layout()
+    job = job_of(spec, weights, dataset, scratch)
+    prepare(job)  # before there is a process group: who waits in one gives up
     report = metrics.Report(
         log=lambda text: torchrun.tell("log", text=text),
         warn=lambda text: torchrun.tell("warn", text=text),
@@ -347,13 +313,13 @@ def _train(spec: TrainSpec, scratch: Path, should_stop: Callable[[], bool]) -> b
     )
     # What is compiled is kept, for the runs to come; torch's own choice is a folder in /tmp.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(workspace / COMPILED))
-    mesh = init_mesh(layout, _join_group(), kv_replicas=layout.kv_replicas(model))
+    mesh = init_mesh(layout, _join_group(), kv_replicas=layout.kv_replicas(job.model))
     if mesh.device.type == "cpu":
         keep_freed_memory()  # where there is another malloc, it is just slower
-    _tell_memory(spec, model, mesh, report)
+    _tell_memory(spec, job.model, mesh, report)
     state = train(job, mesh, report=report, should_stop=should_stop)
     dist.destroy_process_group()
-    return state.step == spec.settings.steps
+    return state.step == job.config.steps
 
 
 def _tell_memory(spec: TrainSpec, model: ModelConfig, mesh: "Mesh", report: metrics.Report) -> None:

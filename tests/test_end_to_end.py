@@ -117,7 +117,7 @@ def write_text(folder: Path) -> None:
         (folder / f"{number:02d}.py").write_text("\n\n".join(functions))
 
 
-def until(true: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
+def until(true: Callable[[], bool], what: str, seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, f"took too long: {what}"

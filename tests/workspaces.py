@@ -221,6 +221,8 @@ def make_workspace(
     raw = publish(
         specs.DownloadDataSpec(workspace=workspace, data=c.DataSettings(source="text")), a.RawDataArtifact,
         {"data.jsonl": b"{}\n"}, documents=1, source="text", revision=None, text_bytes=1,
+        sets=(a.RawSet(name="data", files=("data.jsonl",), format="text", text_column="text", columns={}, source="text",
+                       role="all", documents=1, text_bytes=1),),
     )  # fmt: skip
     tokens = load_tokenizer(source, tokenizer)  # type: ignore[arg-type]
     ids = [[*tokens.encode(part), tokens.eod_id] for part in documents or text().split("\n\n\n")]
@@ -237,7 +239,13 @@ def make_workspace(
             fingerprint=tokens.fingerprint,
         ),
         dtype="uint16", documents=len(ids), empty_documents=0, malformed_lines=0,
-        tokens=sum(map(len, ids)), append_eod=True,
+        tokens=sum(map(len, ids)), bos_eos="eos", content="text",
+        sets=(
+            a.DatasetSet(
+                name="data", role="all", documents=len(ids), tokens=sum(map(len, ids)), empty_documents=0, malformed_lines=0,
+                blank_lines=0, longest=1, lengths={}, left_out={},
+            ),
+        ),
     )  # fmt: skip
     if edit is not None:
         edit(tensors)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, TypeAdapter
 
 from megatron_core_impl.config import Activation, NormKind, RopeScaling
-from stages.contracts.config import Frozen
+from stages.contracts.config import BosEos, Format, Frozen
 
 ARTIFACT_FILE = "artifact.json"
 
@@ -32,7 +32,8 @@ class TokenizerFacts(Frozen):
     vocab_size: int  # ids 0 … vocab_size-1 can occur in data
     eod_id: int | None  # ends a document: the tokenizer's EOS
     bos_id: int | None
-    fingerprint: str  # sha256 over the files that define it
+    fingerprint: str  # sha256 over what defines it: its file and the added tokens
+    added_tokens: dict[str, int] = {}  # special tokens that the pipeline adds (or asks for, and it has), and their ids
 
 
 class ModelFacts(Frozen):
@@ -120,27 +121,61 @@ class ModelArtifact(Artifact):
     revision: str | None  # commit, for a Hub id
 
 
-class RawDataArtifact(Artifact):
-    """`data.jsonl`, one `{"id": …, "text": …}` per line."""
+class RawSet(Frozen):
+    """The data of one source: files of records, each a document or a conversation."""
 
-    kind: Literal["raw-data"] = "raw-data"
-    documents: int
+    name: str  # of the set in everything that is made from it
+    role: Literal["all", "train", "valid", "test"]  # all: split by train.split
+    files: tuple[str, ...]  # relative to the artifact's folder
+    format: Format
+    text_column: str  # text: the key of the text in a record
+    columns: dict[str, str]  # conversations: keys that differ from the format's own
     source: str
-    revision: str | None
+    revision: str | None = None
+    documents: int | None  # None: not counted yet
     text_bytes: int
 
 
+class RawDataArtifact(Artifact):
+    """Files of text or conversations, by source."""
+
+    kind: Literal["raw-data"] = "raw-data"
+    documents: int | None
+    source: str
+    revision: str | None
+    text_bytes: int
+    sets: tuple[RawSet, ...]
+
+
+class DatasetSet(Frozen):
+    """`<name>.bin` and `<name>.idx`, Megatron's format; of conversations `<name>-text`, `<name>-role` and so on."""
+
+    name: str
+    role: Literal["all", "train", "valid", "test"]
+    documents: int
+    tokens: int
+    empty_documents: int  # left out, as they have no tokens
+    malformed_lines: int  # left out, named in `malformed.jsonl`
+    blank_lines: int
+    longest: int  # tokens of the longest document
+    lengths: dict[str, int]  # documents by length: "64" counts those of 64 … 127 tokens
+    left_out: dict[str, int]  # records left out for other reasons, by reason
+
+
 class DatasetArtifact(Artifact):
-    """`data.bin` and `data.idx`, Megatron's format, and `malformed.jsonl` where lines were refused."""
+    """The tokens of one set or several, and `malformed.jsonl` where lines were refused. Counts are those of all sets."""
 
     kind: Literal["dataset"] = "dataset"
     tokenizer: TokenizerFacts
+    content: Literal["text", "conversations"]
+    sets: tuple[DatasetSet, ...]
     dtype: Literal["uint16", "int32"]
     documents: int
     empty_documents: int
     malformed_lines: int
     tokens: int
-    append_eod: bool
+    header_tokens: int = 0  # conversations: at the beginning of every answer, which no metric counts
+    bos_eos: BosEos
 
 
 class WeightsArtifact(Artifact):

@@ -5,15 +5,20 @@ part of that stage's key (see `specs.py`), except those marked with `NOT_IN_KEY`
 the result.
 """
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from megatron_core_impl.config import Layout
+from megatron_core_impl.data.conversations import keys_of
 from megatron_core_impl.optim import BatchSchedule
 from megatron_core_impl.train_config import TrainConfig
 
+MOST_STEPS = 10**9
+
+BosEos = Literal["none", "eos", "both"]
 NOT_IN_KEY: dict[str, Any] = {"not_in_key": True}  # json_schema_extra of settings that do not change a stage's result
 
 
@@ -34,19 +39,113 @@ class ModelSettings(Frozen):
     source: str = Field(min_length=1, description="Hub id such as meta-llama/Llama-2-7b-hf, or a local Hugging Face folder")
     revision: str = Field("main", min_length=1, description="branch, tag or commit of a Hub id; a commit is reproducible")
     allow_pickle: bool = Field(False, description="accept pickled weights (.bin) where a model has no safetensors")
+    added_tokens: tuple[str, ...] = Field(
+        (), description="special tokens to add, e.g. <|im_start|>; the vocabulary and the embeddings grow by them",
+        json_schema_extra=NOT_IN_KEY,
+    )  # fmt: skip
+
+    @field_validator("added_tokens")
+    @classmethod
+    def _tokens_differ(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in value or len(set(value)) < len(value):
+            raise ValueError("must be tokens that are not empty, each once")
+        return value
 
 
-class DataSettings(Frozen):
-    """Where the text comes from."""
+Format = Literal["text", "messages", "sharegpt", "alpaca", "question-answer"]
 
-    source: str = Field(min_length=1, description="Hub dataset id, a local .jsonl file, or a folder of source files")
+
+class SourceOptions(Frozen):
+    """How a source is read."""
+
     revision: str = Field("main", min_length=1, description="branch, tag or commit of a Hub dataset")
     subset: str | None = Field(None, description="configuration name of a Hub dataset")
     data_dir: str | None = Field(None, description="folder inside a Hub dataset, e.g. julia")
-    split: str = Field("train", description="split of a Hub dataset")
-    text_column: str = Field("text", description="column of a Hub dataset, or key of a .jsonl line, that holds the text")
+    split: str = Field("train", description="split of a Hub dataset, or of one that was saved to disk")
+    format: Format = Field(
+        "text",
+        description="text: each record is a document; else conversations: messages as OpenAI writes them, sharegpt "
+        "(conversations of from and value), alpaca (instruction, input, output), question-answer",
+    )
+    text_column: str = Field("text", min_length=1, description="text: column, or key of a JSON line, that holds the text")
+    columns: dict[str, str] = Field(
+        {}, description="conversations: columns that are named otherwise, e.g. {question: prompt, answer: response}"
+    )
     include: tuple[str, ...] = Field(("**/*",), min_length=1, description="folder: glob patterns of the files to read")
     exclude: tuple[str, ...] = Field((), description="folder: glob patterns of the files to leave out")
+
+    @model_validator(mode="after")
+    def _columns_fit_format(self) -> Self:
+        if self.format != "text":
+            keys_of(self.format, self.columns)
+        elif self.columns:
+            raise ValueError("columns is for conversations; where the text has another name, set text_column")
+        return self
+
+    @property
+    def content(self) -> Literal["text", "conversations"]:
+        return "text" if self.format == "text" else "conversations"
+
+
+class SourceSettings(SourceOptions):
+    """One of several sources."""
+
+    source: str = Field(min_length=1, description="as data.source")
+    weight: float = Field(
+        1.0, gt=0, description="its share of the samples, in proportion to the other sources'", json_schema_extra=NOT_IN_KEY
+    )
+
+
+class NamedSource(NamedTuple):
+    """A source, and what its data are for: split into train, valid and test by train.split, or one of them as a whole."""
+
+    name: str  # of its files
+    key: str  # in the configuration
+    role: Literal["all", "train", "valid", "test"]
+    settings: SourceSettings
+
+
+class DataSettings(SourceOptions):
+    """Where the text, or the conversations, come from: one source, or several that are blended."""
+
+    source: str | None = Field(
+        None, min_length=1,
+        description="Hub dataset id; a local .jsonl, .jsonl.gz, .jsonl.zst or .parquet file; a folder or glob of these; "
+        "a folder of source files; or a folder that `datasets` saved",
+    )  # fmt: skip
+    blend: tuple[SourceSettings, ...] = Field((), description="instead of source: several, each with a weight")
+    valid: tuple[SourceSettings, ...] = Field(
+        (), description="held-out data of its own; then all of source or blend is for training, and train.split is not used"
+    )
+    test: tuple[SourceSettings, ...] = Field((), description="with valid: data for the last evaluation")
+
+    @model_validator(mode="after")
+    def _sources_fit_together(self) -> Self:
+        if (self.source is None) == (not self.blend):
+            raise ValueError("data needs either source, for one, or blend, for several")
+        if self.test and not self.valid:
+            raise ValueError("test needs valid: without it, train.split cuts all three out of the same data")
+        contents = {named.settings.content for named in self.sources()}
+        if len(contents) > 1:
+            raise ValueError("the sources hold text and conversations; a model is trained on one of them. See format")
+        return self
+
+    def sources(self) -> tuple[NamedSource, ...]:
+        """All sources, those for training first."""
+        if self.source is not None:
+            options = {name: getattr(self, name) for name in SourceOptions.model_fields}
+            mine = [("data", "data", SourceSettings(source=self.source, **options))]
+        else:
+            mine = [(f"data-{i}", f"data.blend[{i}]", settings) for i, settings in enumerate(self.blend)]
+        return (
+            *(NamedSource(name, key, "train" if self.valid else "all", settings) for name, key, settings in mine),
+            *(NamedSource(f"valid-{i}", f"data.valid[{i}]", "valid", settings) for i, settings in enumerate(self.valid)),
+            *(NamedSource(f"test-{i}", f"data.test[{i}]", "test", settings) for i, settings in enumerate(self.test)),
+        )
+
+    @property
+    def content(self) -> Literal["text", "conversations"]:
+        return self.sources()[0].settings.content
 
 
 class PreprocessSettings(Frozen):
@@ -55,9 +154,21 @@ class PreprocessSettings(Frozen):
     tokenizer: Literal["auto", "sentencepiece", "huggingface"] = Field(
         "auto", description="which tokenizer of the model's folder: auto takes tokenizer.model if there, else tokenizer.json"
     )
-    append_eod: bool = Field(True, description="end every document with the end-of-text token")
+    chat_template: Literal["tokenizer", "chatml", "megatron-llm"] = Field(
+        "tokenizer",
+        description="conversations as text: by the tokenizer's own template; as ChatML; or as ChatML with Megatron-LLM's roles "
+        "(system, question, answer), whose files are then the same",
+    )
+    bos_eos: BosEos = Field(
+        "eos", description="tokens around a document: none, eos (one at its end), or both (BOS before it, too)"
+    )
     max_malformed: float = Field(0.0, ge=0.0, le=1.0, description="largest share of malformed lines that does not fail")
     workers: int = Field(2, ge=1, le=256, description="processes that tokenize", json_schema_extra=NOT_IN_KEY)
+
+    # To write what Megatron-LLM writes, byte by byte. There is no other reason to set it.
+    reference_special_text: bool = Field(
+        False, description="parity with Megatron-LLM: special tokens written out in a text, such as </s>, become their ids"
+    )
 
 
 class VerifySettings(Frozen):
@@ -104,9 +215,13 @@ class LayoutSettings(Frozen):
 
 
 class TrainSettings(Frozen):
-    """Training, in optimizer steps."""
+    """Training. Its length is given in steps, epochs or tokens; the other two follow."""
 
-    steps: int = Field(ge=1, le=10**9, description="optimizer updates")
+    steps: int | None = Field(None, ge=1, le=MOST_STEPS, description="length in optimizer updates; or give epochs, or tokens")
+    epochs: float | None = Field(
+        None, gt=0, le=1e6, description="length in passes over the training documents: as many whole steps as fit in"
+    )
+    tokens: int | None = Field(None, ge=1, le=10**18, description="length in tokens: as many whole steps as fit in")
     sequence_length: int = Field(1024, ge=2, le=2**24, description="tokens per sample")
     micro_batch_size: int = Field(
         1, ge=1, le=2**20, description="samples per forward pass of one replica; can be lowered to go on after out of memory",
@@ -199,7 +314,11 @@ class TrainSettings(Frozen):
     )
 
     eval_interval: int = Field(100, ge=1, description="steps between evaluations on the valid split")
-    eval_batches: int = Field(4, ge=1, le=10**6, description="global batches per evaluation, the same ones each time")
+    eval_batches: int | None = Field(
+        None, ge=1, le=10**6,
+        description="most global batches per evaluation, the same ones each time; default: as many as keep all evaluations "
+        "below 5 % of the training's time, at most 100",
+    )  # fmt: skip
     checkpoint_interval: int = Field(100, ge=1, description="steps between checkpoints", json_schema_extra=NOT_IN_KEY)
     keep_checkpoints: int = Field(2, ge=2, description="newest checkpoints that are kept", json_schema_extra=NOT_IN_KEY)
     log_interval: int = Field(10, ge=1, description="steps between lines of the log", json_schema_extra=NOT_IN_KEY)
@@ -207,6 +326,16 @@ class TrainSettings(Frozen):
         None, gt=0, description="save a checkpoint and stop after so long, to go on another time; default: never",
         json_schema_extra=NOT_IN_KEY,
     )  # fmt: skip
+
+    packing: bool = Field(
+        True, description="conversations: several to a sample, attention and positions those of each alone; else one each"
+    )
+    too_long: Literal["error", "drop", "truncate"] = Field(
+        "error", description="conversations: what becomes of those longer than a sample"
+    )
+    system_weight: float = Field(0.0, ge=0, description="conversations: what the system's tokens count in the loss")
+    user_weight: float = Field(0.0, ge=0, description="conversations: what the user's tokens count")
+    assistant_weight: float = Field(1.0, ge=0, description="conversations: what the assistant's tokens count")
 
     # To compute what Megatron-LLM computes, digit by digit. There is no other reason to set them.
     reference_first_lr: bool = Field(
@@ -221,9 +350,33 @@ class TrainSettings(Frozen):
         by_micro_batch = ["micro_batch_size"] if self.reference_loss_mean else []
         return by_micro_batch + super().decisive()
 
-    def train_config(self) -> TrainConfig:
-        """The same, as the core has it."""
-        return TrainConfig(**self.model_dump())
+    def train_config(self, tokens_per_epoch: int | None = None) -> TrainConfig:
+        """The same, as the core has it, in steps.
+
+        Args:
+            tokens_per_epoch: of the training documents. None: not known yet; then `epochs` count as the longest run there is,
+                and what depends on the number of steps is refused once it is known.
+
+        Raises:
+            ValueError: the settings do not go together, or the length is less than one step.
+        """
+        longest = TrainConfig(**self.model_dump(exclude={"epochs", "tokens"}) | {"steps": MOST_STEPS})
+        if self.steps is not None:
+            return replace(longest, steps=self.steps)
+        if self.tokens is not None:
+            given, samples = f"tokens={self.tokens:,}", self.tokens // self.sequence_length
+        elif self.epochs is not None and tokens_per_epoch is not None:
+            given = f"epochs={self.epochs:g} of {tokens_per_epoch:,} tokens each"
+            samples = (int(self.epochs * tokens_per_epoch) - 1) // self.sequence_length
+        else:
+            return longest
+        steps = min(longest.batches.steps_within(samples), MOST_STEPS)
+        if steps < 1:
+            raise ValueError(
+                f"{given} is less than one step of {longest.batches.sizes[0]:,} × {self.sequence_length:,} tokens: train for "
+                "longer, or lower global_batch_size or sequence_length"
+            )
+        return replace(longest, steps=steps)
 
     def batches(self) -> BatchSchedule:
         """The size of the global batch over the run."""
@@ -242,6 +395,10 @@ class TrainSettings(Frozen):
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
+        given = [name for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
+        if len(given) != 1:
+            told = f"not {' and '.join(given)}" if given else "and none of them is given"
+            raise ValueError(f"the length is given by exactly one of steps, epochs and tokens, {told}")
         self.train_config()
         return self
 
@@ -262,6 +419,9 @@ class ExportSettings(Frozen):
         (), description="texts that the model continues, before and after training, for the report"
     )
     max_new_tokens: int = Field(48, ge=1, description="length of each continuation")
+    answers: int = Field(
+        0, ge=0, description="conversations: held-out ones whose last answer the model gives, before and after training"
+    )
 
 
 class PushSettings(Frozen):

@@ -18,22 +18,50 @@ def list_files(root: Path, include: tuple[str, ...], exclude: tuple[str, ...] = 
     return sorted(file for file, name in _walk(root, unwanted) if any(p.match(name) for p in wanted))
 
 
+def is_glob(source: str) -> bool:
+    """Whether a source is a pattern of paths: `corpus/*.jsonl.gz`."""
+    return _has_magic(source) and not Path(source).expanduser().exists()
+
+
+def expand(source: str) -> tuple[Path, list[Path]]:
+    """The folder that a pattern of paths begins with, and the files below it that match, sorted by path.
+
+    `*` stays within a folder's level, `**` goes to any below. Hidden files are left out unless the pattern names one.
+    """
+    pattern = Path(source).expanduser()
+    root = next(parent for parent in pattern.parents if not _has_magic(str(parent)))
+    rest = pattern.relative_to(root)
+    found = sorted(path for path in root.glob(str(rest)) if path.is_file())
+    return root, found if _is_hidden(rest) else [path for path in found if not _is_hidden(path.relative_to(root))]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _has_magic(pattern: str) -> bool:
+    return any(character in pattern for character in "*?[")
+
+
 def stamp(source: str, include: tuple[str, ...] = ("**/*",), exclude: tuple[str, ...] = ()) -> str | None:
-    """Identity of a local file or folder: names, sizes and times of its files. None when it is not on this disk."""
+    """Identity of a local source: names, sizes and times of its files. None when it is not on this disk."""
     path = Path(source).expanduser()
-    if not path.exists():
+    if is_glob(source):
+        root, files = expand(source)
+    elif path.exists():
+        root, files = (path.parent, [path]) if path.is_file() else (path, list_files(path, include, exclude))
+    else:
         return None
-    files = [path] if path.is_file() else list_files(path, include, exclude)
     digest = hashlib.sha256()
     for file in files:
         stat = file.stat()
-        name = file.name if path.is_file() else file.relative_to(path).as_posix()
+        name = file.relative_to(root).as_posix()
         digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
 def _patterns(globs: tuple[str, ...]) -> list[Pattern[str]]:
-    return [compile(translate(part)) for glob in globs for part in {glob, glob.removeprefix("**/")}]
+    return [compile(translate(part)) for pattern in globs for part in {pattern, pattern.removeprefix("**/")}]
 
 
 def _walk(root: Path, unwanted: list[Pattern[str]]) -> Iterator[tuple[Path, str]]:

@@ -7,7 +7,7 @@ artifact mean that the work is done. `SPECS` is the whole pipeline: which node n
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,8 +17,11 @@ from stages.contracts.sources import stamp
 
 # Raise a stage's number when its code changes what it writes for the same spec.
 STAGE_VERSIONS = {
-    "download": 2, "preprocess": 1, "convert": 1, "verify": 1, "shard": 1, "train": 2, "merge": 1, "export": 1, "push": 1,
+    "download": 3, "preprocess": 2, "convert": 1, "verify": 2, "shard": 1, "train": 3, "merge": 1, "export": 2, "push": 1,
 }  # fmt: skip
+
+
+TokenizerKind = Literal["auto", "sentencepiece", "huggingface"]
 
 
 class Ref(c.Frozen):
@@ -66,6 +69,8 @@ class Spec(c.Frozen):
         def without_paths(value: Any, name: str = "") -> Any:
             if isinstance(value, dict):
                 return {key: without_paths(inner, key) for key, inner in value.items()}
+            if isinstance(value, list):
+                return [without_paths(inner, name) for inner in value]
             if name in ("source", "folder") and isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists()):
                 return Path(value).name
             return value
@@ -90,7 +95,12 @@ def _key_part(model: c.Frozen, leave_out: frozenset[str] | set[str] = frozenset(
         if name in leave_out:
             continue
         value = getattr(model, name)
-        part[name] = _key_part(value) if isinstance(value, c.Frozen) else model.model_dump(mode="json", include={name})[name]
+        if isinstance(value, c.Frozen):
+            part[name] = _key_part(value)
+        elif isinstance(value, tuple) and value and isinstance(value[0], c.Frozen):
+            part[name] = [_key_part(item) for item in value]
+        else:
+            part[name] = model.model_dump(mode="json", include={name})[name]
     return part
 
 
@@ -117,7 +127,8 @@ class DownloadDataSpec(Spec):
 
     @classmethod
     def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
-        return {"data": config.data, "stamp": stamp(config.data.source, config.data.include, config.data.exclude)}
+        stamps = [stamp(settings.source, settings.include, settings.exclude) for _, _, _, settings in config.data.sources()]
+        return {"data": config.data, "stamp": " ".join(filter(None, stamps)) or None}
 
 
 class PreprocessSpec(Spec):
@@ -126,10 +137,11 @@ class PreprocessSpec(Spec):
     NODE = STAGE = "preprocess"
     INPUTS = {"data": a.RawDataArtifact, "model": a.ModelArtifact}
     settings: c.PreprocessSettings = c.PreprocessSettings()
+    added_tokens: tuple[str, ...] = Field((), description="as model.added_tokens")
 
     @classmethod
     def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
-        return {"settings": config.preprocess}
+        return {"settings": config.preprocess, "added_tokens": config.model.added_tokens}
 
 
 class ConvertSpec(Spec):
@@ -137,6 +149,14 @@ class ConvertSpec(Spec):
 
     NODE = STAGE = "convert"
     INPUTS = {"model": a.ModelArtifact}
+    added_tokens: tuple[str, ...] = Field((), description="as model.added_tokens")
+    tokenizer: TokenizerKind = Field("auto", description="as preprocess.tokenizer; only matters for added tokens")
+
+    @classmethod
+    def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
+        if not config.model.added_tokens:
+            return {}
+        return {"added_tokens": config.model.added_tokens, "tokenizer": config.preprocess.tokenizer}
 
 
 class VerifySpec(Spec):
@@ -172,6 +192,7 @@ class TrainSpec(Spec):
     INPUTS = {"weights": a.WeightsArtifact, "dataset": a.DatasetArtifact}
     layout: c.LayoutSettings = c.LayoutSettings()
     settings: c.TrainSettings
+    blend: dict[str, float] = Field({}, description="weight of each set of the dataset, by name; default: 1")
 
     @model_validator(mode="after")
     def _batches_fit_layout(self) -> Self:
@@ -180,7 +201,8 @@ class TrainSpec(Spec):
 
     @classmethod
     def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
-        return {"layout": config.layout, "settings": config.train}
+        weights = {named.name: named.settings.weight for named in config.data.sources() if named.settings.weight != 1}
+        return {"layout": config.layout, "settings": config.train, "blend": weights}
 
 
 class MergeSpec(Spec):

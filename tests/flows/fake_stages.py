@@ -31,9 +31,9 @@ TOKENIZER = a.TokenizerFacts(kind="sentencepiece", vocab_size=64, eod_id=2, bos_
 WEIGHTS: dict[str, Any] = {"model": MODEL, "tp": 1, "pp": 1, "tensors": 3, "bytes": 64}
 MAKES: dict[str, tuple[type[a.Artifact], dict[str, Any]]] = {
     "download-model": (a.ModelArtifact, {"model": MODEL, "tokenizer_files": (), "source": "m", "revision": None}),
-    "download-data": (a.RawDataArtifact, {"documents": 3, "source": "d", "revision": None, "text_bytes": 9}),
+    "download-data": (a.RawDataArtifact, {"documents": 3, "source": "d", "revision": None, "text_bytes": 9, "sets": ()}),
     "preprocess": (a.DatasetArtifact, {"tokenizer": TOKENIZER, "dtype": "uint16", "documents": 3, "empty_documents": 0,
-                                       "malformed_lines": 0, "tokens": 4096, "append_eod": True}),
+                                       "malformed_lines": 0, "tokens": 4096, "bos_eos": "eos", "content": "text", "sets": ()}),
     "convert": (a.WeightsArtifact, WEIGHTS),
     "verify": (a.VerificationArtifact, {"mean_error": 1e-7, "max_error": 1e-6, "loss_difference": 0.0,
                                         "argmax_agreement": 1.0, "allowed_mean_error": 1e-4, "precision": "fp32"}),

@@ -27,8 +27,8 @@ def problems(tmp_path: Path, text: str, *overrides: str) -> list[str]:
 def test_numbers_are_numbers(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(GOOD.replace("steps: 10", "steps: 10, lr: 1e-4, min_lr: 0"))
-    config = load_config(file, ["train.min_lr=1e-5", "preprocess.append_eod=false", 'export.prompts=["def f("]'])
-    assert (config.train.lr, config.train.min_lr, config.preprocess.append_eod) == (1e-4, 1e-5, False)
+    config = load_config(file, ["train.min_lr=1e-5", "preprocess.bos_eos=none", 'export.prompts=["def f("]'])
+    assert (config.train.lr, config.train.min_lr, config.preprocess.bos_eos) == (1e-4, 1e-5, "none")
     assert config.export.prompts == ("def f(",)
 
 
@@ -46,8 +46,8 @@ def test_numbers_are_numbers(tmp_path: Path) -> None:
         ("train: {steps: 10, lr: .inf}", "train.lr: inf is not a number that can be used"),
         ("train: {steps: 10, schedule: cosin}",
          'train.schedule: "cosin" is not legal. Legal here: cosine, linear, constant'),
-        ("train: {}", "train.steps: missing. steps is: optimizer updates"),
-        ("train: 7", "train: 7 is no section. It must have keys of: steps, sequence_length"),
+        ("train: {}", "train: the length is given by exactly one of steps, epochs and tokens, and none of them is given"),
+        ("train: 7", "train: 7 is no section. It must have keys of: steps, epochs, tokens, sequence_length"),
         ("train: {steps: 10, warmup_steps: 10}",
          "train: warmup_steps=10 must be less than the 10 steps of the schedule"),
         ("train: {steps: 10}\npush: {to: hub}", "push: to=hub needs repo, e.g. repo: my-name/my-model"),

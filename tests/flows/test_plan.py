@@ -63,7 +63,7 @@ def test_the_report_says_what_is_asked_for(tmp_path: Path) -> None:
     assert "somebody/model · 1.23 K parameters · vocabulary 64 · trained in bf16" in report
     assert "1 process = dp 1 × tp 1 × pp 1 · micro batch 1 · global batch 8 (8 micro batches)" in report
     assert "memory     each GPU 71.7 kB = weights 5.3 kB + main gradients 10.6 kB + " in report
-    assert "512 steps × 8 × 16 = 65.5 K tokens = 17 epochs" in report
+    assert "512 steps × 8 × 16 = 65.5 K tokens = 16.5 epochs" in report
     assert "4 to run, 6 cached" in report
 
 

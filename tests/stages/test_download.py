@@ -108,7 +108,7 @@ def refused(spec: Spec, hub: HubServer | None = None, token: str | None = None, 
     return err.strip().splitlines()[-1]
 
 
-def refused_together(*specs: Spec, hub: HubServer, token: str | None = None) -> list[str]:
+def refused_together(*specs: Spec, hub: HubServer | None, token: str | None = None) -> list[str]:
     """The errors of several runs in one process: loading `datasets` takes a while."""
     code = """
 import sys
@@ -460,33 +460,83 @@ def test_subset_of_a_dataset(hub: HubServer, tmp_path: Path) -> None:
     assert "data.source: datasets cannot read row 1 of ada/damaged" in damaged
 
 
-def test_jsonl(tmp_path: Path) -> None:
-    lines = [
-        {"id": "first", "body": "één"}, {"body": "two\n"}, {"id": 3, "body": ""}, {"body": None, "text": "no document"},
-    ]  # fmt: skip
-    text = "".join(json.dumps(line) + "\n" for line in lines) + "\n{not json\n" + '{"body": "\\ud800"}'
-    (tmp_path / "corpus.jsonl").write_text(text)
-    spec = data_spec(tmp_path / "ws", tmp_path / "corpus.jsonl", text_column="body")
-    artifact = done(spec)
-    assert isinstance(artifact, a.RawDataArtifact)
-    got = (spec.folder / "data.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in got[:4]] == [
-        {"id": "first", "text": "één"}, {"id": "corpus.jsonl:2", "text": "two\n"}, {"id": 3, "text": ""},
-        {"id": "corpus.jsonl:4", "text": None},
-    ]  # fmt: skip
-    assert got[4] == "{not json", "what is no document goes through, for preprocess to refuse or count"
-    assert json.loads(got[5])["text"] is None
-    assert artifact.documents == 3
-    assert artifact.metrics == {"documents": 3, "malformed": 3, "blank": 1}
-    assert artifact.source == "corpus.jsonl"
-    error = refused(data_spec(tmp_path / "ws", tmp_path / "corpus.jsonl"))
-    assert "data.text_column: line 1 of" in error
-    assert "has no 'text'; its keys: body, id" in error
-    (tmp_path / "empty.jsonl").write_text("\n\n")
-    assert "holds no document" in refused(data_spec(tmp_path / "ws", tmp_path / "empty.jsonl"))
+def test_files_of_records_are_copied_as_they_are(tmp_path: Path) -> None:
+    files = {
+        "corpus/b.jsonl": b'{"body": "two"}\n\n{not json\n', "corpus/sub/a.jsonl.gz": b"\x1f\x8bwhatever",
+        "corpus/.hidden.jsonl": b"{}", "one.parquet": b"PAR1",
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    for source, names, figure in (
+        ("corpus", ["b.jsonl", "sub/a.jsonl.gz"], "2 files, 37 B of text"),
+        ("corpus/*.jsonl", ["b.jsonl"], "1 file, 27 B of text"),
+        ("corpus/**/*.gz", ["sub/a.jsonl.gz"], "1 file, 10 B of text"),
+        ("one.parquet", ["one.parquet"], "1 file, 4 B of text"),
+    ):
+        spec = data_spec(tmp_path / "ws", tmp_path / source, text_column="body")
+        artifact = done(spec)
+        assert isinstance(artifact, a.RawDataArtifact)
+        (made,) = artifact.sets
+        assert (made.name, made.role, made.text_column, made.documents) == ("data", "all", "body", None)
+        assert made.files == tuple(f"data/{name}" for name in names)
+        where = tmp_path if source == "one.parquet" else tmp_path / "corpus"
+        for name in names:
+            assert (spec.folder / "data" / name).read_bytes() == (where / name).read_bytes()
+        assert artifact.figure == figure
+    (tmp_path / "empty.jsonl").write_text("")
+    assert f"data.source: {tmp_path}/empty.jsonl is empty" in refused(data_spec(tmp_path / "ws", tmp_path / "empty.jsonl"))
     (tmp_path / "corpus.csv").write_text("a,b")
     error = refused(data_spec(tmp_path / "ws", tmp_path / "corpus.csv"))
-    assert "is neither a folder nor a .jsonl file" in error
+    assert f"data.source: {tmp_path}/corpus.csv is no file of records, one JSON object per line: .jsonl, .ndjson, " in error
+    error = refused(data_spec(tmp_path / "ws", tmp_path / "corpus/*.txt"))
+    assert (
+        f"data.source: no file matches {tmp_path}/corpus/*.txt; {tmp_path}/corpus holds: .hidden.jsonl, b.jsonl, sub" in error
+    )
+
+
+def test_several_sources(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl", "held_out.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
+    blend = ({"source": str(tmp_path / "a.jsonl"), "weight": 3.0}, {"source": str(tmp_path / "b.jsonl")})
+    settings = DataSettings.model_validate({"blend": blend, "valid": [{"source": str(tmp_path / "held_out.jsonl")}]})
+    spec = DownloadDataSpec(workspace=str(tmp_path / "ws"), data=settings)
+    artifact = done(spec)
+    assert isinstance(artifact, a.RawDataArtifact)
+    assert [(each.name, each.role, each.files) for each in artifact.sets] == [
+        ("data-0", "train", ("data-0/a.jsonl",)), ("data-1", "train", ("data-1/b.jsonl",)),
+        ("valid-0", "valid", ("valid-0/held_out.jsonl",)),
+    ]  # fmt: skip
+    assert artifact.source == "a.jsonl + b.jsonl"
+    assert str(tmp_path) not in (spec.folder / "artifact.json").read_text(), "no path of this machine in an artifact"
+    other = settings.model_copy(update={"blend": tuple(each.model_copy(update={"weight": 5.0}) for each in settings.blend)})
+    assert spec.model_copy(update={"data": other}).key == spec.key, "weights are training's business"
+    wrong = DataSettings.model_validate({"source": "ada/x", "valid": [{"source": str(tmp_path / "none.jsonl")}]})
+    (tmp_path / "elsewhere").mkdir()
+    error = refused(spec.model_copy(update={"data": wrong.model_copy(update={"source": str(tmp_path / "a.jsonl")})}))
+    assert f"data.valid[0].source: there is no {tmp_path}/none.jsonl" in error
+
+
+def test_dataset_that_was_saved_to_disk_and_conversations(tmp_path: Path) -> None:
+    import datasets
+
+    talks = [{"from": "human", "value": "2+2"}, {"from": "gpt", "value": "4"}]
+    train = datasets.Dataset.from_list([{"body": "one", "talk": talks, "n": 1}, {"body": "two", "talk": talks, "n": 2}])
+    datasets.DatasetDict({"train": train, "held": train.select([1])}).save_to_disk(str(tmp_path / "saved"))
+    spec = data_spec(tmp_path / "ws", tmp_path / "saved", text_column="body", split="held")
+    assert isinstance(artifact := done(spec), a.RawDataArtifact)
+    assert (documents(spec), artifact.sets[0].text_column) == ([{"id": 1, "text": "two"}], "text")
+    spec = data_spec(tmp_path / "ws", tmp_path / "saved", format="sharegpt", columns={"conversations": "talk"})
+    done(spec)
+    assert documents(spec) == [{"id": 1, "talk": talks}, {"id": 2, "talk": talks}]
+    split, columns = refused_together(
+        data_spec(tmp_path / "ws", tmp_path / "saved", split="valid"),
+        data_spec(tmp_path / "ws", tmp_path / "saved", format="messages"),
+        hub=None,
+    )
+    assert f"data.split: {tmp_path}/saved has no split 'valid'. It has: train, held" in split
+    assert "data.columns: " in columns
+    assert "lacks messages, which format messages needs. It has: body, talk, n" in columns
 
 
 def test_folder_of_source_files(tmp_path: Path) -> None:
@@ -512,7 +562,7 @@ def test_folder_of_source_files(tmp_path: Path) -> None:
     assert documents(spec) == [
         {"id": "a-b.py", "text": "c = 3"}, {"id": "a/x.py", "text": "x = 'é'\n"}, {"id": "b.py", "text": "b = 2\r\n"},
     ]  # fmt: skip
-    assert artifact.figure == "3 files, 21 B of text (left out: 1 empty, 1 not UTF-8)"
+    assert artifact.figure == "3 documents, 21 B of text (left out: 1 empty, 1 not UTF-8)"
     assert artifact.source == "src"
     hidden = data_spec(workspace, root, include=(".git/*",))
     done(hidden)

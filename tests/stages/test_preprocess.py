@@ -1,5 +1,6 @@
 """Preprocess as a stage: its facts and files, what it says of malformed text and unfit tokenizers, and how it stops."""
 
+import gzip
 import json
 import os
 import re
@@ -11,12 +12,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from distributed import started_children
 from tiny_tokenizers import CODE, train_huggingface, train_sentencepiece
+from workers_of_preprocessing import workers
 
 from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.data.indexed_dataset import IndexedDataset
-from megatron_core_impl.data.tokenization import Job
+from megatron_core_impl.data.preprocessing import Job
 from megatron_core_impl.data.tokenizer import load_tokenizer
 from stages import preprocess, runtime
 from stages.contracts import artifacts as a
@@ -49,14 +50,27 @@ def prepare(tmp_path: Path, tokenizers: Path) -> Callable[..., PreprocessSpec]:
     """Makes the results of download and gives the spec of preprocess."""
 
     def prepare(
-        raw: str | bytes, *, vocab_size: int = 320, files: tuple[str, ...] = ("tokenizer.model",), **settings: object
+        *raw: str | bytes,
+        vocab_size: int = 320,
+        files: tuple[str, ...] = ("tokenizer.model",),
+        names: tuple[str, ...] = ("data.jsonl",),
+        form: str = "text",
+        added_tokens: tuple[str, ...] = (),
+        **settings: object,
     ) -> PreprocessSpec:
-        raw = raw if isinstance(raw, bytes) else raw.encode()
+        contents = [content if isinstance(content, bytes) else content.encode() for content in raw]
 
         def make_data(spec: DownloadDataSpec, ctx: runtime.Context) -> a.RawDataArtifact:
-            (ctx.scratch / "data.jsonl").write_bytes(raw)
-            counts = {"documents": raw.count(b"\n"), "text_bytes": len(raw)}
-            return ctx.artifact(a.RawDataArtifact, figure="", source="texts", revision=None, **counts)
+            sets = []
+            for name, content in zip(names, contents, strict=True):
+                (ctx.scratch / name).write_bytes(content)
+                sets.append(a.RawSet(
+                    name=name.split(".")[0], files=(name,), format=form, text_column="text", columns={}, source=name,
+                    role="all", documents=None, text_bytes=len(content),
+                ))  # fmt: skip
+            return ctx.artifact(
+                a.RawDataArtifact, figure="", source="texts", revision=None, documents=None, text_bytes=1, sets=tuple(sets)
+            )
 
         def make_model(spec: DownloadModelSpec, ctx: runtime.Context) -> a.ModelArtifact:
             (ctx.scratch / "files").mkdir()
@@ -69,19 +83,24 @@ def prepare(tmp_path: Path, tokenizers: Path) -> Callable[..., PreprocessSpec]:
         data = runtime.execute(DownloadDataSpec(workspace=ws, data=DataSettings(source="d")), make_data)
         model = runtime.execute(DownloadModelSpec(workspace=ws, model=ModelSettings(source="m")), make_model)
         inputs = {name: Ref(path=i.path, fingerprint=i.fingerprint) for name, i in (("data", data), ("model", model))}
-        return PreprocessSpec(workspace=ws, inputs=inputs, settings=PreprocessSettings(**settings))  # type: ignore[arg-type]
+        return PreprocessSpec(
+            workspace=ws,
+            inputs=inputs,
+            settings=PreprocessSettings(**settings),
+            added_tokens=added_tokens,  # type: ignore[arg-type]
+        )
 
     return prepare
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few lines per chunk, so that a small text has many."""
-    monkeypatch.setattr(preprocess, "Job", partial(Job, chunk_bytes=300))
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few lines per part, so that a small text has many."""
+    monkeypatch.setattr(preprocess, "Job", partial(Job, part_bytes=300))
 
 
 def execute(spec: PreprocessSpec) -> a.DatasetArtifact:
-    artifact = runtime.execute(spec, preprocess.run)
+    artifact = runtime.execute(spec, preprocess.run, resumable=True)
     assert isinstance(artifact, a.DatasetArtifact)
     return artifact
 
@@ -100,16 +119,27 @@ def test_text_becomes_a_dataset(prepare: Callable[..., PreprocessSpec], tokenize
     assert sorted(artifact.files) == ["data.bin", "data.idx"]
     assert artifact.tokenizer == a.TokenizerFacts(
         kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id, bos_id=tokenizer.bos_id,
-        fingerprint=tokenizer.fingerprint,
+        fingerprint=tokenizer.fingerprint, added_tokens={},
     )  # fmt: skip
     assert (artifact.documents, artifact.empty_documents, artifact.malformed_lines) == (100, 20, 0)
     assert artifact.tokens == data.sizes.sum()
-    assert (artifact.dtype, artifact.append_eod) == ("uint16", True)
+    assert (artifact.dtype, artifact.bos_eos, artifact.content) == ("uint16", "eos", "text")
+    (only,) = artifact.sets
+    assert (only.name, only.role, only.documents, only.tokens, only.empty_documents) == (
+        "data",
+        "all",
+        100,
+        artifact.tokens,
+        20,
+    )
+    assert (only.malformed_lines, only.blank_lines, only.left_out) == (0, 0, {})
+    assert only.longest == data.sizes.max()
+    assert sum(only.lengths.values()) == 100
     pattern = rf"{artifact.tokens:,} tokens · (\d\.\d M|[\d,]+) tokens/s · 120 documents, 20 empty"
     assert re.fullmatch(pattern, artifact.figure), artifact.figure
 
 
-def test_workers_do_not_change_the_result(prepare: Callable[..., PreprocessSpec], small_chunks: None, tmp_path: Path) -> None:
+def test_workers_do_not_change_the_result(prepare: Callable[..., PreprocessSpec], small_parts: None, tmp_path: Path) -> None:
     one = execute(prepare(lines_of(TEXTS), workers=1))
     (tmp_path / "ws").rename(tmp_path / "first")
     three = execute(prepare(lines_of(TEXTS), workers=3))
@@ -117,8 +147,8 @@ def test_workers_do_not_change_the_result(prepare: Callable[..., PreprocessSpec]
 
 
 def test_no_end_of_text(prepare: Callable[..., PreprocessSpec]) -> None:
-    spec = prepare(lines_of(TEXTS), append_eod=False)
-    assert not execute(spec).append_eod
+    spec = prepare(lines_of(TEXTS), bos_eos="none")
+    assert execute(spec).bos_eos == "none"
     assert IndexedDataset(spec.folder / "data")[0].tolist() == load_tokenizer(
         spec.folder.parents[1] / spec.inputs["model"].path / "files"
     ).encode(TEXTS[0])
@@ -139,7 +169,7 @@ def test_malformed_lines_fail_the_stage(prepare: Callable[..., PreprocessSpec]) 
     assert str(error.value) == (
         f"3 of the 120 lines are malformed, more than preprocess.max_malformed=0 allows:\n"
         f"  {file}:3: not UTF-8: byte 0xff at column 11\n"
-        f'  {file}:50: no key "text"\n'
+        f'  {file}:50: no key "text"; it has: id\n'
         f"  {file}:51: not JSON: Expecting value at column 1\n"
         "Mend them, or set preprocess.max_malformed to the share of lines that may be left out"
     )
@@ -149,15 +179,15 @@ def test_malformed_lines_fail_the_stage(prepare: Callable[..., PreprocessSpec]) 
 
 
 def test_first_malformed_line_ends_the_stage_where_none_is_allowed(
-    prepare: Callable[..., PreprocessSpec], small_chunks: None
+    prepare: Callable[..., PreprocessSpec], small_parts: None
 ) -> None:
     with pytest.raises(runtime.BadInput, match=r"\d of the first \d+ lines are malformed"):
         execute(prepare(malformed(TEXTS)))
-    assert not started_children()
+    assert not workers()
 
 
 def test_malformed_lines_within_the_share_are_left_out(
-    prepare: Callable[..., PreprocessSpec], small_chunks: None, capsys: pytest.CaptureFixture[str]
+    prepare: Callable[..., PreprocessSpec], small_parts: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = prepare(malformed(TEXTS), max_malformed=0.025)
     artifact = execute(spec)
@@ -167,7 +197,7 @@ def test_malformed_lines_within_the_share_are_left_out(
     )
     assert [json.loads(line) for line in (spec.folder / "malformed.jsonl").read_text().splitlines()] == [
         {"file": "data.jsonl", "line": 3, "reason": "not UTF-8: byte 0xff at column 11"},
-        {"file": "data.jsonl", "line": 50, "reason": 'no key "text"'},
+        {"file": "data.jsonl", "line": 50, "reason": 'no key "text"; it has: id'},
         {"file": "data.jsonl", "line": 51, "reason": "not JSON: Expecting value at column 1"},
     ]
     assert "warning: 3 malformed lines left out, listed in malformed.jsonl" in capsys.readouterr().out
@@ -178,14 +208,15 @@ def test_malformed_lines_within_the_share_are_left_out(
 
 
 def test_many_malformed_lines_are_not_all_named(prepare: Callable[..., PreprocessSpec]) -> None:
-    with pytest.raises(runtime.BadInput, match=r"(?s)7 of the 7 lines.*data.jsonl:5: empty line\n  and 2 more\nMend them"):
-        execute(prepare("\n" * 7))
+    with pytest.raises(runtime.BadInput, match=r"(?s)7 of the 7 lines.*data.jsonl:5: an array.*\n  and 2 more\nMend them"):
+        execute(prepare("[]\n" * 7))
 
 
-@pytest.mark.parametrize("raw", ["", lines_of(["", ""])])
+@pytest.mark.parametrize("raw", ["", lines_of(["", ""]), lines_of([""]) + " \n\n"])
 def test_no_text_is_an_error(prepare: Callable[..., PreprocessSpec], raw: str) -> None:
-    count = raw.count("\n")
-    message = rf"data\.jsonl: no document with text in {count} lines \({count} empty, 0 malformed\)\. Check data\.source"
+    count, empty = raw.count("\n"), raw.count('""')
+    counts = rf"{empty} empty, 0 malformed, {count - empty} blank"
+    message = rf"data\.jsonl: no document with text in {count} lines \({counts}\)\. Check data\.source"
     with pytest.raises(runtime.BadInput, match=message):
         execute(prepare(raw))
 
@@ -197,25 +228,73 @@ def test_tokenizer_must_fit_the_model(prepare: Callable[..., PreprocessSpec]) ->
         execute(prepare(lines_of(TEXTS), tokenizer="huggingface"))
 
 
-def test_append_eod_needs_a_token(prepare: Callable[..., PreprocessSpec]) -> None:
-    with pytest.raises(runtime.BadInput, match=r"preprocess\.append_eod: the tokenizer names no end-of-text token"):
+def test_ends_need_a_token(prepare: Callable[..., PreprocessSpec]) -> None:
+    with pytest.raises(runtime.BadInput, match=r"preprocess\.bos_eos=eos: the tokenizer names no end-of-text token"):
         execute(prepare(lines_of(TEXTS), files=("tokenizer.json",)))
 
 
+def test_added_tokens_are_facts_and_their_text_is_text(prepare: Callable[..., PreprocessSpec]) -> None:
+    texts = ["a <|user|> b</s>"]
+    artifact = execute(prepare(lines_of(texts), added_tokens=("<|user|>", "</s>")))
+    assert artifact.tokenizer.added_tokens == {"<|user|>": 320, "</s>": 2}
+    assert artifact.tokenizer.vocab_size == 321
+    spec = prepare(lines_of(texts), added_tokens=("<|user|>", "</s>"), bos_eos="both", reference_special_text=True)
+    assert execute(spec).bos_eos == "both"
+    ids = IndexedDataset(spec.folder / "data")[0].tolist()
+    assert (ids[0], ids[-2:], ids.count(320)) == (1, [2, 2], 1)
+    with pytest.raises(runtime.BadInput, match=r"model\.added_tokens: added tokens \['<a>', '<a>'\] must be texts"):
+        execute(prepare(lines_of(texts), added_tokens=("<a>", "<a>")))
+
+
+def test_each_set_becomes_a_dataset(prepare: Callable[..., PreprocessSpec], tmp_path: Path) -> None:
+    content = malformed(TEXTS)
+    spec = prepare(content, gzip.compress(content), names=("web.jsonl", "code.jsonl.gz"), max_malformed=0.03, workers=1)
+    artifact = execute(spec)
+    assert [(s.name, s.documents, s.malformed_lines) for s in artifact.sets] == [("web", 97, 3), ("code", 97, 3)]
+    assert (artifact.documents, artifact.malformed_lines) == (194, 6)
+    assert sorted(artifact.files) == ["code.bin", "code.idx", "malformed.jsonl", "web.bin", "web.idx"]
+    assert artifact.files["web.idx"].sha256 == artifact.files["code.idx"].sha256
+    lines = [json.loads(line) for line in (spec.folder / "malformed.jsonl").read_text().splitlines()]
+    assert [(line["file"], line["line"]) for line in lines] == [
+        (n, k) for n in ("web.jsonl", "code.jsonl.gz") for k in (3, 50, 51)
+    ]
+
+
+def test_files_that_cannot_be_read(prepare: Callable[..., PreprocessSpec]) -> None:
+    whole = gzip.compress(lines_of(TEXTS).encode())
+    spec = prepare(whole[:-9], names=("data.jsonl.gz",), max_malformed=1.0)
+    with pytest.raises(runtime.BadInput, match=r"/data\.jsonl\.gz: ends early, in the middle of its compressed data"):
+        execute(spec)
+    assert list(spec.folder.parent.glob(".*.partial")) == []
+
+
+def test_conversations_need_a_template(prepare: Callable[..., PreprocessSpec]) -> None:
+    with pytest.raises(runtime.BadInput, match=r'has no chat template .* Set preprocess\.chat_template to "chatml" or '):
+        execute(prepare("", form="alpaca"))
+    with pytest.raises(runtime.BadInput, match=r"model\.added_tokens"):
+        execute(prepare("", form="alpaca", chat_template="chatml"))
+
+
 def test_killed_worker_can_be_run_again(
-    prepare: Callable[..., PreprocessSpec], small_chunks: None, monkeypatch: pytest.MonkeyPatch
+    prepare: Callable[..., PreprocessSpec], small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = prepare(lines_of(TEXTS))
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.Context, "progress", lambda *_: [child.kill() for child in started_children()])
+        patch.setattr(runtime.Context, "progress", lambda *_: [os.kill(child, signal.SIGKILL) for child in workers()])
         with pytest.raises(runtime.Interrupted) as error:
             execute(spec)
     assert re.match(
         r"worker process \d+ was killed by SIGKILL\. If that was the kernel, for lack of memory, lower", str(error.value)
     )
     assert "preprocess.workers (now 2); then run again" in str(error.value)
-    assert list(spec.folder.parent.glob(".*.partial")) == []
+    finished = len(list(spec.folder.parent.glob(".*.partial/data.parts-*/*.json")))
+    assert finished > 0
+    old = []
+    monkeypatch.setattr(
+        preprocess.Counts, "add", lambda self, p, add=preprocess.Counts.add: (old.append(not p.is_new), add(self, p))
+    )
     assert execute(spec).documents == 100
+    assert sum(old) >= finished
 
 
 def start(spec: PreprocessSpec, tmp_path: Path) -> subprocess.Popen[str]:
@@ -235,7 +314,7 @@ def test_process(prepare: Callable[..., PreprocessSpec], tmp_path: Path) -> None
     events = [json.loads(line.removeprefix("@@stage ")) for line in out.splitlines() if line.startswith("@@stage ")]
     assert events[-1]["event"] == "progress"
     assert events[-1]["done"] == events[-1]["total"]
-    assert re.fullmatch(r"[\d,]+ tokens · \S+( M)? tokens/s · 0s left", events[-1]["text"])
+    assert re.fullmatch(r"[\d,]+ tokens · \S+( M)? tokens/s · \S+ documents/s · 0s left", events[-1]["text"])
     assert "120 documents, 20 empty" in out
 
 
@@ -254,5 +333,5 @@ def test_stopped_with_its_whole_group_it_ends_quietly(
     _, err = process.communicate()  # returns when no process holds the pipes any more
     assert process.returncode == runtime.ExitCode.INTERRUPTED
     assert err == f"error: preprocess: stopped by {number.name}; run it again to go on\n"
-    assert list(spec.folder.parent.glob(".*.partial")) == []
     assert not spec.folder.exists()
+    assert not list(spec.folder.parent.glob(".*.partial/*.idx"))  # parts at most

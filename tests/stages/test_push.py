@@ -83,11 +83,11 @@ def inputs(tmp_path: Path) -> dict[str, Ref]:
         ),
         "dataset": publish(
             workspace, a.DatasetArtifact, {}, {}, tokenizer=TOKENIZER, dtype="uint16", documents=2211, empty_documents=3,
-            malformed_lines=0, tokens=9_480_112, append_eod=True,
+            malformed_lines=0, tokens=9_480_112, bos_eos="eos", content="text", sets=(),
         ),
         "data": publish(
             workspace, a.RawDataArtifact, {}, {"data": {"source": "/home/ada/Lib", "text_column": "text"}}, documents=2214,
-            source="Lib", revision=None, text_bytes=31_400_000,
+            source="Lib", revision=None, text_bytes=31_400_000, sets=(),
         ),
         "verification": publish(
             workspace, a.VerificationArtifact, {}, {}, mean_error=2.2e-7, max_error=1e-6, loss_difference=1e-8,

@@ -30,7 +30,7 @@ def run(spec, ctx):
         case "crash": raise RuntimeError("boom")
         case "full": raise OSError(errno.ENOSPC, "No space left on device", "data.jsonl")
         case "hang": sys.stdin.read()
-    return ctx.artifact(a.RawDataArtifact, figure="1 document", documents=1, source="s", revision=None, text_bytes=3)
+    return ctx.artifact(a.RawDataArtifact, figure="1 document", documents=1, source="s", revision=None, text_bytes=3, sets=())
 
 if __name__ == "__main__":
     runtime.main({"data": "download-data"}, run, __doc__)
@@ -65,7 +65,7 @@ def made(spec: DownloadDataSpec, text: str = "one\n") -> a.Artifact:
         (ctx.scratch / "data.jsonl").write_text(text)
         (ctx.scratch / "log.txt").write_text(os.urandom(4).hex())
         return ctx.artifact(
-            a.RawDataArtifact, figure="f", volatile=("log.txt",), documents=1, source="s", revision=None, text_bytes=3
+            a.RawDataArtifact, figure="f", volatile=("log.txt",), documents=1, source="s", revision=None, text_bytes=3, sets=()
         )
 
     return runtime.execute(spec, run)

@@ -19,6 +19,7 @@ from stages import runtime, torchrun, train
 from stages.contracts import artifacts as a
 from stages.contracts.config import LayoutSettings, TrainSettings
 from stages.contracts.specs import PreprocessSpec, Ref, ShardSpec, Spec, TrainSpec
+from stages.training_job import INDEX
 
 SETTINGS = {
     "steps": 40, "sequence_length": 16, "micro_batch_size": 2, "global_batch_size": 4, "lr": 1e-2, "precision": "fp32",
@@ -45,15 +46,15 @@ def put_weights(workspace: Path, model: ModelConfig = MODEL, tp: int = 1, pp: in
     )  # fmt: skip
 
 
-def put_dataset(
-    workspace: Path, documents: int = 40, vocab_size: int = MODEL.vocab_size, append_eod: bool = False
-) -> a.Artifact:
-    source = {"data": Ref(path=f"download/{documents}-{vocab_size}-{append_eod}")}
+def put_dataset(workspace: Path, documents: int = 40, vocab_size: int = MODEL.vocab_size, bos_eos: str = "none") -> a.Artifact:
+    source = {"data": Ref(path=f"download/{documents}-{vocab_size}-{bos_eos}")}
     return put(
         PreprocessSpec(workspace=str(workspace), inputs=source),
         lambda scratch: write_dataset(scratch, documents), a.DatasetArtifact,
         tokenizer=a.TokenizerFacts(kind="sentencepiece", vocab_size=vocab_size, eod_id=2, bos_id=1, fingerprint="f"),
-        dtype="uint16", documents=documents, empty_documents=0, malformed_lines=0, tokens=1, append_eod=append_eod,
+        dtype="uint16", documents=documents, empty_documents=0, malformed_lines=0, tokens=1, bos_eos=bos_eos, content="text",
+        sets=(a.DatasetSet(name="data", role="all", documents=documents, tokens=1, empty_documents=0, malformed_lines=0,
+                           blank_lines=0, longest=1, lengths={}, left_out={}),),
     )  # fmt: skip
 
 
@@ -130,18 +131,17 @@ def start() -> Iterator[Callable[[TrainSpec], Stage]]:
 
 
 def test_stops_when_asked_and_goes_on(tmp_path: Path, start: Callable[[TrainSpec], Stage]) -> None:
-    spec = spec_of(tmp_path, pp=2)
+    spec = spec_of(tmp_path, pp=2, steps=160)  # more than it does before the signal arrives
     stage = start(spec)
-    stage.wait_for(
-        "2 processes, dp 1 × tp 1 × pp 2 · 40 steps × 4 samples × 16 tokens = 2,560 tokens = 2.13 epochs of 32 documents"
-    )
+    stage.wait_for("2 processes, dp 1 × tp 1 × pp 2")
+    stage.wait_for("length: 160 steps × 4 × 16 = 10.2 K tokens = 8.5 epochs")
     stage.wait_for("memory of a process, estimated: ")
-    stage.wait_for("step  2/40 · loss ")
+    stage.wait_for("step   2/160 · loss ")
     stage.process.send_signal(signal.SIGTERM)
     code, _, err = stage.end()
     assert code == runtime.ExitCode.INTERRUPTED
     [step] = finished_steps(scratch_of(spec) / "checkpoints")
-    assert 2 <= step < 40
+    assert 2 <= step < 160
     assert err == f"error: train: stopped; saved at step {step}; run again to go on from step {step}\n"
     assert not spec.folder.exists()
     assert stage.processes() == {}
@@ -153,20 +153,25 @@ def test_stops_when_asked_and_goes_on(tmp_path: Path, start: Callable[[TrainSpec
     assert "train: held-out loss " in out
     artifact = a.find_intact(spec.folder)
     assert isinstance(artifact, a.CheckpointArtifact)
-    assert (artifact.step, artifact.consumed_samples, artifact.consumed_tokens) == (40, 160, 2560)
+    assert (artifact.step, artifact.consumed_samples, artifact.consumed_tokens) == (160, 640, 10240)
     assert (artifact.tp, artifact.pp, artifact.dp, artifact.vpp) == (1, 2, 1, 1)
     assert artifact.loss_after < 0.8 * artifact.loss_before
     assert artifact.figure.startswith(f"held-out loss {artifact.loss_before:.2f} → {artifact.loss_after:.2f} · perplexity ")
-    assert artifact.figure.endswith(" · checkpoint at step 40")
-    assert artifact.checkpoint == "checkpoints/step-000040"
+    assert artifact.figure.endswith(" · checkpoint at step 160")
+    assert artifact.checkpoint == "checkpoints/step-000160"
     assert {path.name for path in spec.folder.iterdir()} >= {"artifact.json", "checkpoints", "metrics.jsonl", "tensorboard"}
-    assert [path.name for path in (spec.folder / "checkpoints").iterdir()] == ["step-000040"]
+    assert [path.name for path in (spec.folder / "checkpoints").iterdir()] == ["step-000160"]
     names = ("index.json", "rank-0000.safetensors", "rank-0001.safetensors", "state.json")
     assert [name for name, file in artifact.files.items() if not file.volatile] == [f"{artifact.checkpoint}/{n}" for n in names]
     assert str(tmp_path) not in (spec.folder / "artifact.json").read_text()
     assert str(tmp_path) not in (spec.folder / artifact.checkpoint / "state.json").read_text()
-    assert [line["step"] for line in metrics.read_metrics(spec.folder) if "loss" in line] == list(range(1, 41))
-    assert len(artifact.metrics["loss_curve"]) == 40
+    assert [line["step"] for line in metrics.read_metrics(spec.folder) if "loss" in line] == list(range(1, 161))
+    assert len(artifact.metrics["loss_curve"]) == 160
+    assert artifact.metrics["length"] == {"steps": 160, "tokens": 10240, "epochs": pytest.approx(8.5, abs=0.01)}
+    assert 0 <= artifact.metrics["data_wait_share"] < 1
+    assert artifact.metrics["evaluation_seconds"] > 0
+    assert artifact.metrics["loss_test"] is None
+    assert len(list((tmp_path / INDEX).glob("*/key.json"))) == 2, "train and valid, made once for all ranks"
     assert not scratch_of(spec).exists()
 
 
@@ -260,14 +265,14 @@ def test_documents_without_an_end(tmp_path: Path) -> None:
     text = refusal(spec_of(tmp_path, reset_attention_mask=True, eod_mask_loss=True))
     assert text == (
         "train.reset_attention_mask and train.eod_mask_loss need a token at the end of each document, but "
-        "dataset.append_eod=False: preprocess the text with preprocess.append_eod=true, or leave them out"
+        "dataset.bos_eos=none: preprocess the text with preprocess.bos_eos=eos, or leave them out"
     )
     assert train.check(*inputs_of(tmp_path, reset_attention_mask=True)) is None
 
 
 def inputs_of(workspace: Path, **settings: Any) -> tuple[TrainSpec, Any, Any]:
     """A spec whose documents have ends, and its inputs."""
-    weights, dataset = put_weights(workspace), put_dataset(workspace, append_eod=True)
+    weights, dataset = put_weights(workspace), put_dataset(workspace, bos_eos="eos")
     return spec_of(workspace, weights=weights, dataset=dataset, **settings), weights, dataset
 
 

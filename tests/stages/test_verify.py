@@ -208,12 +208,16 @@ def test_wrong_theta(tmp_path: Path) -> None:
     assert "Our model is built with rope_theta=1000000.0, config.json says 10000.0." in message
 
 
-def test_fault_that_hardly_moves_the_logits(tmp_path: Path) -> None:
+def test_fault_that_hardly_moves_the_logits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With weights this small attention looks everywhere alike, whatever the queries are."""
     workspace = make_workspace(tmp_path, edit=swap_heads, initializer_range=0.005)
-    with pytest.raises(GateFailed, match=r"gate failed at layer 1 \(model\.layers\.1\.self_attn\): largest relative error"):
+    with pytest.raises(GateFailed, match=r"gate failed at layer 1 \(model\.layers\.1\.self_attn\): "):
         check(workspace)
-    assert check(workspace, max_mean_error=1e-2).mean_error < 1e-4  # what a person allows, passes
+    log = capsys.readouterr().out
+    assert "passed  mean |Δlogit|" in log
+    assert "FAILED  largest relative error of a module" in log
+    allowed = check(workspace, max_mean_error=1e-2, min_argmax_agreement=0.9)
+    assert allowed.mean_error < 1e-4, "what a person allows, passes"
 
 
 def test_fault_in_bf16(tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""Added tokens, and a chat template, in the files of an exported tokenizer: just those that were added, nothing else changes.
+
+`tokenizer.json` lists them among its own; `tokenizer_config.json` names them for tokenizers that are made of `tokenizer.model`
+alone. Files in which nothing changes keep their bytes.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_core_impl.checkpoint.index import read_json
+from megatron_core_impl.data.chat_template import CHATML, REFERENCE_ROLES
+from stages.runtime import GateFailed
+
+KIND: dict[str, Any] = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+SPECIAL = "additional_special_tokens"
+
+
+def add_tokens(folder: Path, added: Mapping[str, int]) -> None:
+    """Write special tokens, with their ids, into the files of a tokenizer. Those that are there already stay as they are."""
+    if not added:
+        return
+    if (file := folder / "tokenizer.json").exists():
+        content = read_json(file)
+        known = {token["content"] for token in content.setdefault("added_tokens", [])} | set(_vocabulary(content))
+        if new := [{"id": number, "content": token, **KIND} for token, number in added.items() if token not in known]:
+            content["added_tokens"] += sorted(new, key=lambda token: token["id"])
+            _write(file, content)
+    config = read_json(file) if (file := folder / "tokenizer_config.json").exists() else {}
+    decoder = config.setdefault("added_tokens_decoder", {})
+    for token, number in added.items():
+        decoder.setdefault(str(number), {"content": token, **KIND})
+    _name(config, added)
+    _write(file, config)
+    if (file := folder / "special_tokens_map.json").exists():
+        special = read_json(file)
+        _name(special, added)
+        _write(file, special)
+
+
+def write_chat_template(folder: Path, name: str) -> None:
+    """Give a tokenizer the template that its model was trained with, unless that is its own.
+
+    Args:
+        name: as `preprocess.chat_template`.
+    """
+    if name == "tokenizer":
+        return
+    template = CHATML
+    if name == "megatron-llm":
+        roles = ", ".join(f"'{role}': '{called}'" for role, called in REFERENCE_ROLES.items())
+        template = CHATML.replace("{{ message.role }}", "{{ {" + roles + "}[message.role] }}").replace(
+            "assistant\n", f"{REFERENCE_ROLES['assistant']}\n"
+        )
+    (folder / "chat_template.jinja").write_text(template)
+
+
+def check_added_tokens(tokenizer: Any, added: Mapping[str, int]) -> None:
+    """Each added token must be one id for transformers too, the one it was trained under.
+
+    Args:
+        tokenizer: of transformers, loaded from the exported folder.
+
+    Raises:
+        GateFailed: naming the token and both ids.
+    """
+    for token, number in added.items():
+        found = tokenizer(token, add_special_tokens=False).input_ids
+        if found[-1:] != [number] or tokenizer.convert_tokens_to_ids(token) != number:
+            raise GateFailed(f"the exported tokenizer gives {token} the ids {found}; the model was trained with {number}")
+
+
+def _name(content: dict[str, Any], added: Mapping[str, int]) -> None:
+    """Add tokens to those that a file calls special, which may be written as text or as objects."""
+    listed = content.setdefault(SPECIAL, [])
+    known = {token["content"] if isinstance(token, dict) else token for token in listed}
+    listed += [token for token in added if token not in known]
+
+
+def _vocabulary(content: dict[str, Any]) -> Mapping[str, Any]:
+    vocabulary = content.get("model", {}).get("vocab", {})
+    return vocabulary if isinstance(vocabulary, dict) else dict(vocabulary)  # Unigram: pairs of piece and score
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
