@@ -7,14 +7,18 @@ PYTHON := $(firstword $(foreach name,python3.12 python3.11 python3 python,$(shel
 	'import sys; (3, 11) <= sys.version_info[:2] <= (3, 12) and print("$(name)")' 2>/dev/null)))
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test check clean
+.PHONY: help demo demo-chat test check clean
 
 help: ## show what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 11
 
 demo: $(INSTALLED) ## the whole job on this machine: base model and text to a fine-tuned model, in minutes
 	@$(BIN)/python configs/demo_inputs.py workspace/demo
 	@$(BIN)/finetune run configs/demo.yaml $(ARGS)
+
+demo-chat: $(INSTALLED) ## the same for instruction tuning: a small model learns to answer questions
+	@$(BIN)/python configs/demo_chat_inputs.py workspace/demo-chat
+	@$(BIN)/finetune run configs/demo-chat.yaml $(ARGS)
 
 # Two files at a time: much of a test's time is waiting for processes to start.
 test: $(INSTALLED) ## run the tests
