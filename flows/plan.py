@@ -157,9 +157,12 @@ def describe(config: PipelineConfig, plans: list[NodePlan]) -> list[tuple[str, s
 
 
 def _length(train: TrainSettings, dataset: a.Artifact | None) -> str:
-    """How long training is going to be. The split is one of documents, so the tokens of an epoch are nearly known."""
+    """How long training is going to be. A split is one of documents, so the tokens of an epoch of text are nearly known."""
     shares = [float(share) for share in train.split.split(",")]
-    tokens = round(dataset.tokens * shares[0] / sum(shares)) if isinstance(dataset, a.DatasetArtifact) else None
+    of_role = {"all": shares[0] / sum(shares), "train": 1.0, "valid": 0.0, "test": 0.0}
+    tokens = None
+    if isinstance(dataset, a.DatasetArtifact) and dataset.content == "text":
+        tokens = round(sum(each.tokens * of_role[each.role] for each in dataset.sets))
     try:
         return length.described(train, tokens)
     except ValueError as error:

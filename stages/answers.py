@@ -62,14 +62,13 @@ def _question(ids: Any, roles: Any, header_tokens: int) -> Question | None:
 
 @torch.no_grad()
 def answers(model: Any, questions: Sequence[Question]) -> list[list[int]]:
-    """What a model of transformers says to each question: as many tokens as the right answer has."""
+    """What a model of transformers says to each question: at most as many tokens as the right answer has."""
     said = []
     for prompt, answer in questions:
         tokens = torch.tensor([prompt], device=model.device)
         written = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, min_new_tokens=len(answer),
-            max_new_tokens=len(answer), pad_token_id=0,
-        )  # fmt: skip
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=len(answer), pad_token_id=0
+        )
         said.append(written[0, len(prompt) :].tolist())
     return said
 

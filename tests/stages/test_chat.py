@@ -12,7 +12,7 @@ from workspaces import STEP, publish, references, small, write_model, write_weig
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.data.instruction_dataset import Conversations, Reading
 from stages import convert, download, export, preprocess, runtime, verify
-from stages.answers import Question, exact, held_out
+from stages.answers import Question, answers, exact, held_out
 from stages.contracts import artifacts as a
 from stages.contracts import config as c
 from stages.contracts import specs
@@ -115,6 +115,14 @@ def test_answers_are_compared_token_by_token(tmp_path: Path) -> None:
     questions = [Question([1, 2], [3, 4]), Question([1], [5]), Question([2], [6, 7])]
     assert exact([[3, 4], [4], [6, 7]], questions) == pytest.approx(2 / 3)
     assert exact([[3, 9], [4], [6]], questions) == 0
+
+
+def test_an_answer_may_end_with_the_end_of_text(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    [[best]] = answers(model, [Question([5, 6, 7], [0])])
+    model.generation_config.eos_token_id = best
+    assert answers(model, [Question([5, 6, 7], [best]), Question([5, 6, 7], [best, best])]) == [[best], [best]]
 
 
 def test_what_conversations_cannot_do_is_said(tmp_path: Path) -> None:
