@@ -1,6 +1,5 @@
 """A configuration from YAML and `--set`, or every problem of it as one line that says where, what, and what is legal."""
 
-import difflib
 import json
 import math
 import os
@@ -10,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from flows.config_errors import KeyPath, explain, key_of
 from stages.contracts import preflight
-from stages.contracts.config import Frozen, PipelineConfig
+from stages.contracts.config import PipelineConfig
 from stages.contracts.sources import expand, is_glob
 
 
@@ -35,7 +34,7 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
         BadConfig: with every problem that could be found at once.
     """
     data = _read(file)
-    sources: dict[tuple[str, ...], str] = {}  # path -> the override it came from, which may have made the section, too
+    sources: dict[KeyPath, str] = {}  # path -> the override it came from, which may have made the section, too
     for text in overrides:
         sources |= dict.fromkeys(_override(data, text), text)
     problems = [f"{_where(file, sources, path)}: {told}" for path, told in _impossible_numbers(data)]
@@ -46,9 +45,11 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
         except ValidationError as error:
             # First, for whoever mends only what the batches need of a layout would be refused again.
             problems += [_line(str(file), told) for told in preflight.refused_layout(data)]
-            for problem in error.errors(include_url=False):
-                loc = tuple(part for part in problem["loc"] if isinstance(part, str))
-                problems.append(_line(_where(file, sources, loc), explain(problem)))
+            problems += [
+                _line(_where(file, sources, problem["loc"]), explain(problem))
+                for problem in error.errors(include_url=False)
+                if not (problem["type"] == "too_short" and problem["input"])  # told of a list whose items are wrong
+            ]
     raise BadConfig(problems)
 
 
@@ -116,40 +117,56 @@ def _read(file: Path) -> dict[str, Any]:
     return data
 
 
-def _override(data: dict[str, Any], text: str) -> list[tuple[str, ...]]:
-    """Put one `a.b=value` into the data. Returns the paths that were not there like this before."""
+def _override(data: dict[str, Any], text: str) -> list[KeyPath]:
+    """Put one `a.b=value` or `a.b[0].c=value` into the data. Returns the paths that were not there like this before."""
     key, sign, value = text.partition("=")
-    path = tuple(key.strip().split("."))
-    if not sign or not all(path):
-        raise BadConfig([f"--set {text}: must be key.path=value, e.g. --set train.lr=1e-4"])
+    path = _path(key.strip())
+    if not sign or not path:
+        raise BadConfig([f"--set {text}: must be key.path=value, e.g. --set train.lr=1e-4 or data.blend[0].weight=2"])
     try:
         parsed = YAML(typ="safe", pure=True).load(value)
     except YAMLError:
         parsed = value
-    here, made = data, [path]
-    for depth, part in enumerate(path[:-1], start=1):
-        inner = here.get(part)
-        if inner is None:
-            inner = here[part] = {}
-            made.append(path[:depth])
-        if not isinstance(inner, dict):
-            raise BadConfig([f"--set {text}: {part} is no section"])
-        here = inner
-    here[path[-1]] = parsed
+    here: Any = data
+    made = [path]
+    for depth, part in enumerate(path):
+        if isinstance(part, int):
+            if not isinstance(here, list) or part >= len(here):
+                told = f"has {len(here)} items, the first is [0]" if isinstance(here, list) else "is no list"
+                raise BadConfig([f"--set {text}: {key_of(path[:depth])} {told}"])
+        elif not isinstance(here, dict):
+            raise BadConfig([f"--set {text}: {key_of(path[:depth])} is no section"])
+        if depth == len(path) - 1:
+            here[part] = parsed
+        elif isinstance(part, str) and here.get(part) is None and isinstance(path[depth + 1], str):
+            here[part] = {}
+            made.append(path[: depth + 1])
+        here = here[part] if isinstance(part, int) else here.get(part)
     return made
 
 
-def _impossible_numbers(data: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    if isinstance(data, dict):
-        for key, value in data.items():
-            yield from _impossible_numbers(value, (*path, str(key)))
+def _path(key: str) -> KeyPath:
+    """`data.blend[0].weight` in its parts; empty where that is no key."""
+    path: list[str | int] = []
+    for word in key.split("."):
+        parts = re.fullmatch(r"([^\[\]]+)((?:\[\d+\])*)", word)
+        if parts is None:
+            return ()
+        path += [parts[1], *map(int, re.findall(r"\d+", parts[2]))]
+    return tuple(path)
+
+
+def _impossible_numbers(data: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    if isinstance(data, dict | list):
+        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from _impossible_numbers(value, (*path, key if isinstance(key, int) else str(key)))
     elif isinstance(data, float) and not math.isfinite(data):
         yield path, f"{data} is not a number that can be used"
 
 
-def _where(file: Path, sources: dict[tuple[str, ...], str], path: tuple[str, ...]) -> str:
+def _where(file: Path, sources: dict[KeyPath, str], path: KeyPath) -> str:
     """Where a person has to look: the override that a key, or the section it is in, came from, else the file."""
-    key = ".".join(path)
+    key = key_of(path)
     for length in range(len(path), 0, -1):
         if text := sources.get(path[:length]):
             return f"--set {text}" if text.partition("=")[0].strip() == key else f"--set {text}: {key}"
@@ -158,77 +175,3 @@ def _where(file: Path, sources: dict[tuple[str, ...], str], path: tuple[str, ...
 
 def _line(where: str, told: str) -> str:
     return " ".join(f"{where}: {told}".split("\n"))
-
-
-def explain(problem: ErrorDetails) -> str:
-    """A pydantic error in a person's words: the value, and what is legal instead."""
-    loc = tuple(part for part in problem["loc"] if isinstance(part, str))
-    kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
-    got = json.dumps(value, ensure_ascii=False, default=str)
-    got = got if len(got) <= 60 else got[:57] + "…"
-    section, field = _find(loc)
-    if kind == "extra_forbidden":
-        return f"unknown key. {_suggest(loc)}"
-    if kind == "missing":
-        return f"missing. {_about(section, field)}"
-    if kind == "value_error":
-        return str(context.get("error", problem["msg"]))
-    if kind == "literal_error":
-        legal = re.findall(r"'([^']*)'", str(context["expected"])) or [str(context["expected"])]
-        return f"{got} is not legal. Legal here: {', '.join(legal)}"
-    if kind in ("model_type", "dict_type", "model_attributes_type"):
-        keys = ", ".join(section.model_fields) if section is not None else ""
-        return f"{got} is no section. It must have keys of: {keys}"
-    needs = {
-        "int_type": "a whole number",
-        "int_from_float": "a whole number",
-        "float_type": "a number",
-        "bool_type": "true or false",
-        "string_type": "text (in quotes, where it looks like a number)",
-        "tuple_type": "a list",
-        "string_too_short": "text that is not empty",
-        "too_short": "a list that is not empty",
-        "greater_than": f"greater than {context.get('gt')}",
-        "greater_than_equal": f"at least {context.get('ge')}",
-        "less_than": f"less than {context.get('lt')}",
-        "less_than_equal": f"at most {context.get('le')}",
-    }.get(kind)
-    if needs is None:
-        return f"{got} is not legal. {_about(section, field)}"
-    return f"{got} must be {needs}"
-
-
-def _find(loc: tuple[str, ...]) -> tuple[type[Frozen] | None, str]:
-    """The class of a section, or that of the section a field is in, and the field's name."""
-    section: type[Frozen] | None = PipelineConfig
-    for part in loc:
-        field = section.model_fields.get(part) if section is not None else None
-        inner = field.annotation if field is not None else None
-        if not (isinstance(inner, type) and issubclass(inner, Frozen)):
-            return section, part
-        section = inner
-    return section, ""
-
-
-def _about(section: type[Frozen] | None, field: str) -> str:
-    if section is None or field not in section.model_fields:
-        return "It is needed; it has the keys " + ", ".join(section.model_fields) if section is not None else ""
-    return f"{field} is: {section.model_fields[field].description}"
-
-
-def _suggest(loc: tuple[str, ...]) -> str:
-    """What was probably meant by a key that does not exist."""
-    section, _ = _find(loc[:-1])
-    siblings = list(section.model_fields) if section is not None else []
-    if close := difflib.get_close_matches(loc[-1], siblings, n=1, cutoff=0.6):
-        return f"Did you mean {'.'.join((*loc[:-1], close[0]))}?"
-    everywhere = {name: f"{part}.{name}" for part, names in _sections() for name in names}
-    if close := difflib.get_close_matches(loc[-1], everywhere, n=1, cutoff=0.8):
-        return f"Did you mean {everywhere[close[0]]}?"
-    return f"Legal here: {', '.join(siblings)}"
-
-
-def _sections() -> Iterator[tuple[str, list[str]]]:
-    for part, field in PipelineConfig.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Frozen):
-            yield part, list(field.annotation.model_fields)

@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 from stages.contracts import artifacts as a
 from stages.contracts import length, preflight
-from stages.contracts.config import Frozen, PipelineConfig, TrainSettings
+from stages.contracts.config import PipelineConfig
+from stages.contracts.settings import Frozen
 from stages.contracts.specs import SOURCES, SPECS, Spec
+from stages.contracts.train_settings import TrainSettings
 from stages.contracts.words import count, short
 
 MOST_COMPARED = 200  # earlier results of a stage that are looked at

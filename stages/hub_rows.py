@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_core_impl.data.conversations import keys_of
-from stages.contracts.config import SourceSettings
+from stages.contracts.data_settings import SourceSettings
 from stages.hub_errors import Repo, hub_token, is_of_hub, names_of_revisions, told
 from stages.runtime import BadInput
 from stages.text_sources import Line, Progress, text_line

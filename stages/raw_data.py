@@ -11,7 +11,7 @@ from pathlib import Path
 from stages import hub_rows
 from stages.contracts import artifacts as a
 from stages.contracts import words
-from stages.contracts.config import NamedSource
+from stages.contracts.data_settings import NamedSource
 from stages.contracts.sources import expand
 from stages.contracts.specs import DownloadDataSpec
 from stages.local_source import local_name, local_source

@@ -12,7 +12,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, TypeAdapter
 
 from megatron_core_impl.config import Activation, NormKind, RopeScaling
-from stages.contracts.config import BosEos, Format, Frozen
+from stages.contracts.config import BosEos
+from stages.contracts.data_settings import Format
+from stages.contracts.settings import Frozen
 
 ARTIFACT_FILE = "artifact.json"
 

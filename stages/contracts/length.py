@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from stages.contracts.config import TrainSettings
+from stages.contracts.train_settings import TrainSettings
 from stages.contracts.words import count, short
 
 

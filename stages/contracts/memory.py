@@ -5,7 +5,7 @@ from dataclasses import fields
 from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.memory import Device, MemoryEstimate, estimate
 from stages.contracts import words
-from stages.contracts.config import LayoutSettings, TrainSettings
+from stages.contracts.train_settings import LayoutSettings, TrainSettings
 
 
 def expected(

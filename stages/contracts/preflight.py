@@ -9,7 +9,8 @@ from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.models import families
 from stages.contracts import artifacts as a
 from stages.contracts import memory, publishing
-from stages.contracts.config import LayoutSettings, ModelSettings, PipelineConfig
+from stages.contracts.config import ModelSettings, PipelineConfig
+from stages.contracts.train_settings import LayoutSettings
 
 
 def check(config: PipelineConfig) -> list[str]:

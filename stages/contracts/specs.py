@@ -12,8 +12,18 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from stages.contracts import artifacts as a
-from stages.contracts import config as c
+from stages.contracts.config import (
+    ExportSettings,
+    ModelSettings,
+    PipelineConfig,
+    PreprocessSettings,
+    PushSettings,
+    VerifySettings,
+)
+from stages.contracts.data_settings import DataSettings
+from stages.contracts.settings import Frozen
 from stages.contracts.sources import stamp
+from stages.contracts.train_settings import LayoutSettings, TrainSettings, check_batches
 
 # Raise a stage's number when its code changes what it writes for the same spec.
 STAGE_VERSIONS = {
@@ -24,14 +34,14 @@ STAGE_VERSIONS = {
 TokenizerKind = Literal["auto", "sentencepiece", "huggingface"]
 
 
-class Ref(c.Frozen):
+class Ref(Frozen):
     """An input: the folder of an artifact, and the fingerprint it must have (None, by hand: whatever it has)."""
 
     path: str = Field(description="folder of the artifact, relative to the workspace")
     fingerprint: str | None = Field(None, description="what the artifact's fingerprint must be; null takes any")
 
 
-class Spec(c.Frozen):
+class Spec(Frozen):
     """The common part of every spec. Subclasses add `settings` and name their inputs."""
 
     NODE: ClassVar[str]  # name in the pipeline: the stage, except for download's two
@@ -42,13 +52,13 @@ class Spec(c.Frozen):
     inputs: dict[str, Ref] = {}
 
     @classmethod
-    def of(cls, config: c.PipelineConfig, **inputs: a.Artifact) -> Self:
+    def of(cls, config: PipelineConfig, **inputs: a.Artifact) -> Self:
         """The spec of this stage in a pipeline, given the artifacts it needs."""
         refs = {name: Ref(path=inputs[name].path, fingerprint=inputs[name].fingerprint) for name in cls.INPUTS}
         return cls(workspace=str(config.workspace_path), inputs=refs, **cls.settings_of(config))
 
     @classmethod
-    def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
+    def settings_of(cls, config: PipelineConfig) -> dict[str, Any]:
         """The parts of the configuration that this stage needs."""
         return {}
 
@@ -88,16 +98,16 @@ class Spec(c.Frozen):
         return Path(self.workspace) / self.path
 
 
-def _key_part(model: c.Frozen, leave_out: frozenset[str] | set[str] = frozenset()) -> dict[str, Any]:
+def _key_part(model: Frozen, leave_out: frozenset[str] | set[str] = frozenset()) -> dict[str, Any]:
     """The fields of a model that belong in a key, as JSON values."""
     part: dict[str, Any] = {}
     for name in model.decisive():
         if name in leave_out:
             continue
         value = getattr(model, name)
-        if isinstance(value, c.Frozen):
+        if isinstance(value, Frozen):
             part[name] = _key_part(value)
-        elif isinstance(value, tuple) and value and isinstance(value[0], c.Frozen):
+        elif isinstance(value, tuple) and value and isinstance(value[0], Frozen):
             part[name] = [_key_part(item) for item in value]
         else:
             part[name] = model.model_dump(mode="json", include={name})[name]
@@ -109,11 +119,11 @@ class DownloadModelSpec(Spec):
 
     NODE = "download-model"
     STAGE = "download"
-    model: c.ModelSettings
+    model: ModelSettings
     stamp: str | None = Field(None, description="identity of a local source, so that a changed folder is taken anew")
 
     @classmethod
-    def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
+    def settings_of(cls, config: PipelineConfig) -> dict[str, Any]:
         return {"model": config.model, "stamp": stamp(config.model.source)}
 
 
@@ -122,11 +132,11 @@ class DownloadDataSpec(Spec):
 
     NODE = "download-data"
     STAGE = "download"
-    data: c.DataSettings
+    data: DataSettings
     stamp: str | None = Field(None, description="identity of a local source, so that changed text is taken anew")
 
     @classmethod
-    def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
+    def settings_of(cls, config: PipelineConfig) -> dict[str, Any]:
         stamps = [stamp(settings.source, settings.include, settings.exclude) for _, _, _, settings in config.data.sources()]
         return {"data": config.data, "stamp": " ".join(filter(None, stamps)) or None}
 
@@ -136,11 +146,11 @@ class PreprocessSpec(Spec):
 
     NODE = STAGE = "preprocess"
     INPUTS = {"data": a.RawDataArtifact, "model": a.ModelArtifact}
-    settings: c.PreprocessSettings = c.PreprocessSettings()
+    settings: PreprocessSettings = PreprocessSettings()
     added_tokens: tuple[str, ...] = Field((), description="as model.added_tokens")
 
     @classmethod
-    def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
+    def settings_of(cls, config: PipelineConfig) -> dict[str, Any]:
         return {"settings": config.preprocess, "added_tokens": config.model.added_tokens}
 
 
@@ -153,7 +163,7 @@ class ConvertSpec(Spec):
     tokenizer: TokenizerKind = Field("auto", description="as preprocess.tokenizer; only matters for added tokens")
 
     @classmethod
-    def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
+    def settings_of(cls, config: PipelineConfig) -> dict[str, Any]:
         if not config.model.added_tokens:
             return {}
         return {"added_tokens": config.model.added_tokens, "tokenizer": config.preprocess.tokenizer}
@@ -164,10 +174,10 @@ class VerifySpec(Spec):
 
     NODE = STAGE = "verify"
     INPUTS = {"model": a.ModelArtifact, "weights": a.WeightsArtifact, "dataset": a.DatasetArtifact}
-    settings: c.VerifySettings = c.VerifySettings()
+    settings: VerifySettings = VerifySettings()
 
     @classmethod
-    def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
+    def settings_of(cls, config: PipelineConfig) -> dict[str, Any]:
         return {"settings": config.verify}
 
 
@@ -181,7 +191,7 @@ class ShardSpec(Spec):
     vpp: int = Field(1, ge=1, description="parts of the layers that each pp rank holds")
 
     @classmethod
-    def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
+    def settings_of(cls, config: PipelineConfig) -> dict[str, Any]:
         return {"tp": config.layout.tp, "pp": config.layout.pp, "vpp": config.layout.vpp}
 
 
@@ -190,17 +200,17 @@ class TrainSpec(Spec):
 
     NODE = STAGE = "train"
     INPUTS = {"weights": a.WeightsArtifact, "dataset": a.DatasetArtifact}
-    layout: c.LayoutSettings = c.LayoutSettings()
-    settings: c.TrainSettings
+    layout: LayoutSettings = LayoutSettings()
+    settings: TrainSettings
     blend: dict[str, float] = Field({}, description="weight of each set of the dataset, by name; default: 1")
 
     @model_validator(mode="after")
     def _batches_fit_layout(self) -> Self:
-        c.check_batches(self.settings, self.layout)
+        check_batches(self.settings, self.layout)
         return self
 
     @classmethod
-    def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
+    def settings_of(cls, config: PipelineConfig) -> dict[str, Any]:
         weights = {named.name: named.settings.weight for named in config.data.sources() if named.settings.weight != 1}
         return {"layout": config.layout, "settings": config.train, "blend": weights}
 
@@ -220,11 +230,11 @@ class ExportSpec(Spec):
         "model": a.ModelArtifact, "weights": a.WeightsArtifact, "dataset": a.DatasetArtifact,
         "checkpoint": a.CheckpointArtifact,
     }  # fmt: skip
-    settings: c.ExportSettings = c.ExportSettings()
-    verify: c.VerifySettings = c.VerifySettings()
+    settings: ExportSettings = ExportSettings()
+    verify: VerifySettings = VerifySettings()
 
     @classmethod
-    def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
+    def settings_of(cls, config: PipelineConfig) -> dict[str, Any]:
         return {"settings": config.export, "verify": config.verify}
 
 
@@ -236,10 +246,10 @@ class PushSpec(Spec):
         "export": a.ExportArtifact, "checkpoint": a.CheckpointArtifact, "dataset": a.DatasetArtifact,
         "data": a.RawDataArtifact, "verification": a.VerificationArtifact,
     }  # fmt: skip
-    settings: c.PushSettings = c.PushSettings()
+    settings: PushSettings = PushSettings()
 
     @classmethod
-    def settings_of(cls, config: c.PipelineConfig) -> dict[str, Any]:
+    def settings_of(cls, config: PipelineConfig) -> dict[str, Any]:
         return {"settings": config.push}
 
 

@@ -8,8 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from megatron_core_impl.train_config import TrainConfig
-from stages.contracts.config import PipelineConfig, TrainSettings
+from stages.contracts.config import PipelineConfig
 from stages.contracts.sources import list_files, stamp
+from stages.contracts.train_settings import TrainSettings
 
 
 def config(**changes: Any) -> PipelineConfig:

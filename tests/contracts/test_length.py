@@ -7,8 +7,9 @@ import pytest
 from pydantic import ValidationError
 
 from megatron_core_impl.optim import BatchSchedule
-from stages.contracts.config import LayoutSettings, PipelineConfig, TrainSettings
+from stages.contracts.config import PipelineConfig
 from stages.contracts.length import described, length_of
+from stages.contracts.train_settings import LayoutSettings, TrainSettings
 
 
 def settings(**changes: Any) -> TrainSettings:

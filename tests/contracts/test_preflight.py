@@ -8,8 +8,9 @@ import pytest
 
 from megatron_core_impl.models import families
 from stages.contracts import memory, words
-from stages.contracts.config import LayoutSettings, PipelineConfig, TrainSettings
+from stages.contracts.config import PipelineConfig
 from stages.contracts.preflight import check, memory_of
+from stages.contracts.train_settings import LayoutSettings, TrainSettings
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

@@ -63,6 +63,38 @@ def test_one_clear_line(tmp_path: Path, line: str, told: str) -> None:
     assert "\n" not in problem
 
 
+BLEND = GOOD.replace("source: somebody/data", "blend: [{source: a/b}, {source: c/d}]")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "told"),
+    [
+        ("{source: c/d, wieght: 2}", [], "mine.yaml: data.blend[1].wieght: unknown key. Did you mean data.blend[1].weight?"),
+        ("{source: c/d, weight: -1}", [], "mine.yaml: data.blend[1].weight: -1 must be greater than 0"),
+        ("{source: c/d, weight: .nan}", [], "mine.yaml: data.blend[1].weight: nan is not a number that can be used"),
+        ("{source: c/d, format: alpca}", [], 'mine.yaml: data.blend[1].format: "alpca" is not legal. Legal here: text, mess'),
+        ("{source: c/d, include: [1]}", [], "mine.yaml: data.blend[1].include[0]: 1 must be text"),
+        ("{weight: 2}", [], "mine.yaml: data.blend[1].source: missing. source is: "),
+        ("7", [], "mine.yaml: data.blend[1]: 7 is no section. It must have keys of: "),
+        ("{source: c/d}", ["data.blend[0].weight=x"], '--set data.blend[0].weight=x: "x" must be a number'),
+        ("{source: c/d}", ["data.blend[0]={wieght: 2}"], "--set data.blend[0]={wieght: 2}: data.blend[0].source: missing. "),
+        ("{source: c/d}", ["data.blend[2].weight=1"],
+         "--set data.blend[2].weight=1: data.blend has 2 items, the first is [0]"),
+        ("{source: c/d}", ["data.valid[0].source=x"], "--set data.valid[0].source=x: data.valid is no list"),
+        ("{source: c/d}", ["data.blend.weight=1"], "--set data.blend.weight=1: data.blend is no section"),
+        ("{source: c/d}", ["data.blend[x]=1"], "--set data.blend[x]=1: must be key.path=value, e.g. --set train.lr=1e-4 or "),
+    ],
+)  # fmt: skip
+def test_a_place_in_a_list_is_named(tmp_path: Path, text: str, overrides: list[str], told: str) -> None:
+    assert problems(tmp_path, BLEND.replace("{source: c/d}", text), *overrides)[0].startswith(told)
+
+
+def test_an_override_reaches_into_a_list(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(BLEND)
+    blend = load_config(tmp_path / "mine.yaml", ["data.blend[1].weight=0.25", "data.blend[0].columns={}"]).data.blend
+    assert [(source.source, source.weight) for source in blend] == [("a/b", 1.0), ("c/d", 0.25)]
+
+
 def test_all_problems_at_once_and_overrides_name_themselves(tmp_path: Path) -> None:
     text = GOOD.replace("steps: 10", "steps: 10, lr: fast")
     found = problems(tmp_path, text, "train.seed=-1", "train.optimiser=sgd")
@@ -115,7 +147,9 @@ def test_what_a_local_model_refuses_of_the_layout_is_told_first(tmp_path: Path) 
 def test_missing_file_and_wrong_override(tmp_path: Path) -> None:
     with pytest.raises(BadConfig, match=r"nothing\.yaml: no such file$"):
         load_config(tmp_path / "nothing.yaml")
-    assert problems(tmp_path, GOOD, "train.lr") == ["--set train.lr: must be key.path=value, e.g. --set train.lr=1e-4"]
+    assert problems(tmp_path, GOOD, "train.lr") == [
+        "--set train.lr: must be key.path=value, e.g. --set train.lr=1e-4 or data.blend[0].weight=2"
+    ]
     assert problems(tmp_path, GOOD, "train.lr.x=1") != []
     (tmp_path / "a.yaml").touch()
     with pytest.raises(BadConfig) as caught:

@@ -19,7 +19,8 @@ from hub_server import Blob, HubServer
 from safetensors.numpy import load_file, save, save_file
 
 from stages.contracts import artifacts as a
-from stages.contracts.config import DataSettings, ModelSettings
+from stages.contracts.config import ModelSettings
+from stages.contracts.data_settings import DataSettings
 from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec, Spec
 from stages.hub_errors import Repo, told
 

@@ -21,7 +21,8 @@ from megatron_core_impl.data.preprocessing import Job
 from megatron_core_impl.data.tokenizer import load_tokenizer
 from stages import preprocess, runtime
 from stages.contracts import artifacts as a
-from stages.contracts.config import DataSettings, ModelSettings, PreprocessSettings
+from stages.contracts.config import ModelSettings, PreprocessSettings
+from stages.contracts.data_settings import DataSettings
 from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec, PreprocessSpec, Ref
 
 _CONFIG = ModelConfig(

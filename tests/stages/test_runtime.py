@@ -12,7 +12,7 @@ import pytest
 
 from stages import runtime
 from stages.contracts import artifacts as a
-from stages.contracts.config import DataSettings
+from stages.contracts.data_settings import DataSettings
 from stages.contracts.specs import DownloadDataSpec
 
 STAGE = '''

@@ -17,8 +17,8 @@ from megatron_core_impl.checkpoint.training import finished_steps
 from megatron_core_impl.config import ModelConfig
 from stages import runtime, torchrun, train
 from stages.contracts import artifacts as a
-from stages.contracts.config import LayoutSettings, TrainSettings
 from stages.contracts.specs import PreprocessSpec, Ref, ShardSpec, Spec, TrainSpec
+from stages.contracts.train_settings import LayoutSettings, TrainSettings
 from stages.training_job import INDEX
 
 SETTINGS = {

@@ -16,8 +16,9 @@ from megatron_core_impl.config import Layout, ModelConfig
 from megatron_core_impl.models import families
 from stages import runtime
 from stages.contracts import artifacts as a
-from stages.contracts.config import LayoutSettings, ModelSettings, TrainSettings
+from stages.contracts.config import ModelSettings
 from stages.contracts.specs import DownloadModelSpec, Ref, TrainSpec
+from stages.contracts.train_settings import LayoutSettings, TrainSettings
 
 HF: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 300, "hidden_size": 32,
