@@ -7,7 +7,7 @@ One million documents of 1000 tokens, samples of 1024, one epoch and three; and 
 
     ours        documents, samples and shuffle: `build_sample_index`
     shuffles    the floor: the two shuffles of numpy that decide the order, as the reference calls them (int32 and uint32)
-    reference   these, its tiling of the documents, and its walk over them, which is C++ there and C here, compiled by `cc`
+    reference   these; its list of the documents, out of a mesh grid; and its walk over them, C++ there, C here, by `cc`
     loop        the blend's order as a loop in Python over lists
 
 All take turns, and the figure is the least of each, in CPU seconds of the process.
@@ -61,13 +61,12 @@ def compiled_walk(folder: str) -> Callable[..., None] | None:
     return walk  # type: ignore[no-any-return]
 
 
-def shuffles(epochs: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
+def shuffles(order: np.ndarray, samples: int) -> np.ndarray:
     random = np.random.RandomState(1234)
-    order = np.tile(np.arange(DOCUMENTS, dtype=np.int32), epochs)
     random.shuffle(order)
     shuffle = np.arange(samples, dtype=np.uint32)
     random.shuffle(shuffle)
-    return order, shuffle
+    return order
 
 
 def loop(weights: list[float], samples: int) -> list[int]:
@@ -109,15 +108,18 @@ def main() -> None:
                 ).samples
 
             def reference(epochs: int = epochs, samples: int = samples) -> np.ndarray:
-                order, _ = shuffles(epochs, samples)
+                order = np.mgrid[0:epochs, 0:DOCUMENTS][1]
+                order[:] = np.arange(DOCUMENTS)
+                order = shuffles(order.reshape(-1).astype(np.int32), samples)
                 out = np.zeros((samples + 1, 2), np.int32)
                 assert walk is not None
                 walk(sizes, order, LENGTH, samples, out)
                 return out
 
-            sides: dict[str, Callable[[], object]] = {
-                "ours": ours, "shuffles": lambda epochs=epochs, samples=samples: shuffles(epochs, samples)  # type: ignore[misc]
-            }  # fmt: skip
+            def floor(epochs: int = epochs, samples: int = samples) -> np.ndarray:
+                return shuffles(np.tile(np.arange(DOCUMENTS, dtype=np.int32), epochs), samples)
+
+            sides: dict[str, Callable[[], object]] = {"ours": ours, "shuffles": floor}
             if walk is not None:
                 np.testing.assert_array_equal(ours(), reference())
                 sides["reference"] = reference

@@ -24,7 +24,7 @@ from megatron_core_impl.data.indexed_dataset import IndexedDataset, Tokens
 from megatron_core_impl.data.samples import Row
 
 SHARE_OF_WHOLE_EPOCH = 0.80  # a last epoch of which less is used is shuffled apart
-BLOCK = 1 << 14  # documents that are cut at a time: what they need stays in the processor's cache
+BLOCK = 1 << 15  # documents that are cut at a time: what they need stays in the processor's cache
 
 
 def split_documents(split: str, n: int) -> tuple[range, range, range]:
