@@ -105,6 +105,9 @@ def _flat(model: Frozen, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from ((f"inputs.{key}", ref.fingerprint) for key, ref in value.items())
         elif isinstance(value, Frozen):
             yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, tuple) and value and isinstance(value[0], Frozen):
+            for place, item in enumerate(value):
+                yield from _flat(item, f"{prefix}{name}[{place}].")
         else:
             yield prefix + name, value
 

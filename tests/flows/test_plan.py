@@ -3,11 +3,13 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from fake_stages import config, make_results
+from fake_stages import MAKES, config, make_results
 
 from flows import plan
+from stages.contracts.config import PipelineConfig
 from stages.contracts.specs import SPECS
 
 
@@ -65,6 +67,27 @@ def test_the_report_says_what_is_asked_for(tmp_path: Path) -> None:
     assert "memory     each GPU 71.7 kB = weights 5.3 kB + main gradients 10.6 kB + " in report
     assert "512 steps × 8 × 16 = 65.5 K tokens = 16.5 epochs" in report
     assert "4 to run, 6 cached" in report
+
+
+def test_a_source_in_a_list_is_named(tmp_path: Path) -> None:
+    def blended(**second: Any) -> PipelineConfig:
+        blend = [{"source": "a/b"}, {"source": "c/d", "weight": 2, **second}]
+        return PipelineConfig.model_validate({**config(tmp_path).model_dump(mode="json"), "data": {"blend": blend}})
+
+    make_results(blended())
+    assert states(plan.plan(blended(weight=3)))["preprocess"][0] == "cached", "what training alone reads"
+    why = states(plan.plan(blended(text_column="code")))["download-data"][1]
+    assert why == "differs from the nearest earlier result: data.blend[1].text_column text → code"
+
+
+@pytest.mark.parametrize(("role", "epochs"), [("all", "16.5"), ("train", "16")])
+def test_an_epoch_is_of_what_training_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str, epochs: str) -> None:
+    """Of 4,096 tokens the train share of the split, or all of them where held-out data are of their own."""
+    kind, facts = MAKES["preprocess"]
+    roles = [role] if role == "all" else [role, "valid", "test"]
+    monkeypatch.setitem(MAKES, "preprocess", (kind, facts | {"sets": tuple(facts["sets"][0] | {"role": r} for r in roles)}))
+    make_results(config(tmp_path))
+    assert f"512 steps × 8 × 16 = 65.5 K tokens = {epochs} epochs" in plan.report(config(tmp_path, steps=512))
 
 
 @pytest.mark.parametrize(
