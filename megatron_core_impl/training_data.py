@@ -14,10 +14,11 @@ from functools import partial
 from typing import NamedTuple
 
 from megatron_core_impl.data.blend import Blend, blend_order, normalized, samples_of_each
-from megatron_core_impl.data.gpt_dataset import GPTDataset, TextSamples, samples_of_tokens, split_documents
+from megatron_core_impl.data.gpt_dataset import GPTDataset, TextSamples, samples_of_tokens
 from megatron_core_impl.data.index_cache import cached
 from megatron_core_impl.data.indexed_dataset import IndexedDataset
 from megatron_core_impl.data.samples import Samples
+from megatron_core_impl.data.splits import split_documents
 from megatron_core_impl.train_config import DataSet, Job
 from megatron_core_impl.training_conversations import ROLES, Role, conversation_part, open_conversations, told
 

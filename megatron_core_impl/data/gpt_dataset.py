@@ -27,30 +27,6 @@ SHARE_OF_WHOLE_EPOCH = 0.80  # a last epoch of which less is used is shuffled ap
 BLOCK = 1 << 15  # documents that are cut at a time: what they need stays in the processor's cache
 
 
-def split_documents(split: str, n: int) -> tuple[range, range, range]:
-    """The train, valid and test documents of a file of n: contiguous, in the file's order.
-
-    `split` is up to three shares such as "969,30,1" (or with "/"); missing ones are 0, and they need not sum to anything.
-    Rounding is the reference's: half to even, what is left over moves all borders.
-
-    Raises:
-        ValueError: not shares.
-    """
-    try:
-        shares = [float(part) for part in split.split("," if "," in split else "/")]
-    except ValueError:
-        shares = []
-    if not 1 <= len(shares) <= 3 or not all(0 <= share < float("inf") for share in shares) or sum(shares) == 0:
-        raise ValueError(f'split {split!r} must be up to three shares of train, valid and test such as "969,30,1"')
-    shares += [0.0] * (3 - len(shares))
-    borders = [0]
-    for share in shares:
-        borders.append(borders[-1] + round(share / sum(shares) * n))
-    excess = borders[-1] - n
-    train, valid, test = (max(0, border - excess) for border in borders[1:])
-    return range(train), range(train, valid), range(valid, test)
-
-
 @dataclass(frozen=True)
 class SampleIndex:
     """Where every sample lies and in which order they are used."""

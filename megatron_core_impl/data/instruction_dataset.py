@@ -20,10 +20,10 @@ import numpy.typing as npt
 
 from megatron_core_impl.data.chat_template import ASSISTANT
 from megatron_core_impl.data.conversation_encoder import ROLE, TEXT, WEIGHT
-from megatron_core_impl.data.gpt_dataset import split_documents
 from megatron_core_impl.data.indexed_dataset import IndexedDataset, Tokens, idx_path
 from megatron_core_impl.data.packing import pack
 from megatron_core_impl.data.samples import Row
+from megatron_core_impl.data.splits import split_documents
 
 TooLong = Literal["drop", "truncate", "error"]
 

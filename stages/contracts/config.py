@@ -107,6 +107,18 @@ class PushSettings(Frozen):
         return self
 
 
+ONLY_FOR = {  # settings, by section, that decide something for one kind of data only
+    "text": (
+        ("preprocess", "bos_eos"), ("train", "reset_position_ids"), ("train", "reset_attention_mask"),
+        ("train", "eod_mask_loss"),
+    ),
+    "conversations": (
+        ("preprocess", "chat_template"), ("train", "packing"), ("train", "too_long"), ("train", "system_weight"),
+        ("train", "user_weight"), ("train", "assistant_weight"), ("export", "answers"),
+    ),
+}  # fmt: skip
+
+
 class PipelineConfig(Frozen):
     """One run of the whole workflow, from a base model and text to a published model."""
 
@@ -126,6 +138,22 @@ class PipelineConfig(Frozen):
     def workspace_path(self) -> Path:
         """The workspace as an absolute path."""
         return Path(self.workspace).expanduser().resolve()
+
+    @model_validator(mode="after")
+    def _settings_mean_something(self) -> Self:
+        """What is set and would be without effect is a misunderstanding."""
+        content = self.data.sources()[0].settings.content
+        for other, fields in ONLY_FOR.items():
+            if other == content:
+                continue
+            for section, name in fields:
+                settings = getattr(self, section)
+                if (value := getattr(settings, name)) != type(settings).model_fields[name].default:
+                    raise ValueError(
+                        f"{section}.{name}={value} is for {other}, and data.format={self.data.sources()[0].settings.format} "
+                        f"makes {content}: leave it out"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _batches_fit_layout(self) -> Self:

@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from megatron_core_impl.config import Layout
+from megatron_core_impl.data.splits import split_shares
 from megatron_core_impl.optim import BatchSchedule
 from megatron_core_impl.train_config import TrainConfig
 from stages.contracts.settings import NOT_IN_KEY, Frozen
@@ -209,12 +210,8 @@ class TrainSettings(Frozen):
     @field_validator("split")
     @classmethod
     def _split_is_shares(cls, value: str) -> str:
-        try:
-            shares = [float(part) for part in value.split(",")]
-        except ValueError:
-            shares = []
-        if len(shares) != 3 or min(shares) < 0 or min(shares[:2]) == 0:
-            raise ValueError('must be three shares of train, valid and test such as "969,30,1", the first two above 0')
+        if min(split_shares(value)[:2]) == 0:
+            raise ValueError('must be shares of train, valid and test such as "969,30,1", the first two above 0')
         return value
 
     @model_validator(mode="after")

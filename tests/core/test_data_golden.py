@@ -17,10 +17,11 @@ from tiny_training import MODEL
 from megatron_core_impl import train_config
 from megatron_core_impl.data import preprocessing
 from megatron_core_impl.data.blend import Blend, blend_order, samples_of_each
-from megatron_core_impl.data.gpt_dataset import GPTDataset, TextSamples, split_documents
+from megatron_core_impl.data.gpt_dataset import GPTDataset, TextSamples
 from megatron_core_impl.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_core_impl.data.preprocessing import Job, join, remove_parts
 from megatron_core_impl.data.samples import Samples
+from megatron_core_impl.data.splits import split_documents
 from megatron_core_impl.data.text_encoder import BosEos, TextRecipe
 from megatron_core_impl.data.text_files import SourceFile
 from megatron_core_impl.data.tokenizer import SentencePieceTokenizer, load_tokenizer

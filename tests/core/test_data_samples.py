@@ -7,9 +7,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from megatron_core_impl.data.gpt_dataset import BLOCK, GPTDataset, build_sample_index, split_documents
+from megatron_core_impl.data.gpt_dataset import BLOCK, GPTDataset, build_sample_index
 from megatron_core_impl.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_core_impl.data.sampler import step_samples
+from megatron_core_impl.data.splits import split_documents
 
 SIZES = [5, 7, 3, 10, 4]  # of G2
 
