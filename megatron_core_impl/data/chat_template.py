@@ -45,6 +45,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 REFERENCE_ROLES = {"system": "system", "user": "question", "assistant": "answer"}
+QUESTION, ANSWER = "What is seven?", "It is a number."  # the smallest conversation, that templates are tried with
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -81,7 +82,9 @@ class Marks:
         self._numbers = {token: number for number, token in enumerate(tokens)}
         longest_first = sorted(tokens, key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._protected = re.compile(f"{PROTECTED}([{chr(FIRST_NUMBER)}-{chr(FIRST_NUMBER + 0xFFFD)}])")
+        self._protected, self._resolved = (
+            re.compile(f"{mark}([{chr(FIRST_NUMBER)}-{chr(FIRST_NUMBER + 0xFFFD)}])") for mark in (PROTECTED, CONTROL)
+        )
 
     def protect(self, text: str) -> str:
         """A message's text, in which no control token is spelled any more.
@@ -94,6 +97,10 @@ class Marks:
         if self.parse_special:
             return text
         return self._spelled.sub(lambda match: PROTECTED + chr(FIRST_NUMBER + self._numbers[match[0]]), text)
+
+    def spell(self, resolved: str) -> str:
+        """Text as `resolve` made it, its control tokens written out."""
+        return self._resolved.sub(lambda match: self.tokens[ord(match[1]) - FIRST_NUMBER], resolved)
 
     def resolve(self, rendered: str) -> str:
         """Rendered text as the tokenizer takes it: control tokens as marks, the letters of messages as they were."""
@@ -219,16 +226,14 @@ class JinjaTemplate:
 
     def _probe(self) -> None:
         """Try the smallest conversation, so that a template of no use is refused at once and not once per record."""
-        question, answer = "What is seven?", "It is a number."
         try:
-            (regions,) = self.render([Message("user", question), Message("assistant", answer)])
+            learnt = _learnt(self)
         except MalformedRecord as error:
             raise ValueError(f"the chat template cannot be used for training: {error}") from None
-        learnt = "".join(region.text for region in regions if region.role == ASSISTANT)
-        if answer not in learnt or question in learnt:
+        if ANSWER not in learnt or QUESTION in learnt:
             raise ValueError(
-                f"the chat template cannot be used for training: of the question {question!r} and the answer {answer!r} it "
-                f"takes {learnt!r} for the answer"
+                f"the chat template cannot be used for training: of the question {QUESTION!r} and the answer {ANSWER!r} it "
+                f"takes {self._marks.spell(learnt)!r} for the answer"
             )
 
 
@@ -251,6 +256,18 @@ def load_template(name: TemplateName, folder: Path, marks: Marks, named_tokens: 
             f'not have. Set model.added_tokens: ["{IM_START}", "{IM_END}"]'
         )
     return ReferenceTemplate(marks) if name == "megatron-llm" else JinjaTemplate(CHATML, {}, marks)
+
+
+def end_of_answer(template: ChatTemplate) -> int | None:
+    """The number of the control token that a template writes last for an answer, behind its text; None: there is none."""
+    marks = re.findall(f"{CONTROL}(.)", _learnt(template).rpartition(ANSWER)[2], re.DOTALL)
+    return ord(marks[-1]) - FIRST_NUMBER if marks else None
+
+
+def _learnt(template: ChatTemplate) -> str:
+    """What a template makes of the answer to a question."""
+    texts = template.render([Message("user", QUESTION), Message("assistant", ANSWER)])
+    return "".join(region.text for regions in texts for region in regions if region.role == ASSISTANT)
 
 
 def _source(folder: Path, settings: Mapping[str, Any]) -> str:

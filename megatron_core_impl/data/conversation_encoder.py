@@ -12,13 +12,20 @@ Text and role streams are those of Megatron-LLM's `preprocess_instruct_data.py`,
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from megatron_core_impl.data.chat_template import Marks, ReferenceTemplate, Region, TemplateName, load_template
+from megatron_core_impl.data.chat_template import (
+    Marks,
+    ReferenceTemplate,
+    Region,
+    TemplateName,
+    end_of_answer,
+    load_template,
+)
 from megatron_core_impl.data.control_tokens import EncodedText, control_tokens, named_tokens, text_encoder
-from megatron_core_impl.data.conversations import Format, keys_of, read_conversation
+from megatron_core_impl.data.conversations import Format, Message, keys_of, read_conversation
 from megatron_core_impl.data.encoder import Encoded
 from megatron_core_impl.data.indexed_dataset import bin_path, dtype_for, idx_path
 from megatron_core_impl.data.records import MalformedRecord, Record
@@ -57,8 +64,21 @@ class ConversationRecipe:
         return ConversationEncoder(self)
 
 
+class Example(NamedTuple):
+    """A conversation as text, which is what transformers' `apply_chat_template(tokenize=False)` gives, and as ids."""
+
+    text: str
+    ids: list[int]
+
+
 class ConversationEncoder:
-    """Makes streams of records; see `encoder.Encoder`."""
+    """Makes streams of records; see `encoder.Encoder`.
+
+    Attributes:
+        header_tokens: how many tokens at the beginning of every answer are marked as it but are not (`instruction_dataset`).
+        end_of_answer: id of the control token that the template writes last for an answer, such as `<|im_end|>` or `</s>`;
+            None where it writes none.
+    """
 
     ends_documents = False  # as in the reference
 
@@ -67,16 +87,18 @@ class ConversationEncoder:
         self._columns: Mapping[str, str] = dict(recipe.columns)
         self.columns, self.required = keys_of(recipe.format, self._columns)
         tokenizer = load_tokenizer(recipe.tokenizer, recipe.kind, added_tokens=recipe.added_tokens)
-        marks = Marks(list(control_tokens(tokenizer)), parse_special=recipe.parse_special)
-        self._template = load_template(recipe.template, recipe.tokenizer, marks, named_tokens(tokenizer))
+        controls = control_tokens(tokenizer)
+        self._marks = Marks(list(controls), parse_special=recipe.parse_special)
+        self._template = load_template(recipe.template, recipe.tokenizer, self._marks, named_tokens(tokenizer))
         self._encoder = text_encoder(tokenizer)
         ids = dtype_for(tokenizer.vocab_size)
         self.dtypes: dict[str, np.dtype[Any]] = {TEXT: ids, ROLE: ids}
         if recipe.has_weights:
             self.dtypes[WEIGHT] = np.dtype("<f8")
-        # Tokens at the beginning of every answer that its role covers, but that are not the answer (`instruction_dataset`).
         headers = [[self._template.header]] if isinstance(self._template, ReferenceTemplate) else []
         self.header_tokens = sum(len(header.ids) for header in self._encoder.encode(headers))
+        end = end_of_answer(self._template)
+        self.end_of_answer = None if end is None else list(controls.values())[end]
 
     def encode(self, records: Sequence[Record]) -> Encoded:
         """Encode a chunk."""
@@ -93,6 +115,19 @@ class ConversationEncoder:
             texts += rendered
             counts.append(len(rendered))
         return self._streams(texts, self._encoder.encode(texts), counts, malformed)
+
+    def example(self, messages: Sequence[Message]) -> Example:
+        """One conversation as `encode` would have it, with its text.
+
+        An empty system message is left out of the text too. Where a message spells a control token, only ids tell that it is
+        text.
+
+        Raises:
+            MalformedRecord: the template cannot express it.
+        """
+        texts = self._template.render(messages)
+        text = "".join(region.text for regions in texts for region in regions)
+        return Example(self._marks.spell(text), [int(i) for encoded in self._encoder.encode(texts) for i in encoded.ids])
 
     def _check_weights(self, rendered: Sequence[Sequence[Region]]) -> None:
         if self._recipe.has_weights:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_core_impl.data.chat_template import ASSISTANT, PROMPTER, SYSTEM
 from megatron_core_impl.data.conversation_encoder import ROLE, TEXT, WEIGHT, ConversationEncoder, ConversationRecipe
+from megatron_core_impl.data.conversations import Message
 from megatron_core_impl.data.indexed_dataset import IndexedDataset
 from megatron_core_impl.data.tokenizer import load_tokenizer
 
@@ -192,7 +193,10 @@ def test_sentencepiece_begins_anew_after_a_control_token(tmp_path: Path) -> None
         ("{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}", r"does not render the beginning.*generation"),
         ("{{ raise_exception('never') }}", "cannot be used for training: the chat template refuses it: never"),
         ("{% for m in messages %}{{ m.content }", "is no Jinja: line 1"),
-        ("{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}", "takes 'What is seven"),
+        (
+            "{% generation %}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}{% endgeneration %}",
+            r"takes 'What is seven\?</s>It is a number\.</s>' for the answer",
+        ),
     ],
 )
 def test_a_template_of_no_use_is_refused(tmp_path: Path, template: str, reason: str) -> None:
@@ -273,6 +277,47 @@ def test_weights_are_those_of_the_messages(tmp_path: Path) -> None:
     assert weights[starts].tolist() == [1, 0.25, 0, 0.25, 2]
     llama = encoder(tokenizer(tmp_path / "llama", LLAMA), has_weights=True).encode([{"messages": turns}])
     assert "messages 1 to 2 have different weights, but the chat template does not tell where" in llama.malformed[0][1]
+
+
+GENERATED_ALONE = CHATML.replace("{{ '<|im_end|>' }}{% endgeneration %}", "{% endgeneration %}{{ '<|im_end|>' }}")
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (LLAMA, "</s>"),
+        (CHATML, "<|im_end|>"),
+        (GENERATED_ALONE, None),
+        ("{% for m in messages %}{{ '<|im_start|>' + m.content + '\n' }}{% endfor %}", None),
+        ("chatml", "<|im_end|>"),
+        ("megatron-llm", "<|im_end|>"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["huggingface", "sentencepiece"])
+def test_end_of_an_answer(tmp_path: Path, template: str, end: str | None, kind: str) -> None:
+    is_named = template in ("chatml", "megatron-llm")
+    folder = tokenizer(tmp_path, None if is_named else template)
+    if kind == "sentencepiece":
+        train_sentencepiece(folder)
+    made = encoder(folder, kind=kind, template=template if is_named else "tokenizer")
+    tokens = load_tokenizer(folder, kind, added_tokens=IM)  # type: ignore[arg-type]
+    assert made.end_of_answer == (None if end is None else {"</s>": tokens.eod_id, **tokens.added_tokens}[end])
+
+
+@pytest.mark.parametrize("template", [LLAMA, CHATML], ids=["llama", "chatml"])
+def test_an_example_is_the_text_and_the_ids_of_transformers(tmp_path: Path, template: str) -> None:
+    folder = tokenizer(tmp_path, template)
+    made, theirs = encoder(folder), oracle(folder)
+    text, ids = made.example([Message(turn["role"], turn["content"]) for turn in TURNS])  # type: ignore[arg-type]
+    assert text == theirs.apply_chat_template(TURNS, tokenize=False)
+    assert ids == theirs(text, add_special_tokens=False).input_ids == encoded(made, TURNS)[0][0]
+
+
+def test_an_example_of_the_reference(tmp_path: Path) -> None:
+    made = encoder(tokenizer(tmp_path, None), template="megatron-llm")
+    text, ids = made.example([Message("user", "a"), Message("assistant", f"b{SPELLING}")])
+    assert text == f"<|im_start|>question\na<|im_end|>\n<|im_start|>answer\nb{SPELLING}<|im_end|>\n"
+    assert ids == encoded(made, [{"role": "user", "content": "a"}, {"role": "assistant", "content": f"b{SPELLING}"}])[0][0]
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference's files are not here")
