@@ -1,10 +1,11 @@
 """Held-out conversations whose last answer a model gives, and how many it gives exactly.
 
-The question is all that precedes the last answer, header included; the model goes on with the likeliest token each time. An
-answer is right when it is the one of the data token by token, its end included.
+The question is all that precedes the last answer, header included; the model goes on with the likeliest token each time, until
+it ends its answer. An answer is right when it is the one of the data token by token, its end included.
 """
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +13,12 @@ import torch
 
 from megatron_core_impl.data.chat_template import ASSISTANT
 from megatron_core_impl.data.instruction_dataset import Conversations, Reading, split_conversations
+from stages import gate
 from stages.contracts import artifacts as a
+from stages.contracts.specs import ExportSpec
+from stages.runtime import Context
 
-LONGEST = 64  # tokens of an answer that is asked for: longer ones are essays, not right or wrong
+ANSWERS = "answers.json"
 
 
 class Question(NamedTuple):
@@ -24,12 +28,16 @@ class Question(NamedTuple):
     answer: list[int]
 
 
-def held_out(dataset: a.DatasetArtifact, folder: Path, *, split: str, seed: int, count: int) -> list[Question]:
-    """The first held-out conversations that end with an answer of at most `LONGEST` tokens.
+def held_out(
+    dataset: a.DatasetArtifact, folder: Path, *, split: str, seed: int, count: int, longest: int, context: int
+) -> list[Question]:
+    """The first held-out conversations that end with a short answer: longer ones are essays, not right or wrong.
 
     Args:
         folder: of the dataset.
         split, seed: of the training, which decide what was held out of sets that are for all.
+        longest: tokens of an answer.
+        context: tokens of a question and its answer.
     """
     found: list[Question] = []
     for each in dataset.sets:
@@ -43,31 +51,90 @@ def held_out(dataset: a.DatasetArtifact, folder: Path, *, split: str, seed: int,
         for number in chosen:
             if len(found) == count:
                 return found
-            question = _question(conversations.tokens(number), conversations.roles(number), dataset.header_tokens)
-            if question is not None:
+            question = _question(
+                conversations.tokens(number), conversations.roles(number), dataset.header_tokens, dataset.end_of_answer
+            )
+            if question is not None and len(question.answer) <= longest and len(question.prompt) + longest <= context:
                 found.append(question)
     return found
 
 
-def _question(ids: Any, roles: Any, header_tokens: int) -> Question | None:
-    """The last answer of a conversation and what precedes it."""
+def _question(ids: Any, roles: Any, header_tokens: int, end: int | None) -> Question | None:
+    """The last answer of a conversation, up to the token that ends it, and what precedes it."""
     start = len(roles)
     while start and roles[start - 1] == ASSISTANT:
         start -= 1
     start += header_tokens
-    if not 0 < start < len(roles) or len(roles) - start > LONGEST:
+    if not 0 < start < len(roles):
         return None
-    return Question(ids[:start].tolist(), ids[start:].tolist())
+    answer = ids[start:].tolist()
+    if end in answer:
+        answer = answer[: answer.index(end) + 1]
+    return Question(ids[:start].tolist(), answer)
+
+
+def ask(
+    ctx: Context, spec: ExportSpec, dataset: a.DatasetArtifact, data: Path, checkpoint: a.CheckpointArtifact,
+    models: Mapping[str, Path],
+) -> dict[str, Any]:  # fmt: skip
+    """Let models answer held-out questions: {"questions": n, <name of a model>: share of right ones}, or nothing.
+
+    All get a row of the vocabulary for each added token. Questions and answers stand in answers.json.
+
+    Args:
+        data: folder of the dataset.
+        models: Hugging Face folders by name; the last one's tokenizer is that of the data.
+    """
+    wanted, longest = spec.settings.answers, spec.settings.max_new_tokens
+    if not wanted:
+        return {}
+    trained = checkpoint.spec["settings"]  # which of the data were held out
+    questions = held_out(
+        dataset, data, split=trained["split"], seed=trained["seed"], count=wanted, longest=longest,
+        context=checkpoint.model.max_position_embeddings,
+    )  # fmt: skip
+    if not questions:  # it is a figure for people: not worth a run that has been trained
+        ctx.warn(
+            f"export.answers={wanted}: no held-out conversation ends with an answer of at most {longest} tokens "
+            "(export.max_new_tokens), so nothing is asked"
+        )
+        return {}
+    said = {}
+    for when, folder in models.items():
+        ctx.log(f"asking the model {when} training {len(questions):,} questions")
+        model = gate.load_transformers(folder, spec.verify.precision, vocab_size=checkpoint.model.vocab_size).module
+        said[when] = answers(model, questions, longest=longest)
+        del model
+        gc.collect()
+    tokenizer = gate.quiet_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    texts = [
+        {
+            "question": tokenizer.decode(question.prompt),
+            "answer": tokenizer.decode(question.answer),
+            **{when: tokenizer.decode(ids[number]) for when, ids in said.items()},
+        }
+        for number, question in enumerate(questions)
+    ]
+    gate.write_json(ctx.scratch / ANSWERS, texts)
+    return {"questions": len(questions), **{when: exact(ids, questions) for when, ids in said.items()}}
+
+
+def told(right: Mapping[str, Any]) -> str:
+    """How many answers were right, for the figure of the stage."""
+    if not right:
+        return ""
+    shares = f"{gate.percent(right['before'])} → {gate.percent(right['after'])}"
+    return f" · right answers to {right['questions']:,} held-out questions {shares}"
 
 
 @torch.no_grad()
-def answers(model: Any, questions: Sequence[Question]) -> list[list[int]]:
-    """What a model of transformers says to each question: at most as many tokens as the right answer has."""
+def answers(model: Any, questions: Sequence[Question], *, longest: int) -> list[list[int]]:
+    """What a model of transformers says to each question, until it stops by its generation settings, or at `longest` tokens."""
     said = []
-    for prompt, answer in questions:
+    for prompt, _ in questions:
         tokens = torch.tensor([prompt], device=model.device)
         written = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=len(answer), pad_token_id=0
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=longest, pad_token_id=0
         )
         said.append(written[0, len(prompt) :].tolist())
     return said
@@ -75,4 +142,6 @@ def answers(model: Any, questions: Sequence[Question]) -> list[list[int]]:
 
 def exact(said: Sequence[list[int]], questions: Sequence[Question]) -> float:
     """The share of right answers."""
-    return sum(given == question.answer for given, question in zip(said, questions, strict=True)) / max(1, len(questions))
+    return sum(given[: len(question.answer)] == question.answer for given, question in zip(said, questions, strict=True)) / max(
+        1, len(questions)
+    )

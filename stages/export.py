@@ -31,17 +31,16 @@ from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.data.tokenizer import load_tokenizer
 from megatron_core_impl.models import families
 from stages import gate, runtime
-from stages.answers import answers, exact, held_out
+from stages.answers import ask, told
 from stages.contracts import artifacts as a
 from stages.contracts import words
 from stages.contracts.specs import ExportSpec
 from stages.runtime import BadInput, Context, GateFailed
-from stages.tokenizer_files import add_tokens, check_added_tokens, write_chat_template
+from stages.tokenizer_files import write_tokenizer
 
 MODEL_FOLDER = "model"
 COMPARISON = "comparison.json"
 SAMPLES = "samples.json"
-ANSWERS = "answers.json"
 CARRIED = re.compile(r"generation_config\.json|(LICEN[SC]E|NOTICE|USE_POLICY)[\w.-]*", re.IGNORECASE)  # beside the tokenizer
 SAME = ("norm_eps", "activation", "sliding_window", "rope_theta", "rope_scaling", "max_position_embeddings")  # with the base
 SHARD_BYTES = 5_000_000_000  # a file of weights is not larger, unless one tensor is
@@ -64,12 +63,11 @@ def run(spec: ExportSpec, ctx: Context) -> a.ExportArtifact:
     folder.mkdir()
     size = write_weights(weights_folder, weights.model, folder, ctx)
     write_config(base_folder / "files" / "config.json", folder / "config.json", weights.model)
-    copy_files(base, base_folder / "files", folder)
-    _check_tokenizer(folder, dataset)
-    added = dataset.tokenizer.added_tokens
-    add_tokens(folder, added)
-    if dataset.content == "conversations":
-        write_chat_template(folder, dataset.spec["settings"]["chat_template"])
+    copy_files(base_folder / "files", folder)
+    _check_tokenizer(base_folder / "files", dataset)
+    write_tokenizer(base, base_folder / "files", dataset, dataset_folder, folder)
+    if dataset.end_of_answer is not None:
+        stop_at(folder, dataset.end_of_answer)
 
     verdict = gate.check_gate(
         ctx,
@@ -81,11 +79,9 @@ def run(spec: ExportSpec, ctx: Context) -> a.ExportArtifact:
         data=dataset_folder,
     )
     gate.write_json(ctx.scratch / COMPARISON, verdict.report)
-    if added:
-        check_added_tokens(gate.quiet_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True), added)
     samples = make_samples(spec, ctx, before=base_folder / "files", after=folder, vocab_size=weights.model.vocab_size)
     gate.write_json(ctx.scratch / SAMPLES, samples)
-    right = _answer(spec, ctx, dataset, dataset_folder, checkpoint, before=base_folder / "files", after=folder)
+    right = ask(ctx, spec, dataset, dataset_folder, checkpoint, {"before": base_folder / "files", "after": folder})
     mean_error = verdict.comparison.mean_error
     return ctx.artifact(
         a.ExportArtifact,
@@ -197,11 +193,23 @@ def write_config(source: Path, target: Path, model: a.ModelFacts) -> None:
             raise GateFailed(f"config.json says {name}={says}, the trained model has {name}={value}")
 
 
-def copy_files(base: a.ModelArtifact, source: Path, target: Path) -> None:
-    """Copy the tokenizer, the generation settings and the licence's texts as they came."""
-    for name in [*base.tokenizer_files, *(path.name for path in source.iterdir() if CARRIED.fullmatch(path.name))]:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
+def copy_files(source: Path, target: Path) -> None:
+    """Copy the generation settings and the licence's texts as they came."""
+    for path in source.iterdir():
+        if CARRIED.fullmatch(path.name):
+            shutil.copyfile(path, target / path.name)
+
+
+def stop_at(folder: Path, token: int) -> None:
+    """Let generation end at a token, besides those where it did. Without it an answer is followed by another question."""
+    file = folder / "generation_config.json"
+    config = read_json(folder / "config.json")
+    defaults = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
+    settings = read_json(file) if file.exists() else defaults
+    ends = settings.get("eos_token_id", [])
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if token not in ends:
+        file.write_text(json.dumps({**settings, "eos_token_id": [*ends, token]}, indent=2) + "\n")
 
 
 def _check_tokenizer(folder: Path, dataset: a.DatasetArtifact) -> None:
@@ -238,50 +246,6 @@ def make_samples(spec: ExportSpec, ctx: Context, *, before: Path, after: Path, v
         del model
         gc.collect()  # two models of 7B do not fit everywhere
     return samples
-
-
-def _answer(
-    spec: ExportSpec, ctx: Context, dataset: a.DatasetArtifact, data: Path, checkpoint: a.CheckpointArtifact,
-    *, before: Path, after: Path,
-) -> dict[str, Any]:  # fmt: skip
-    """Let each model answer held-out questions: {"questions", "before", "after"}, shares of right ones; or nothing.
-
-    Both get a row of the vocabulary for each added token. Question and answers by token stand in answers.json.
-    """
-    if not spec.settings.answers:
-        return {}
-    if dataset.content != "conversations":
-        raise BadInput(f"export.answers={spec.settings.answers} is for conversations, and the data is text: leave it out")
-    trained = checkpoint.spec["settings"]  # which of the data were held out
-    questions = held_out(dataset, data, split=trained["split"], seed=trained["seed"], count=spec.settings.answers)
-    if not questions:
-        raise BadInput("export.answers: no held-out conversation ends with a short answer: give data.valid, or leave it out")
-    said = {}
-    for when, folder in (("before", before), ("after", after)):
-        ctx.log(f"asking the model {when} training {len(questions):,} questions")
-        model = gate.load_transformers(folder, spec.verify.precision, vocab_size=checkpoint.model.vocab_size).module
-        said[when] = answers(model, questions)
-        del model
-        gc.collect()
-    tokenizer = gate.quiet_transformers().AutoTokenizer.from_pretrained(after, local_files_only=True)
-    texts = [
-        {
-            "question": tokenizer.decode(question.prompt),
-            "answer": tokenizer.decode(question.answer),
-            **{when: tokenizer.decode(ids[number]) for when, ids in said.items()},
-        }
-        for number, question in enumerate(questions)
-    ]
-    gate.write_json(ctx.scratch / ANSWERS, texts)
-    return {"questions": len(questions), **{when: exact(ids, questions) for when, ids in said.items()}}
-
-
-def told(right: Mapping[str, Any]) -> str:
-    """How many answers were right, for the figure of the stage."""
-    if not right:
-        return ""
-    shares = f"{gate.percent(right['before'])} → {gate.percent(right['after'])}"
-    return f" · right answers to {right['questions']:,} held-out questions {shares}"
 
 
 @torch.no_grad()

@@ -14,6 +14,13 @@ from stages.contracts import artifacts as a
 from stages.contracts import words
 from stages.contracts.publishing import TAG
 
+CHAT = (
+    "",
+    'messages = [{"role": "user", "content": "…"}]',
+    'question = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")',
+    "answer = model.generate(**question, max_new_tokens=200)[0, question.input_ids.shape[1] :]",
+    "print(tokenizer.decode(answer, skip_special_tokens=True))",
+)
 NOT_SHOWN = {"checkpoint_interval", "keep_checkpoints", "log_interval", "eval_interval", "eval_batches"}
 
 
@@ -48,13 +55,14 @@ def model_card(lineage: Lineage, name: str) -> str:
             "",
             f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name, ensure_ascii=False)})",
             f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name, ensure_ascii=False)})",
+            *(CHAT if lineage.dataset.content == "conversations" else ()),
             "```",
             "",
             "## Result",
             "",
-            "On held-out documents of the same data:",
+            "On held-out data of the same kind:",
             "",
-            *_table(("", "before", "after"), *_results(lineage.checkpoint)),
+            *_table(("", "before", "after"), *_results(lineage)),
             "## Data",
             "",
             *_table(("", ""), *_data_rows(lineage)),
@@ -97,12 +105,16 @@ def _front_matter(lineage: Lineage) -> list[str]:
     return [*lines, "tags:", f"- {TAG}", f"- {export.model.family}", "---", ""]
 
 
-def _results(checkpoint: a.CheckpointArtifact) -> list[tuple[str, ...]]:
-    before, after = checkpoint.loss_before, checkpoint.loss_after
-    return [
+def _results(lineage: Lineage) -> list[tuple[str, ...]]:
+    before, after = lineage.checkpoint.loss_before, lineage.checkpoint.loss_after
+    rows: list[tuple[str, ...]] = [
         ("loss", f"{before:.4f}", f"{after:.4f}"),
         ("perplexity", _perplexity(before), _perplexity(after)),
     ]
+    if right := lineage.export.metrics.get("answers"):
+        shares = (f"{100 * right[when]:.2f} %" for when in ("before", "after"))
+        rows.append((f"right answers to {right['questions']:,} questions", *shares))
+    return rows
 
 
 def _data_rows(lineage: Lineage) -> list[tuple[str, ...]]:
@@ -119,8 +131,16 @@ def _data_rows(lineage: Lineage) -> list[tuple[str, ...]]:
         ("documents", f"{dataset.documents:,}, {words.size(data.text_bytes)} of text"),
         ("tokens", f"{dataset.tokens:,}"),
         ("tokenizer", f"{dataset.tokenizer.kind}, vocabulary {dataset.tokenizer.vocab_size:,}"),
-        ("end of a document", "marked by the end-of-text token" if dataset.bos_eos != "none" else "not marked"),
+        _marks(dataset),
     ]
+
+
+def _marks(dataset: a.DatasetArtifact) -> tuple[str, str]:
+    """What stands around a document, or a message."""
+    if dataset.content == "conversations":
+        template = dataset.spec["settings"]["chat_template"]
+        return "chat template", {"tokenizer": "that of the base model's tokenizer", "chatml": "ChatML"}.get(template, template)
+    return "end of a document", "marked by the end-of-text token" if dataset.bos_eos != "none" else "not marked"
 
 
 def _training_rows(checkpoint: a.CheckpointArtifact) -> list[tuple[str, ...]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_core_impl.data.conversation_encoder import ConversationEncoder, ConversationRecipe, drop_plain_weights
-from megatron_core_impl.data.encoder import Recipe
+from megatron_core_impl.data.encoder import Encoder, Recipe
 from megatron_core_impl.data.indexed_dataset import dtype_for
 from megatron_core_impl.data.preprocessing import Job, Progress, WorkerDied, join, remove_parts, tokenize
 from megatron_core_impl.data.statistics import Statistics
@@ -24,6 +24,7 @@ from megatron_core_impl.data.tokenizer import Tokenizer, load_tokenizer
 from stages import runtime
 from stages.contracts import artifacts as a
 from stages.contracts.specs import PreprocessSpec
+from stages.examples import write_examples
 from stages.runtime import BadInput, Context, Interrupted
 
 MALFORMED_FILE = "malformed.jsonl"
@@ -51,7 +52,7 @@ def run(spec: PreprocessSpec, ctx: Context) -> a.DatasetArtifact:
         )
         for raw in data.sets
     ]
-    header_tokens = {_header_tokens(job.recipe) for job in jobs}
+    encoder = _encoder(jobs[0].recipe)  # all sets have one tokenizer and one template
     size = sum(file.size for job in jobs for file in job.files)
     ctx.log(f"tokenizing {size / 1e6:,.1f} MB with {settings.workers} workers, {tokenizer.kind} tokenizer")
     try:
@@ -74,6 +75,7 @@ def run(spec: PreprocessSpec, ctx: Context) -> a.DatasetArtifact:
             remove_parts(job)
         (ctx.scratch / MALFORMED_FILE).unlink(missing_ok=True)
         raise error if isinstance(error, BadInput) else BadInput(f"{data_folder}/{error}") from None
+    write_examples(ctx.scratch, jobs, tokenizer)
     sets = tuple(_set(raw, join(job)) for raw, job in zip(data.sets, jobs, strict=True))
     for job in jobs:
         remove_parts(job)
@@ -96,7 +98,8 @@ def run(spec: PreprocessSpec, ctx: Context) -> a.DatasetArtifact:
             added_tokens=tokenizer.added_tokens,
         ),
         content="text" if data.sets[0].format == "text" else "conversations",
-        header_tokens=max(header_tokens),
+        header_tokens=encoder.header_tokens if isinstance(encoder, ConversationEncoder) else 0,
+        end_of_answer=encoder.end_of_answer if isinstance(encoder, ConversationEncoder) else None,
         sets=sets,
         dtype=dtype_for(tokenizer.vocab_size).name,
         documents=seen.documents,
@@ -126,17 +129,16 @@ def _recipe(spec: PreprocessSpec, raw: a.RawSet, tokenizer: Tokenizer, folder: P
     )
 
 
-def _header_tokens(recipe: Recipe) -> int:
-    """Of the encoder of a recipe. Making it tells, too, whether the tokenizer has a chat template and its tokens.
+def _encoder(recipe: Recipe) -> Encoder:
+    """The encoder of a recipe, as the workers make it. That tells, too, whether a chat template and its tokens are there.
 
     Raises:
-        BadInput: it has not.
+        BadInput: they are not.
     """
     try:
-        encoder = recipe.encoder()
+        return recipe.encoder()
     except ValueError as error:
         raise BadInput(f"preprocess.chat_template: {error}") from error
-    return encoder.header_tokens if isinstance(encoder, ConversationEncoder) else 0
 
 
 def _set(raw: a.RawSet, seen: Statistics) -> a.DatasetSet:

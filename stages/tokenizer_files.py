@@ -1,20 +1,75 @@
-"""Added tokens, and a chat template, in the files of an exported tokenizer: just those that were added, nothing else changes.
+"""The tokenizer of a published model: the base model's files, with the tokens and the chat template that training added.
 
-`tokenizer.json` lists them among its own; `tokenizer_config.json` names them for tokenizers that are made of `tokenizer.model`
-alone. Files in which nothing changes keep their bytes.
+`tokenizer.json` lists added tokens among its own; `tokenizer_config.json` names them for tokenizers that are made of
+`tokenizer.model` alone. Files in which nothing changes keep their bytes. What transformers makes of the folder must give the
+ids that the model is trained with.
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_core_impl.checkpoint.index import read_json
 from megatron_core_impl.data.chat_template import CHATML, REFERENCE_ROLES
+from stages import gate
+from stages.contracts import artifacts as a
+from stages.examples import difference, read_examples
 from stages.runtime import GateFailed
 
 KIND: dict[str, Any] = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 SPECIAL = "additional_special_tokens"
+
+
+def write_tokenizer(model: a.ModelArtifact, source: Path, dataset: a.DatasetArtifact, data: Path, folder: Path) -> None:
+    """Write the tokenizer that a model trained on a dataset is published with, and prove that it is the data's.
+
+    Args:
+        source: the files of the model.
+        data: folder of the dataset.
+        folder: where the files are written.
+
+    Raises:
+        GateFailed: transformers does not get the ids of the data from it.
+    """
+    for name in model.tokenizer_files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+    added = dataset.tokenizer.added_tokens
+    add_tokens(folder, added)
+    if dataset.content == "conversations":
+        write_chat_template(folder, dataset.spec["settings"]["chat_template"])
+    examples = read_examples(data)
+    tokenizer = _load(folder)
+    if (fault := difference(tokenizer, examples)) and _begin_texts_anew(folder):
+        tokenizer = _load(folder)
+        fault = difference(tokenizer, examples)
+    if fault:
+        raise GateFailed(
+            f"who loads this model with transformers would not get the ids that it is trained with: {fault}. Set "
+            f"preprocess.tokenizer to the other kind (the data are made with {dataset.tokenizer.kind}), if the model has "
+            "one, or mend its tokenizer_config.json"
+        )
+    check_added_tokens(tokenizer, added)
+
+
+def _load(folder: Path) -> Any:
+    return gate.quiet_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _begin_texts_anew(folder: Path) -> bool:
+    """Let what follows a control token begin as a text of its own, with the mark of a word; False if it does so already.
+
+    That is what SentencePiece makes of texts between control tokens, and Meta's and Megatron-LLM's code with it. transformers
+    calls it legacy, and does so only where the tokenizer's configuration says it.
+    """
+    file = folder / "tokenizer_config.json"
+    config = read_json(file) if file.exists() else {}
+    if config.get("legacy") is True:
+        return False
+    _write(file, {**config, "legacy": True})
+    return True
 
 
 def add_tokens(folder: Path, added: Mapping[str, int]) -> None:

@@ -2,16 +2,21 @@
 
 Both models are loaded in the precision asked for, ours from the converted weights and transformers' from the original Hugging
 Face folder, and compared on the same batches of the preprocessed data: mean and largest error of the logits, loss, best next
-token, and every hidden state on the way, so that a failure names the layer. Nothing is trained on weights that fail.
+token, and every hidden state on the way, so that a failure names the layer. And the tokenizer that the trained model would be
+published with must give transformers the ids of the data. Nothing is trained on what fails.
 
     python -m stages.verify SPEC.json
 
 The result is verification.json: all figures, the gates, and a line for every module.
 """
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 from stages import gate, runtime
 from stages.contracts import artifacts as a
 from stages.contracts.specs import VerifySpec
+from stages.tokenizer_files import write_tokenizer
 
 REPORT = "verification.json"
 
@@ -27,6 +32,8 @@ def run(spec: VerifySpec, ctx: runtime.Context) -> a.VerificationArtifact:
     weights, weights_folder = ctx.input("weights", a.WeightsArtifact)
     dataset, dataset_folder = ctx.input("dataset", a.DatasetArtifact)
     gate.check_model(weights.model, model.model)
+    with TemporaryDirectory(dir=ctx.scratch) as published:  # as export will: what cannot be published need not be trained
+        write_tokenizer(model, model_folder / "files", dataset, dataset_folder, Path(published))
     verdict = gate.check_gate(
         ctx,
         spec.settings,

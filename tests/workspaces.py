@@ -28,6 +28,8 @@ from stages import runtime
 from stages.contracts import artifacts as a
 from stages.contracts import config as c
 from stages.contracts import specs
+from stages.contracts.data_settings import DataSettings
+from stages.contracts.train_settings import TrainSettings
 
 HEAD_DIM, HEADS, KV_HEADS, HIDDEN = 16, 4, 2, 64
 STEP = 7  # of the checkpoint
@@ -53,10 +55,10 @@ def sentencepiece_model(vocab_size: int = 400) -> bytes:
 
 
 def write_tokenizer(folder: Path, kind: str) -> None:
-    """Save a tokenizer as Hugging Face folders have it."""
+    """Save a tokenizer as Hugging Face folders have it, that of Llama 2 as it came: legacy is false."""
     if kind == "sentencepiece":
         (folder / "tokenizer.model").write_bytes(sentencepiece_model())
-        LlamaTokenizerFast.from_pretrained(folder, legacy=True).save_pretrained(folder)
+        LlamaTokenizerFast.from_pretrained(folder, legacy=False).save_pretrained(folder)
         return
     model = ByteLevelBPETokenizer()
     model.train_from_iterator(text().splitlines(), vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False)
@@ -112,7 +114,7 @@ class Workspace:
         checkpoint_spec = specs.TrainSpec(
             workspace=str(self.root),
             inputs=references({"weights": self.weights, "dataset": self.dataset}),
-            settings=c.TrainSettings(steps=STEP),
+            settings=TrainSettings(steps=STEP),
         )
         checkpoint = publish(
             checkpoint_spec, a.CheckpointArtifact, {"checkpoints/step-000007/state.json": b"{}"},
@@ -219,17 +221,20 @@ def make_workspace(
         license="mit", source="source", revision=None,
     )  # fmt: skip
     raw = publish(
-        specs.DownloadDataSpec(workspace=workspace, data=c.DataSettings(source="text")), a.RawDataArtifact,
+        specs.DownloadDataSpec(workspace=workspace, data=DataSettings(source="text")), a.RawDataArtifact,
         {"data.jsonl": b"{}\n"}, documents=1, source="text", revision=None, text_bytes=1,
         sets=(a.RawSet(name="data", files=("data.jsonl",), format="text", text_column="text", columns={}, source="text",
                        role="all", documents=1, text_bytes=1),),
     )  # fmt: skip
     tokens = load_tokenizer(source, tokenizer)  # type: ignore[arg-type]
-    ids = [[*tokens.encode(part), tokens.eod_id] for part in documents or text().split("\n\n\n")]
+    parts = documents or text().split("\n\n\n")
+    ids = [[*tokens.encode(part), tokens.eod_id] for part in parts]
+    examples = [{"text": part, "ids": tokens.encode(part)} for part in parts[:4]]
 
     def write(folder: Path) -> None:
         with IndexedDatasetWriter(folder / "data", np.dtype("<u2")) as writer:
             writer.add_documents(np.concatenate(ids).astype("<u2"), np.array([len(d) for d in ids], np.int32))
+        (folder / "examples.json").write_text(json.dumps(examples))
 
     dataset = publish(
         specs.PreprocessSpec(workspace=workspace, inputs=references({"data": raw, "model": downloaded})), a.DatasetArtifact,

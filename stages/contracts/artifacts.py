@@ -165,7 +165,9 @@ class DatasetSet(Frozen):
 
 
 class DatasetArtifact(Artifact):
-    """The tokens of one set or several, and `malformed.jsonl` where lines were refused. Counts are those of all sets."""
+    """The tokens of one set or several, `examples.json` (some documents with their ids), and `malformed.jsonl` where lines were
+    refused. Counts are those of all sets.
+    """
 
     kind: Literal["dataset"] = "dataset"
     tokenizer: TokenizerFacts
@@ -177,6 +179,7 @@ class DatasetArtifact(Artifact):
     malformed_lines: int
     tokens: int
     header_tokens: int = 0  # conversations: at the beginning of every answer, which no metric counts
+    end_of_answer: int | None = None  # conversations: id of the control token that ends an answer, if one does
     bos_eos: BosEos
 
 

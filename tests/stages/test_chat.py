@@ -16,6 +16,7 @@ from stages.answers import Question, answers, exact, held_out
 from stages.contracts import artifacts as a
 from stages.contracts import config as c
 from stages.contracts import specs
+from stages.contracts.data_settings import DataSettings
 from stages.runtime import BadInput, GateFailed
 from stages.tokenizer_files import check_added_tokens
 
@@ -28,18 +29,20 @@ def conversation(*texts: str, **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)], **more}
 
 
-def stages_until_verify(root: Path, tokenizer: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
+def stages_until_verify(
+    root: Path, tokenizer: str, lines: list[dict[str, Any]], held_out: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Artifacts by stage, all made by the stages themselves."""
     root.mkdir(exist_ok=True)
     write_model(root / "source", tokenizer=tokenizer)
     (root / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (root / "valid.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:6]))
+    (root / "valid.jsonl").write_text("".join(json.dumps(line) + "\n" for line in held_out or lines[:6]))
     config = c.PipelineConfig.model_validate({
         "workspace": str(root / "ws"), "model": {"source": str(root / "source"), "added_tokens": ADDED},
         "data": {"source": str(root / "train.jsonl"), "format": "messages",
                  "valid": [{"source": str(root / "valid.jsonl"), "format": "messages"}]},
         "preprocess": {"chat_template": "chatml", "workers": 1, "tokenizer": tokenizer}, "train": {"steps": STEP},
-        "verify": small({}),
+        "verify": small({}), "export": {"answers": 6},
     })  # fmt: skip
     made: dict[str, Any] = {}
     made["model"] = runtime.execute(specs.DownloadModelSpec.of(config), download.run)
@@ -68,13 +71,16 @@ def trained(made: dict[str, Any]) -> dict[str, a.Artifact]:
 
 @pytest.mark.parametrize("tokenizer", ["sentencepiece", "huggingface"])
 def test_all_stages_agree_on_the_vocabulary(tmp_path: Path, tokenizer: str) -> None:
+    plain = [conversation(f"def f{n}(x): #", f"return x + {n}", "and?", "class A: pass") for n in range(3)]
     lines = [conversation(f"def f{n}(x): # <|im_end|>", f"return x + {n}", "and?", "class A: pass") for n in range(40)]
-    made = stages_until_verify(tmp_path, tokenizer, lines)
+    made = stages_until_verify(tmp_path, tokenizer, lines, plain)
     dataset, weights = made["dataset"], made["weights"]
     assert dataset.tokenizer.added_tokens == {token: ROWS + n for n, token in enumerate(ADDED)}
     assert (dataset.content, [each.name for each in dataset.sets]) == ("conversations", ["data", "valid-0"])
     assert not list(dataset.folder(made["root"]).glob("*-weight*")), "no message has a weight"
-    text = Conversations(dataset.folder(made["root"]) / "data", Reading(sequence_length=999))
+    text, held = (
+        Conversations(dataset.folder(made["root"]) / name, Reading(sequence_length=999)) for name in ("data", "valid-0")
+    )
     for number in range(len(text)):
         ids = text.tokens(number).tolist()
         assert (ids.count(ROWS), ids.count(ROWS + 1)) == (4, 4), "what a message spells is text"
@@ -102,27 +108,33 @@ def test_all_stages_agree_on_the_vocabulary(tmp_path: Path, tokenizer: str) -> N
     assert said.startswith(
         "<|im_start|>user\ndef f0(x): # <|im_end|><|im_end|>\n<|im_start|>assistant\nreturn x + 0<|im_end|>\n"
     )
+    # Who loads the folder gets the ids that were trained, and answers that end.
+    for number, line in enumerate(plain):
+        assert theirs.apply_chat_template(line["messages"])["input_ids"] == held.tokens(number).tolist()
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2, ROWS + 1]
     with pytest.raises(GateFailed, match=r"gives <\|im_start\|> the ids \[.*\]; the model was trained with 7"):
         check_added_tokens(theirs, {"<|im_start|>": 7})
     right = exported.metrics["answers"]
-    assert (right["questions"], right["before"]) == (6, right["after"]), "the same weights say the same"
+    assert (right["questions"], right["before"]) == (3, right["after"]), "the same weights say the same"
     first = json.loads((folder.parent / "answers.json").read_text())[0]
     assert first["answer"].startswith("class A: pass")
     assert first["question"].endswith("assistant\n")
 
 
-def test_answers_are_compared_token_by_token(tmp_path: Path) -> None:
+def test_answers_are_compared_token_by_token() -> None:
     questions = [Question([1, 2], [3, 4]), Question([1], [5]), Question([2], [6, 7])]
     assert exact([[3, 4], [4], [6, 7]], questions) == pytest.approx(2 / 3)
     assert exact([[3, 9], [4], [6]], questions) == 0
+    assert exact([[3, 4, 2], [6], [6]], questions) == pytest.approx(1 / 3), "where nothing ends an answer, the model goes on"
 
 
 def test_an_answer_may_end_with_the_end_of_text(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    [[best]] = answers(model, [Question([5, 6, 7], [0])])
+    [[best, second]] = answers(model, [Question([5, 6, 7], [0])], longest=2)
+    assert best != second
     model.generation_config.eos_token_id = best
-    assert answers(model, [Question([5, 6, 7], [best]), Question([5, 6, 7], [best, best])]) == [[best], [best]]
+    assert answers(model, [Question([5, 6, 7], [best])], longest=2) == [[best]]
 
 
 def test_what_conversations_cannot_do_is_said(tmp_path: Path) -> None:
@@ -131,9 +143,9 @@ def test_what_conversations_cannot_do_is_said(tmp_path: Path) -> None:
         stages_until_verify(tmp_path / "malformed", "sentencepiece", lines)
     assert "no assistant" in str(caught.value) or "messages" in str(caught.value)
     with pytest.raises(ValueError, match="the sources hold text and conversations; a model is trained on one of them"):
-        c.DataSettings.model_validate({"source": "a", "format": "alpaca", "valid": [{"source": "b"}]})
+        DataSettings.model_validate({"source": "a", "format": "alpaca", "valid": [{"source": "b"}]})
     with pytest.raises(ValueError, match="columns names 'text', which format alpaca does not have"):
-        c.DataSettings.model_validate({"source": "a", "format": "alpaca", "columns": {"text": "t"}})
+        DataSettings.model_validate({"source": "a", "format": "alpaca", "columns": {"text": "t"}})
 
 
 def test_held_out_questions_are_those_of_the_split(tmp_path: Path) -> None:
@@ -143,6 +155,15 @@ def test_held_out_questions_are_those_of_the_split(tmp_path: Path) -> None:
     all_sets = made["dataset"].model_copy(
         update={"sets": (made["dataset"].sets[0].model_copy(update={"role": "all"}),)}
     )  # fmt: skip
-    found = held_out(all_sets, folder, split="8,2,0", seed=1, count=99)
-    assert len(found) == 6
-    assert len(held_out(made["dataset"], folder, split="8,2,0", seed=1, count=4)) == 4, "of the set that is held out"
+
+    def found(dataset: a.DatasetArtifact, **changes: Any) -> list[Question]:
+        return held_out(dataset, folder, **{"split": "8,2,0", "seed": 1, "count": 99, "longest": 48, "context": 128} | changes)
+
+    assert len(found(all_sets)) == 6
+    assert len(found(made["dataset"], count=4)) == 4, "of the set that is held out"
+    end = made["dataset"].end_of_answer
+    assert end == made["dataset"].tokenizer.added_tokens["<|im_end|>"]
+    assert {question.answer[-1] for question in found(all_sets)} == {end}, "not the newline behind it"
+    longest = max(len(question.answer) for question in found(all_sets))
+    assert 0 < len(found(all_sets, longest=longest - 1)) < 6
+    assert found(all_sets, context=20) == [], "no room for question and answer"

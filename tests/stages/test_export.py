@@ -17,6 +17,7 @@ from megatron_core_impl.data.tokenizer import load_tokenizer
 from stages import export, runtime
 from stages.contracts import artifacts as a
 from stages.contracts import specs
+from stages.contracts.config import ModelSettings
 from stages.runtime import BadInput, ExitCode, GateFailed
 
 PROMPTS = ("class Spec:\n    ", "def run(")
@@ -285,7 +286,7 @@ def test_model_with_another_tokenizer(tmp_path: Path) -> None:
     from workspaces import sentencepiece_model
 
     files["files/tokenizer.model"] = sentencepiece_model(399)
-    other_spec = specs.DownloadModelSpec(workspace=str(tmp_path), model=specs.c.ModelSettings(source="other"))
+    other_spec = specs.DownloadModelSpec(workspace=str(tmp_path), model=ModelSettings(source="other"))
     facts = {name: getattr(workspace.model, name) for name in ("model", "tokenizer_files", "license", "source", "revision")}
     other = publish(other_spec, a.ModelArtifact, files, **facts)
     spec = workspace.export_spec(checkpoint, merged)

@@ -117,7 +117,7 @@ def test_text_becomes_a_dataset(prepare: Callable[..., PreprocessSpec], tokenize
     assert [data[i].tolist() for i in range(len(data))] == [[*tokenizer.encode(text), tokenizer.eod_id] for text in texts]
     assert data.doc_idx.tolist() == list(range(len(texts) + 1))
 
-    assert sorted(artifact.files) == ["data.bin", "data.idx"]
+    assert sorted(artifact.files) == ["data.bin", "data.idx", "examples.json"]
     assert artifact.tokenizer == a.TokenizerFacts(
         kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id, bos_id=tokenizer.bos_id,
         fingerprint=tokenizer.fingerprint, added_tokens={},
@@ -253,7 +253,7 @@ def test_each_set_becomes_a_dataset(prepare: Callable[..., PreprocessSpec], tmp_
     artifact = execute(spec)
     assert [(s.name, s.documents, s.malformed_lines) for s in artifact.sets] == [("web", 97, 3), ("code", 97, 3)]
     assert (artifact.documents, artifact.malformed_lines) == (194, 6)
-    assert sorted(artifact.files) == ["code.bin", "code.idx", "malformed.jsonl", "web.bin", "web.idx"]
+    assert sorted(artifact.files) == ["code.bin", "code.idx", "examples.json", "malformed.jsonl", "web.bin", "web.idx"]
     assert artifact.files["web.idx"].sha256 == artifact.files["code.idx"].sha256
     lines = [json.loads(line) for line in (spec.folder / "malformed.jsonl").read_text().splitlines()]
     assert [(line["file"], line["line"]) for line in lines] == [

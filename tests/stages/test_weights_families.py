@@ -20,8 +20,8 @@ from megatron_core_impl.config import ModelConfig, RopeScaling
 from megatron_core_impl.models import falcon, families
 from stages import convert, export, merge, runtime, shard, verify
 from stages.contracts import artifacts as a
-from stages.contracts import config as c
 from stages.contracts import specs
+from stages.contracts.train_settings import TrainSettings
 from stages.runtime import BadInput, GateFailed
 
 FALCON: dict[str, Any] = {
@@ -31,7 +31,7 @@ GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "megatron_llm"
 MLP, QKV = "mlp.dense_h_to_4h.weight", "self_attention.query_key_value.weight"
 FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "sliding_window": 20},
-    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "dtype": "bfloat16"},
+    "qwen2": {"model_type": "qwen2", "tokenizer": "huggingface", "tie_word_embeddings": True, "dtype": "bfloat16"},
     "falcon-7b": {"model_type": "falcon"},
     "falcon-40b": {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
     "llama3": {
@@ -61,7 +61,7 @@ def checkpoint_of(workspace: Workspace, shards: a.WeightsArtifact) -> a.Checkpoi
     """What training would leave that changed nothing: the shards are a checkpoint."""
     spec = specs.TrainSpec(
         workspace=str(workspace.root), inputs=references({"weights": shards, "dataset": workspace.dataset}),
-        settings=c.TrainSettings(steps=STEP),
+        settings=TrainSettings(steps=STEP),
     )  # fmt: skip
 
     def write(scratch: Path) -> None:
