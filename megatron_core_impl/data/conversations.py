@@ -1,14 +1,16 @@
 """Records of the formats in which conversations are passed around, as lists of messages.
 
-| format | a record | roles |
+| format | a record | who speaks |
 |---|---|---|
 | `messages` | `{"messages": [{"role", "content", "weight"?}, …]}`, as OpenAI | system (developer), user, assistant, tool |
-| `sharegpt` | `{"conversations": [{"from", "value", "weight"?}, …]}` | system, human (user), gpt (assistant), tool |
+| `sharegpt` | `{"conversations": [{"from", "value", "weight"?}, …], "system"?}` | see `SHAREGPT_SPEAKERS` |
 | `alpaca` | `{"instruction", "input"?, "output"}` | the first two are the user's, an empty line between them |
 | `question-answer` | `{"system"?, "question", "answer"}`, as in Megatron-LLM's guide | |
 
 `columns` names the keys of a record where they differ: `{"question": "prompt"}`. A `system` key named there must be in every
-record. A message's `weight` is what its tokens count in the loss beside the weight of its role; without one it is 1.
+record. A message's `weight` is what its tokens count in the loss beside the weight of who says it; without one it is 1. Its text
+may be a list of parts, all of them text, as OpenAI's. Calls of tools are not taught: a record with them is malformed, and not a
+conversation in which they are missing.
 """
 
 import math
@@ -18,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 from megatron_core_impl.data.records import MalformedRecord, Record
 
 Format = Literal["messages", "sharegpt", "alpaca", "question-answer"]
-Role = Literal["system", "user", "assistant", "tool"]
+Speaker = Literal["system", "user", "assistant", "tool"]
 
 REQUIRED: dict[Format, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -27,18 +29,22 @@ REQUIRED: dict[Format, tuple[str, ...]] = {
     "question-answer": ("question", "answer"),
 }
 OPTIONAL: dict[Format, tuple[str, ...]] = {
-    "messages": (), "sharegpt": (), "alpaca": ("input",), "question-answer": ("system",),
+    "messages": ("tools",), "sharegpt": ("system", "tools"), "alpaca": ("input",), "question-answer": ("system",),
 }  # fmt: skip
-ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-SHAREGPT_ROLES: dict[str, Role] = {
-    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "tool": "tool",
+SPEAKERS: dict[str, Speaker] = {
+    "system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
 }  # fmt: skip
+SHAREGPT_SPEAKERS: dict[str, Speaker] = {
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "bing": "assistant", "bard": "assistant", "model": "assistant", "tool": "tool", "function": "tool", "observation": "tool",
+}  # fmt: skip
+CALLS = ("tool_calls", "function_call")  # of a message
 
 
 class Message(NamedTuple):
     """What one side says."""
 
-    role: Role
+    role: Speaker
     text: str
     weight: float | None = None  # what its tokens count; None: the record does not say, which is 1
 
@@ -65,29 +71,45 @@ def read_conversation(record: Record, format: Format, columns: Mapping[str, str]
     columns = columns or {}
     match format:
         case "messages":
-            messages = _read_list(record, columns.get("messages", "messages"), "role", "content", ROLES)
+            _refuse_tools(record, columns.get("tools", "tools"))
+            messages = _read_list(record, columns.get("messages", "messages"), "role", "content", SPEAKERS)
         case "sharegpt":
-            messages = _read_list(record, columns.get("conversations", "conversations"), "from", "value", SHAREGPT_ROLES)
+            _refuse_tools(record, columns.get("tools", "tools"))
+            messages = _read_list(record, columns.get("conversations", "conversations"), "from", "value", SHAREGPT_SPEAKERS)
+            if system := _system(record, columns):
+                if any(message.role == "system" for message in messages):
+                    raise MalformedRecord(f'"{columns.get("system", "system")}" and a message of the system: which one counts?')
+                messages.insert(0, Message("system", system))
         case "alpaca":
             question = _text(record, columns.get("instruction", "instruction"))
             context = columns.get("input", "input")
-            if record.get(context) not in (None, ""):
-                question += f"\n\n{_text(record, context)}"
+            if record.get(context) is not None and (given := _text(record, context)).strip():
+                question += f"\n\n{given}"
             messages = [Message("user", question), Message("assistant", _text(record, columns.get("output", "output")))]
         case "question-answer":
             messages = [
                 Message("user", _text(record, columns.get("question", "question"))),
                 Message("assistant", _text(record, columns.get("answer", "answer"))),
             ]
-            system = columns.get("system", "system")
-            if "system" in columns or record.get(system) is not None:
-                messages.insert(0, Message("system", _text(record, system)))
+            if (system := _system(record, columns)) is not None:
+                messages.insert(0, Message("system", system))
     if not any(message.role == "assistant" for message in messages):
         raise MalformedRecord("no message of the assistant, so nothing to learn")
     return messages
 
 
-def _read_list(record: Record, key: str, role_key: str, text_key: str, roles: Mapping[str, Role]) -> list[Message]:
+def _system(record: Record, columns: Mapping[str, str]) -> str | None:
+    """The system message that a record has beside its messages."""
+    key = columns.get("system", "system")
+    return _text(record, key) if "system" in columns or record.get(key) is not None else None
+
+
+def _refuse_tools(record: Record, key: str) -> None:
+    if record.get(key) not in (None, "", "[]", []):
+        raise MalformedRecord(f'"{key}" describes tools, which are not taught here. Write them into a system message instead')
+
+
+def _read_list(record: Record, key: str, role_key: str, text_key: str, speakers: Mapping[str, Speaker]) -> list[Message]:
     found = _value(record, key, "")
     if not isinstance(found, list | tuple):
         raise MalformedRecord(f'"{key}" is {_kind(found)}, not a list of messages')
@@ -97,10 +119,30 @@ def _read_list(record: Record, key: str, role_key: str, text_key: str, roles: Ma
         if not isinstance(message, Mapping):
             raise MalformedRecord(f"{where}{_kind(message)}, not an object")
         role = _value(message, role_key, where)
-        if not isinstance(role, str) or role not in roles:
-            raise MalformedRecord(f'{where}"{role_key}" is {role!r}; known are {", ".join(roles)}')
-        messages.append(Message(roles[role], _text(message, text_key, where), _weight(message, where)))
+        if not isinstance(role, str) or role not in speakers:
+            raise MalformedRecord(f'{where}"{role_key}" is {role!r}; known are {", ".join(speakers)}')
+        if called := [key for key in CALLS if message.get(key)]:
+            raise MalformedRecord(
+                f'{where}"{called[0]}" calls a tool, which is not taught here. Write the call into "{text_key}" instead'
+            )
+        messages.append(Message(speakers[role], _text_of_parts(message, text_key, where), _weight(message, where)))
     return messages
+
+
+def _text_of_parts(message: Mapping[str, Any], key: str, where: str) -> str:
+    """The text of a message, which may be given in parts."""
+    parts = message.get(key)
+    if not isinstance(parts, list | tuple):
+        return _text(message, key, where)
+    texts = []
+    for number, part in enumerate(parts, 1):
+        of_part = f'{where}part {number} of "{key}": '
+        if not isinstance(part, Mapping):
+            raise MalformedRecord(f"{of_part}{_kind(part)}, not an object")
+        if (kind := _value(part, "type", of_part)) != "text":
+            raise MalformedRecord(f"{of_part}its type is {kind!r}; only text can be learnt")
+        texts.append(_text(part, "text", of_part))
+    return "".join(texts)
 
 
 def _text(record: Mapping[str, Any], key: str, where: str = "") -> str:

@@ -8,6 +8,7 @@ from megatron_core_impl.data.conversations import Format, Message, keys_of, read
 from megatron_core_impl.data.records import MalformedRecord
 
 Q, A = Message("user", "Why?"), Message("assistant", "So.")
+DIALOGUE = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,35 @@ Q, A = Message("user", "Why?"), Message("assistant", "So.")
             ]},
             [Message("system", ""), Q, A],
         ),
+        (
+            "messages",
+            {"messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?", "x": None}]},
+                {"role": "assistant", "content": "So.", "tool_calls": None, "function_call": None},
+            ], "tools": None, "system": "is no key of this format"},
+            [Q, A],
+        ),
+        ("messages", {"messages": [*DIALOGUE[:1], DIALOGUE[1] | {"tool_calls": []}], "tools": []}, [Q, A]),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}], "system": "Be short."},
+            [Message("system", "Be short."), Q, A],
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "system", "value": "Be short."}, {"from": "gpt", "value": "So."}], "system": "",
+             "tools": "[]"},
+            [Message("system", "Be short."), A],
+        ),
+        (
+            "sharegpt",
+            {"conversations": [
+                {"from": speaker, "value": "So."}
+                for speaker in ("chatgpt", "bing", "bard", "model", "function", "observation", "tool")
+            ]},
+            [A] * 4 + [Message("tool", "So.")] * 3,
+        ),
+        ("alpaca", {"instruction": "Why?", "input": " \n", "output": "So."}, [Q, A]),
         ("alpaca", {"instruction": "Why?", "input": "1, 2", "output": "So."}, [Message("user", "Why?\n\n1, 2"), A]),
         ("alpaca", {"instruction": "Why?", "input": "", "output": "So."}, [Q, A]),
         ("alpaca", {"instruction": "Why?", "input": None, "output": "So."}, [Q, A]),
@@ -80,7 +110,25 @@ def turn(**changes: Any) -> dict[str, Any]:
         (turn(role="human"), "message 1: \"role\" is 'human'; known are system, developer, user, assistant, tool"),
         (turn(role=["user"]), "message 1: \"role\" is ['user']; known are system, developer, user, assistant, tool"),
         (turn(content=None), 'message 1: "content" is null, not a string'),
-        (turn(content=[{"type": "text"}]), 'message 1: "content" is a list, not a string'),
+        (turn(content={"type": "text"}), 'message 1: "content" is an object, not a string'),
+        (turn(content=[{"type": "text"}]), 'message 1: part 1 of "content": no key "text"; there are: type'),
+        (turn(content=["So."]), 'message 1: part 1 of "content": a string, not an object'),
+        (
+            turn(content=[{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {}}]),
+            "message 1: part 2 of \"content\": its type is 'image_url'; only text can be learnt",
+        ),
+        (
+            turn(content=None, tool_calls=[{"id": "1"}]),
+            'message 1: "tool_calls" calls a tool, which is not taught here. Write the call into "content" instead',
+        ),
+        (
+            turn(content="", function_call={"name": "f"}),
+            'message 1: "function_call" calls a tool, which is not taught here. Write the call into "content" instead',
+        ),
+        (
+            turn() | {"tools": [{"type": "function"}]},
+            '"tools" describes tools, which are not taught here. Write them into a system message instead',
+        ),
         (
             turn(content="a\ud800"),
             'message 1: "content" is no valid Unicode: \\ud800 at character 2 is half of a surrogate pair',
@@ -94,6 +142,16 @@ def test_what_is_no_conversation(record: dict[str, Any], reason: str) -> None:
     with pytest.raises(MalformedRecord) as error:
         read_conversation(record, "messages")
     assert str(error.value) == reason
+
+
+def test_a_record_has_one_system_message() -> None:
+    chat = [{"from": "system", "value": "Be short."}, {"from": "gpt", "value": "So."}]
+    with pytest.raises(MalformedRecord, match=r'^"rules" and a message of the system: which one counts\?$'):
+        read_conversation({"conversations": chat, "rules": "Be long."}, "sharegpt", {"system": "rules"})
+    with pytest.raises(MalformedRecord, match=r'^no key "rules"; there are: conversations$'):
+        read_conversation({"conversations": chat}, "sharegpt", {"system": "rules"})
+    assert keys_of("sharegpt", {})[0] == ("conversations", "system", "tools"), "read where files have columns, too"
+    assert keys_of("messages", {}) == (("messages", "tools"), ("messages",))
 
 
 def test_missing_parts_are_named_with_what_is_there() -> None:
