@@ -30,6 +30,7 @@ import jinja2.sandbox
 
 from megatron_core_impl.data.conversations import Message
 from megatron_core_impl.data.records import MalformedRecord
+from megatron_core_impl.data.tokenizer import Tokenizer, read_json_object
 
 TemplateName = Literal["tokenizer", "chatml", "megatron-llm"]
 
@@ -237,23 +238,26 @@ class JinjaTemplate:
             )
 
 
-def load_template(name: TemplateName, folder: Path, marks: Marks, named_tokens: Mapping[str, str]) -> ChatTemplate:
+def load_template(name: TemplateName, folder: Path, marks: Marks, tokenizer: Tokenizer) -> ChatTemplate:
     """A template by name.
 
     Args:
-        folder: of the tokenizer; `tokenizer` reads its template there.
-        named_tokens: what the tokenizer calls its named tokens where the folder's files do not say.
+        folder: of the tokenizer; `tokenizer` reads its template there, and what it calls its named tokens.
+        marks: of the tokenizer's control tokens.
 
     Raises:
         ValueError: the folder has no template, the template is of no use for training, or the tokenizer lacks its tokens.
     """
     if name == "tokenizer":
         settings = _read_settings(folder)
-        return JinjaTemplate(_source(folder, settings), {**named_tokens, **_named_tokens(settings)}, marks)
+        return JinjaTemplate(_source(folder, settings), {**tokenizer.named_tokens, **_named_tokens(settings)}, marks)
     if missing := [token for token in (IM_START, IM_END) if token not in marks.tokens]:
+        is_known = all(tokenizer.id_of(token) is not None for token in missing)
         raise ValueError(
-            f"the chat template {name} needs the special token {' and '.join(missing)}, which the tokenizer of {folder} does "
-            f'not have. Set model.added_tokens: ["{IM_START}", "{IM_END}"]'
+            f"the chat template {name} needs the special token {' and '.join(missing)}, which the tokenizer of {folder} "
+            + ("has, but not as special: any text that spells it becomes it" if is_known else "does not have")
+            + f'. Set model.added_tokens: ["{IM_START}", "{IM_END}"]'
+            + (", which makes it special and keeps its id" if is_known else "")
         )
     return ReferenceTemplate(marks) if name == "megatron-llm" else JinjaTemplate(CHATML, {}, marks)
 
@@ -290,12 +294,7 @@ def _source(folder: Path, settings: Mapping[str, Any]) -> str:
 def _read_settings(folder: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second has the last word
-        try:
-            settings |= json.loads((folder / name).read_bytes())
-        except FileNotFoundError:
-            continue
-        except ValueError as error:
-            raise ValueError(f"{folder / name}: is not JSON: {error}") from None
+        settings |= read_json_object(folder / name)
     return settings
 
 

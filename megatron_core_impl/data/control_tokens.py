@@ -19,7 +19,7 @@ import numpy.typing as npt
 from tokenizers import AddedToken
 
 from megatron_core_impl.data.chat_template import ASSISTANT, CONTROL, FIRST_NUMBER, Region
-from megatron_core_impl.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from megatron_core_impl.data.tokenizer import TOKEN_FLAGS, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 CONTROL_TOKEN = re.compile(f"{CONTROL}(.)", re.DOTALL)
 
@@ -32,25 +32,6 @@ class EncodedText(NamedTuple):
 
     ids: Ids
     sizes: list[int]
-
-
-def control_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids of a tokenizer's control tokens by what they are written as."""
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        added = tokenizer._model.get_added_tokens_decoder()
-        return {token.content: number for number, token in added.items() if token.special} | tokenizer.added_tokens
-    assert isinstance(tokenizer, SentencePieceTokenizer)
-    model = tokenizer._model
-    controls = {model.id_to_piece(i): i for i in range(model.vocab_size()) if model.is_control(i)}
-    return controls | tokenizer.added_tokens
-
-
-def named_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """What a SentencePiece model itself calls its tokens, by the names that templates use. Of others their files say it."""
-    if not isinstance(tokenizer, SentencePieceTokenizer):
-        return {}
-    numbers = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod_id}
-    return {name: tokenizer._model.id_to_piece(number) for name, number in numbers.items() if number is not None}
 
 
 class TextEncoder(Protocol):
@@ -69,14 +50,13 @@ def text_encoder(tokenizer: Tokenizer) -> TextEncoder:
 
 class _HuggingFace:
     def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
-        self._model = tokenizer._model
+        self._model = tokenizer.library
         self._model.encode_special_tokens = True  # as text
         self._model.post_processor = None  # it would cut spaces off the places of tokens
-        tokens, decoder = control_tokens(tokenizer), self._model.get_added_tokens_decoder()
+        tokens, decoder = tokenizer.control_tokens, self._model.get_added_tokens_decoder()
         stand_ins = []
         for number, i in enumerate(tokens.values()):
-            token = decoder.get(i, AddedToken("", normalized=False))
-            flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+            flags = {name: getattr(decoder[i], name) for name in TOKEN_FLAGS}
             stand_ins.append(AddedToken(CONTROL + chr(FIRST_NUMBER + number), **flags, special=False))
         self._model.add_tokens(stand_ins)
         self._id_of = np.arange(tokenizer.vocab_size + len(tokens), dtype=np.int64)
@@ -98,8 +78,8 @@ class _HuggingFace:
 
 class _SentencePiece:
     def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
-        self._model = tokenizer._model
-        self._controls = list(control_tokens(tokenizer).values())
+        self._model = tokenizer.library
+        self._controls = list(tokenizer.control_tokens.values())
 
     def encode(self, texts: Sequence[Sequence[Region]]) -> list[EncodedText]:
         texts_of = ["".join(region.text for region in regions) for regions in texts]

@@ -24,7 +24,7 @@ from megatron_core_impl.data.chat_template import (
     end_of_answer,
     load_template,
 )
-from megatron_core_impl.data.control_tokens import EncodedText, control_tokens, named_tokens, text_encoder
+from megatron_core_impl.data.control_tokens import EncodedText, text_encoder
 from megatron_core_impl.data.conversations import Format, Message, keys_of, read_conversation
 from megatron_core_impl.data.encoder import Encoded
 from megatron_core_impl.data.indexed_dataset import bin_path, dtype_for, idx_path
@@ -87,9 +87,9 @@ class ConversationEncoder:
         self._columns: Mapping[str, str] = dict(recipe.columns)
         self.columns, self.required = keys_of(recipe.format, self._columns)
         tokenizer = load_tokenizer(recipe.tokenizer, recipe.kind, added_tokens=recipe.added_tokens)
-        controls = control_tokens(tokenizer)
+        controls = tokenizer.control_tokens
         self._marks = Marks(list(controls), parse_special=recipe.parse_special)
-        self._template = load_template(recipe.template, recipe.tokenizer, self._marks, named_tokens(tokenizer))
+        self._template = load_template(recipe.template, recipe.tokenizer, self._marks, tokenizer)
         self._encoder = text_encoder(tokenizer)
         ids = dtype_for(tokenizer.vocab_size)
         self.dtypes: dict[str, np.dtype[Any]] = {TEXT: ids, ROLE: ids}

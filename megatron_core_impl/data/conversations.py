@@ -8,9 +8,9 @@
 | `question-answer` | `{"system"?, "question", "answer"}`, as in Megatron-LLM's guide | |
 
 `columns` names the keys of a record where they differ: `{"question": "prompt"}`. A `system` key named there must be in every
-record. A message's `weight` is what its tokens count in the loss beside the weight of who says it; without one it is 1. Its text
-may be a list of parts, all of them text, as OpenAI's. Calls of tools are not taught: a record with them is malformed, and not a
-conversation in which they are missing.
+record. A message's `weight` is what its tokens count in the loss beside the weight of who says it; without one it is 1. Its
+text may be a list of parts, all of them text, as OpenAI's. Calls of tools are not taught: a record with them is malformed, and
+not a conversation in which they are missing.
 """
 
 import math

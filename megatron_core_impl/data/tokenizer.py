@@ -2,13 +2,14 @@
 
 Both kinds add nothing to a text: no BOS, no EOS. Text that looks like a special token (`</s>` in a web page) is text and
 never becomes the control id, unless `parse_special` asks for what Megatron-LLM does. Special tokens that a run adds to the
-vocabulary have the ids behind it; one that the tokenizer has already keeps its id.
+vocabulary have the ids behind it; one that the tokenizer has already keeps its id, and is special from then on, even if the
+tokenizer's file would find it in any text (added tokens that are not flagged special, user-defined pieces).
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import chain, groupby
 from pathlib import Path
@@ -18,11 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2
 
 from megatron_core_impl.data.indexed_dataset import Tokens
 from megatron_core_impl.data.segments import SegmentMemory, byte_level_cuts, sentencepiece_memory
 
 Kind = Literal["sentencepiece", "huggingface"]
+TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of an added token of Hugging Face, beside special
 FILES: dict[Kind, str] = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}  # in the order auto tries
 
 
@@ -49,6 +52,17 @@ class Tokenizer(Protocol):
     def added_tokens(self) -> dict[str, int]:
         """The special tokens that were asked for, and their ids."""
 
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """All that are special, those that were asked for among them: written as, and their ids."""
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """What the tokenizer's own file calls them, such as bos_token, where it does; else other files of the folder say it."""
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token, special or not; None: it is none."""
+
     def encode(self, text: str) -> list[int]: ...
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
     def encode_flat(self, texts: Sequence[str]) -> tuple[Tokens, npt.NDArray[np.int64]]:
@@ -73,7 +87,8 @@ def load_tokenizer(
         added_tokens: special tokens that the vocabulary is to have besides its own, ids from its size on, in this order.
 
     Raises:
-        ValueError: the file is missing or no tokenizer of this kind, or an added token is empty or named twice.
+        ValueError: the file is missing or no tokenizer of this kind, or an added token is empty, named twice, or an ordinary
+            word of the tokenizer.
     """
     folder = Path(folder)
     if "" in added_tokens or len(set(added_tokens)) < len(added_tokens):
@@ -92,8 +107,25 @@ def _fingerprint(definition: bytes, added_tokens: Sequence[str]) -> str:
     return hashlib.sha256(definition + added).hexdigest()
 
 
+def _check_is_no_word(token: str, number: int, encode: Callable[[str], list[int]]) -> None:
+    """A token that the vocabulary has can be special only if no text becomes it.
+
+    Raises:
+        ValueError: some does.
+    """
+    if any(number in encode(text) for text in (token, f"a{token}", f"\n{token}", f" {token} ")):
+        raise ValueError(
+            f"added token {token!r} is an ordinary piece of the vocabulary, id {number}, which any text that holds it becomes. "
+            "Write a special token otherwise"
+        )
+
+
 class SentencePieceTokenizer:
-    """A SentencePiece model. Ids as those of Megatron-LLM with --no_new_tokens."""
+    """A SentencePiece model. Ids as those of Megatron-LLM with --no_new_tokens.
+
+    Attributes:
+        library: the library's own, for what is not done here.
+    """
 
     kind: Kind = "sentencepiece"
 
@@ -101,24 +133,49 @@ class SentencePieceTokenizer:
         model = file.read_bytes()
         self.fingerprint = _fingerprint(model, added_tokens)
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
-            self.vocab_size: int = self._model.vocab_size() if model else 0
+            self.library = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.vocab_size: int = self.library.vocab_size() if model else 0
         except RuntimeError:
             self.vocab_size = 0
         if self.vocab_size == 0:
             raise ValueError(
                 f"{file}: is no SentencePiece model. Where tokenizer.json is there too: preprocess.tokenizer: huggingface"
             )
-        self.eod_id = _known(self._model.eos_id())
-        self.bos_id = _known(self._model.bos_id())
-        self._special = {self._model.id_to_piece(i): i for i in (self.bos_id, self.eod_id) if i is not None}
+        if any(self._is_text(token) for token in added_tokens):
+            self.library = sentencepiece.SentencePieceProcessor(model_proto=_with_controls(model, added_tokens))
+        self.eod_id = _known(self.library.eos_id())
+        self.bos_id = _known(self.library.bos_id())
+        self._special = {self.library.id_to_piece(i): i for i in (self.bos_id, self.eod_id) if i is not None}
         for token in added_tokens:
-            known = self._model.piece_to_id(token)
-            is_new = known == self._model.unk_id() and token != self._model.id_to_piece(known)
-            self._special[token] = self.vocab_size if is_new else known
-            self.vocab_size += is_new
+            known = self.id_of(token)
+            if known is not None and self._is_text(token):
+                _check_is_no_word(token, known, self.library.encode)
+            self._special[token] = self.vocab_size if known is None else known
+            self.vocab_size += known is None
         self.added_tokens = {token: self._special[token] for token in added_tokens}
         self._parsed = re.compile(f"({'|'.join(map(re.escape, self._special))})") if parse_special and self._special else None
+
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """See `Tokenizer`."""
+        pieces = range(self.library.vocab_size())
+        return {self.library.id_to_piece(i): i for i in pieces if self.library.is_control(i)} | self.added_tokens
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """See `Tokenizer`."""
+        numbers = {"bos_token": self.bos_id, "eos_token": self.eod_id}
+        return {name: self.library.id_to_piece(number) for name, number in numbers.items() if number is not None}
+
+    def id_of(self, token: str) -> int | None:
+        """See `Tokenizer`."""
+        number: int = self.library.piece_to_id(token)
+        return number if self.library.id_to_piece(number) == token else None  # else it is the unknown
+
+    def _is_text(self, token: str) -> bool:
+        """Whether a token is one that text may become."""
+        number = self.id_of(token)
+        return number is not None and not self.library.is_control(number) and not self.library.is_unknown(number)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -128,7 +185,7 @@ class SentencePieceTokenizer:
         """Ids of each text, in this thread."""
         if self._parsed is not None:
             return [self._encode_parsing(text) for text in texts]
-        ids: list[list[int]] = self._model.encode(list(texts), out_type=int, num_threads=1)
+        ids: list[list[int]] = self.library.encode(list(texts), out_type=int, num_threads=1)
         return ids
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[Tokens, npt.NDArray[np.int64]]:
@@ -137,7 +194,7 @@ class SentencePieceTokenizer:
             return _flat(self.encode_batch(texts))
         if self._memory is not None:
             return self._memory.encode(texts)
-        ids = self._model.encode(list(texts), return_type="numpy", num_threads=1)
+        ids = self.library.encode(list(texts), return_type="numpy", num_threads=1)
         return np.concatenate([np.empty(0, np.int32), *ids]), np.fromiter(map(len, ids), np.int64, len(ids))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -146,25 +203,40 @@ class SentencePieceTokenizer:
         text = ""
         for is_added, group in groupby((int(i) for i in ids), added.__contains__):
             run = list(group)
-            text += "".join(added[i] for i in run) if is_added else self._model.decode(run)
+            text += "".join(added[i] for i in run) if is_added else self.library.decode(run)
         return text
 
     @cached_property
     def _memory(self) -> SegmentMemory | None:
-        return sentencepiece_memory(self._model)
+        return sentencepiece_memory(self.library)
 
     def _encode_parsing(self, text: str) -> list[int]:
         assert self._parsed is not None
         ids: list[int] = []
         for number, part in enumerate(self._parsed.split(text)):  # text, token, text, token, …, text
-            ids += [self._special[part]] if number % 2 else self._model.encode(part, out_type=int)
+            ids += [self._special[part]] if number % 2 else self.library.encode(part, out_type=int)
         return ids
+
+
+def _with_controls(model: bytes, tokens: Sequence[str]) -> bytes:
+    """A model in which some pieces are control tokens that it would else find in a text before anything is merged."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+    for piece in proto.pieces:
+        if piece.piece in tokens and piece.type == kinds.USER_DEFINED:
+            piece.type = kinds.CONTROL
+    changed: bytes = proto.SerializeToString()
+    return changed
 
 
 class HuggingFaceTokenizer:
     """A fast tokenizer, read from `tokenizer.json` by the library that made it.
 
-    Added tokens that are not marked special there (some models' runs of spaces) are part of the text's encoding.
+    Added tokens that are not marked special there (some models' runs of spaces) are part of the text's encoding, unless they
+    begin or end a text.
+
+    Attributes:
+        library: the library's own, for what is not done here.
     """
 
     kind: Kind = "huggingface"
@@ -173,32 +245,59 @@ class HuggingFaceTokenizer:
         definition = file.read_bytes()
         self.fingerprint = _fingerprint(definition, added_tokens)
         try:
-            self._model = tokenizers.Tokenizer.from_buffer(definition)
+            self.library = tokenizers.Tokenizer.from_buffer(definition)
         except Exception as error:  # the library raises nothing more special
             raise ValueError(f"{file}: is no tokenizer that the tokenizers library reads: {error}") from error
-        self._model.encode_special_tokens = not parse_special
-        self._model.no_truncation()  # both may be left in the file by whoever saved it
-        self._model.no_padding()
+        self.library.no_truncation()  # both may be left in the file by whoever saved it
+        self.library.no_padding()
+        self.library.encode_special_tokens = True  # as text
         self.added_tokens = {token: self._add(token, file) for token in added_tokens}
         self.vocab_size = self._size()
         self.eod_id = self._named_token(file.parent, "eos_token")
         self.bos_id = self._named_token(file.parent, "bos_token")
+        for number in (self.eod_id, self.bos_id):
+            if number is not None and (token := self.library.get_added_tokens_decoder().get(number)) is not None:
+                self._make_special(token.content)
+        self.library.encode_special_tokens = not parse_special
+
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """See `Tokenizer`."""
+        added = self.library.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """See `Tokenizer`: none here."""
+        return {}
+
+    def id_of(self, token: str) -> int | None:
+        """See `Tokenizer`."""
+        number: int | None = self.library.token_to_id(token)
+        return number
 
     def _size(self) -> int:
-        return 1 + max(self._model.get_vocab(with_added_tokens=True).values(), default=-1)
+        return 1 + max(self.library.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def _add(self, token: str, file: Path) -> int:
-        """The id of a special token, which is added where it is not there."""
-        known: int | None = self._model.token_to_id(token)
-        if known is None:
-            size = self._size()
-            self._model.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
-            known = self._model.token_to_id(token)
-            if known != size:
-                raise ValueError(
-                    f"{file}: added token {token!r} would get id {known}, not {size}, for its ids have gaps: name it there"
-                )
-        return known
+        """The id of a token, which becomes special, and is added where it is not there."""
+        known, size, was_special = self.id_of(token), self._size(), token in self.control_tokens
+        self._make_special(token)
+        number = self.id_of(token)
+        assert number is not None
+        if known is None and number != size:
+            raise ValueError(
+                f"{file}: added token {token!r} would get id {number}, not {size}, for its ids have gaps: name it there"
+            )
+        if known is not None and not was_special:
+            _check_is_no_word(token, number, self._encode)
+        return number
+
+    def _make_special(self, token: str) -> None:
+        flags = self.library.get_added_tokens_decoder().get(-1 if (known := self.id_of(token)) is None else known)
+        if flags is None or not flags.special:
+            kept = {name: flags is not None and getattr(flags, name) for name in TOKEN_FLAGS}
+            self.library.add_special_tokens([tokenizers.AddedToken(token, **kept, special=True)])
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -206,7 +305,7 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text. Uses all cores, unless the environment says TOKENIZERS_PARALLELISM=false."""
-        return [encoding.ids for encoding in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[Tokens, npt.NDArray[np.int64]]:
         """Ids of all texts, one after another, and how many each has; by remembered segments where the model allows it."""
@@ -214,38 +313,38 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def _memory(self) -> SegmentMemory | None:
-        cuts = byte_level_cuts(json.loads(self._model.to_str()))
+        cuts = byte_level_cuts(json.loads(self.library.to_str()))
         if cuts is None:
             return None
         found_first = [
             token.content
-            for token in self._model.get_added_tokens_decoder().values()
-            if not (token.special and self._model.encode_special_tokens)
+            for token in self.library.get_added_tokens_decoder().values()
+            if not (token.special and self.library.encode_special_tokens)
         ]
         uncut = re.compile("|".join(map(re.escape, found_first))) if found_first else None
         return SegmentMemory(cuts, "", uncut, self._encode, self._encode, self.vocab_size)
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self.library.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens written out."""
-        return self._model.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self.library.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def _named_token(self, folder: Path, name: str) -> int | None:
         """Id of the eos or bos token: tokenizer_config.json names its text, config.json its id."""
-        token = _read_json(folder / "tokenizer_config.json").get(name)
+        token = read_json_object(folder / "tokenizer_config.json").get(name)
         text = token.get("content") if isinstance(token, dict) else token
         if text is not None:
-            found: int | None = self._model.token_to_id(text)
+            found: int | None = self.library.token_to_id(text)
             if found is None:
                 raise ValueError(f"{folder / 'tokenizer_config.json'}: {name} {text!r} is no token of tokenizer.json")
             return found
-        number = _read_json(folder / "config.json").get(f"{name}_id")
+        number = read_json_object(folder / "config.json").get(f"{name}_id")
         if isinstance(number, list):  # several may end a text; the first is the one that training writes
             number = number[0] if number else None
-        if number is not None and self._model.id_to_token(number) is None:
+        if number is not None and self.library.id_to_token(number) is None:
             raise ValueError(f"{folder / 'config.json'}: {name}_id={number} is no token of tokenizer.json")
         return None if number is None else int(number)
 
@@ -260,7 +359,7 @@ def _known(number: int) -> int | None:
     return number if number >= 0 else None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path) -> dict[str, Any]:
     """A JSON object from a file that need not be there."""
     try:
         content = json.loads(file.read_bytes())

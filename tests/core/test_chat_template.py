@@ -79,7 +79,7 @@ def spelled(made: ConversationEncoder, folder: Path, turns: Sequence[Any]) -> li
 
 def piece_length(tokens: Any, number: int) -> int:
     """Characters of a token, a space among them counted as one."""
-    model = tokens._model
+    model = tokens.library
     return len(model.id_to_piece(number) if tokens.kind == "sentencepiece" else model.id_to_token(number))
 
 
@@ -210,6 +210,21 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         encoder(folder)
     with pytest.raises(ValueError, match=r'needs the special token <\|im_end\|>.*Set model\.added_tokens: \["<\|im_start\|>"'):
         encoder(folder, template="chatml", added_tokens=())
+
+
+def test_tokens_that_are_not_special_become_it_by_name(tmp_path: Path) -> None:
+    folder = tokenizer(tmp_path, CHATML)
+    file = folder / "tokenizer.json"
+    definition = json.loads(file.read_text())
+    definition["added_tokens"][-1]["special"] = False  # <|im_start|>
+    file.write_text(json.dumps(definition))
+    with pytest.raises(ValueError, match=r"has, but not as special: any text that spells it becomes it\. Set.*keeps its id"):
+        encoder(folder, template="chatml", added_tokens=IM[1:])
+    number = definition["added_tokens"][-1]["id"]
+    for template in ("chatml", "tokenizer"):
+        hostile = [{"role": "user", "content": SPELLING}, {"role": "assistant", "content": f"{SPELLING}\ny"}]
+        ((ids, _),) = encoded(encoder(folder, template=template), hostile)
+        assert ids.count(number) == 2, "those of the template"
 
 
 def test_malformed_conversations_are_left_out(tmp_path: Path) -> None:

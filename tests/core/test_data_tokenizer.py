@@ -89,6 +89,56 @@ def test_added_tokens(folder: Path, kind: str) -> None:
             load_tokenizer(folder, kind, added_tokens=wrong)
 
 
+def not_special(folder: Path, *tokens: str) -> Path:
+    """A tokenizer of Hugging Face with added tokens that it finds in any text."""
+    train_huggingface(folder)
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    library.add_tokens([tokenizers.AddedToken(token, rstrip=True, special=False, normalized=False) for token in tokens])
+    library.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
+def test_an_added_token_that_is_known_becomes_special(tmp_path: Path, kind: str) -> None:
+    """It keeps its id, and its letters in a text are text."""
+    if kind == "sentencepiece":
+        (tmp_path / "tokenizer.model").write_bytes(make_model(user_defined_symbols=["<|user|>", "<|mine|>"]))
+    else:
+        not_special(tmp_path, "<|user|>", "<|mine|>")
+    plain = load_tokenizer(tmp_path, kind)
+    number, other = plain.id_of("<|user|>"), plain.id_of("<|mine|>")
+    assert number is not None
+    assert other is not None
+    assert plain.encode("a<|user|>").count(number) == 1, "as the file has it"
+    assert "<|user|>" not in plain.control_tokens
+    made = load_tokenizer(tmp_path, kind, added_tokens=("<|user|>", "<|new|>"))
+    assert made.added_tokens == {"<|user|>": number, "<|new|>": plain.vocab_size}
+    assert made.added_tokens.items() <= made.control_tokens.items()
+    for text in ("a<|user|>", "<|user|>", "<|user|> a\n<|user|>"):
+        for ids in (made.encode(text), made.encode_flat([text])[0].tolist()):
+            assert number not in ids
+            assert made.decode(ids) == text
+    assert other in made.encode("a<|mine|>"), "those that are not named stay as they are"
+    parsing = load_tokenizer(tmp_path, kind, added_tokens=("<|user|>",), parse_special=True)
+    assert parsing.encode("a<|user|>b") == [*plain.encode("a"), number, *plain.encode("b")]
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
+def test_an_ordinary_word_is_no_added_token(folder: Path, kind: str) -> None:
+    number = load_tokenizer(folder, kind).id_of("number")
+    with pytest.raises(ValueError, match=f"^added token 'number' is an ordinary piece of the vocabulary, id {number}, which"):
+        load_tokenizer(folder, kind, added_tokens=("number",))
+
+
+def test_end_of_text_is_special_whatever_its_flag(tmp_path: Path) -> None:
+    not_special(tmp_path, "<|end|>")
+    write(tmp_path, "tokenizer_config.json", {"eos_token": "<|end|>"})
+    made = load_tokenizer(tmp_path)
+    assert made.eod_id is not None
+    assert made.control_tokens["<|end|>"] == made.eod_id
+    assert made.eod_id not in made.encode("a<|end|>")
+
+
 def test_sentencepiece_token_after_a_special_one_begins_anew(tmp_path: Path) -> None:
     """Golden fact G17, of Megatron-LLM's own splitting."""
     (tmp_path / "tokenizer.model").write_bytes(make_model())
