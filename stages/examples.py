@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from megatron_core_impl.data.control_tokens import control_tokens
 from megatron_core_impl.data.conversation_encoder import ConversationRecipe
 from megatron_core_impl.data.conversations import read_conversation
 from megatron_core_impl.data.encoder import Encoder
@@ -42,7 +41,7 @@ def write_examples(folder: Path, jobs: Sequence[Job], tokenizer: Tokenizer) -> N
 
     Documents that spell a control token are none: for us it is text, for transformers the token.
     """
-    controls = list(control_tokens(tokenizer))
+    controls = list(tokenizer.control_tokens)
     found = [example for job in jobs for example in islice(_examples(job, controls), OF_EACH_SET)]
     (folder / FILE).write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n")
 

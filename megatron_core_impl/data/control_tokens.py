@@ -50,10 +50,9 @@ def text_encoder(tokenizer: Tokenizer) -> TextEncoder:
 
 class _HuggingFace:
     def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
-        self._model = tokenizer.library
-        self._model.encode_special_tokens = True  # as text
+        self._model = tokenizer.text_library
         self._model.post_processor = None  # it would cut spaces off the places of tokens
-        tokens, decoder = tokenizer.control_tokens, self._model.get_added_tokens_decoder()
+        tokens, decoder = tokenizer.control_tokens, tokenizer.library.get_added_tokens_decoder()
         stand_ins = []
         for number, i in enumerate(tokens.values()):
             flags = {name: getattr(decoder[i], name) for name in TOKEN_FLAGS}

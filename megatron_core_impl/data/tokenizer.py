@@ -8,6 +8,7 @@ tokenizer's file would find it in any text (added tokens that are not flagged sp
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -23,6 +24,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from megatron_core_impl.data.indexed_dataset import Tokens
 from megatron_core_impl.data.segments import SegmentMemory, byte_level_cuts, sentencepiece_memory
+from megatron_core_impl.data.special_tokens import as_text
 
 Kind = Literal["sentencepiece", "huggingface"]
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of an added token of Hugging Face, beside special
@@ -121,7 +123,8 @@ def _check_is_no_word(token: str, number: int, encode: Callable[[str], list[int]
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model. Ids as those of Megatron-LLM with --no_new_tokens.
+    """A SentencePiece model, and the tokens that its folder's other files put behind it. Ids as those of Megatron-LLM with
+    --no_new_tokens.
 
     Attributes:
         library: the library's own, for what is not done here.
@@ -146,12 +149,19 @@ class SentencePieceTokenizer:
         self.eod_id = _known(self.library.eos_id())
         self.bos_id = _known(self.library.bos_id())
         self._special = {self.library.id_to_piece(i): i for i in (self.bos_id, self.eod_id) if i is not None}
+        behind = _tokens_behind(file.parent, self.vocab_size)
+        rows = read_json_object(file.parent / "config.json").get("vocab_size", math.inf)
+        self._behind = {token: number for token, number in behind.items() if number < rows}  # the model has a row for these
+        self.vocab_size = 1 + max(self._behind.values(), default=self.vocab_size - 1)
+        following = 1 + max(behind.values(), default=self.vocab_size - 1)
         for token in added_tokens:
-            known = self.id_of(token)
+            known = behind.get(token, self.id_of(token))
             if known is not None and self._is_text(token):
                 _check_is_no_word(token, known, self.library.encode)
-            self._special[token] = self.vocab_size if known is None else known
-            self.vocab_size += known is None
+            if known is None:
+                known, following = following, following + 1
+            self._special[token] = known
+            self.vocab_size = max(self.vocab_size, known + 1)
         self.added_tokens = {token: self._special[token] for token in added_tokens}
         self._parsed = re.compile(f"({'|'.join(map(re.escape, self._special))})") if parse_special and self._special else None
 
@@ -159,7 +169,8 @@ class SentencePieceTokenizer:
     def control_tokens(self) -> dict[str, int]:
         """See `Tokenizer`."""
         pieces = range(self.library.vocab_size())
-        return {self.library.id_to_piece(i): i for i in pieces if self.library.is_control(i)} | self.added_tokens
+        controls = {self.library.id_to_piece(i): i for i in pieces if self.library.is_control(i)}
+        return controls | self._behind | self.added_tokens
 
     @property
     def named_tokens(self) -> dict[str, str]:
@@ -170,12 +181,13 @@ class SentencePieceTokenizer:
     def id_of(self, token: str) -> int | None:
         """See `Tokenizer`."""
         number: int = self.library.piece_to_id(token)
-        return number if self.library.id_to_piece(number) == token else None  # else it is the unknown
+        return number if self.library.id_to_piece(number) == token else self._behind.get(token)  # else it is the unknown
 
     def _is_text(self, token: str) -> bool:
         """Whether a token is one that text may become."""
-        number = self.id_of(token)
-        return number is not None and not self.library.is_control(number) and not self.library.is_unknown(number)
+        number: int = self.library.piece_to_id(token)
+        is_piece = self.library.id_to_piece(number) == token
+        return is_piece and not self.library.is_control(number) and not self.library.is_unknown(number)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -199,7 +211,7 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, added tokens written out; control tokens have none."""
-        added = {number: token for token, number in self.added_tokens.items()}
+        added = {number: token for token, number in (self._behind | self.added_tokens).items()}
         text = ""
         for is_added, group in groupby((int(i) for i in ids), added.__contains__):
             run = list(group)
@@ -237,6 +249,7 @@ class HuggingFaceTokenizer:
 
     Attributes:
         library: the library's own, for what is not done here.
+        text_library: the same for text, in which no special token is found.
     """
 
     kind: Kind = "huggingface"
@@ -251,6 +264,7 @@ class HuggingFaceTokenizer:
         self.library.no_truncation()  # both may be left in the file by whoever saved it
         self.library.no_padding()
         self.library.encode_special_tokens = True  # as text
+        self.text_library = self.library
         self.added_tokens = {token: self._add(token, file) for token in added_tokens}
         self.vocab_size = self._size()
         self.eod_id = self._named_token(file.parent, "eos_token")
@@ -259,6 +273,7 @@ class HuggingFaceTokenizer:
             if number is not None and (token := self.library.get_added_tokens_decoder().get(number)) is not None:
                 self._make_special(token.content)
         self.library.encode_special_tokens = not parse_special
+        self.text_library = self.library if parse_special else as_text(self.library)
 
     @property
     def control_tokens(self) -> dict[str, int]:
@@ -305,7 +320,7 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text. Uses all cores, unless the environment says TOKENIZERS_PARALLELISM=false."""
-        return [encoding.ids for encoding in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self.text_library.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[Tokens, npt.NDArray[np.int64]]:
         """Ids of all texts, one after another, and how many each has; by remembered segments where the model allows it."""
@@ -325,7 +340,7 @@ class HuggingFaceTokenizer:
         return SegmentMemory(cuts, "", uncut, self._encode, self._encode, self.vocab_size)
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.library.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self.text_library.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -347,6 +362,19 @@ class HuggingFaceTokenizer:
         if number is not None and self.library.id_to_token(number) is None:
             raise ValueError(f"{folder / 'config.json'}: {name}_id={number} is no token of tokenizer.json")
         return None if number is None else int(number)
+
+
+def _tokens_behind(folder: Path, size: int) -> dict[str, int]:
+    """The tokens that a folder's other files add behind the pieces of its tokenizer.model, and their ids.
+
+    Whoever tuned a model before has put theirs there: <pad>, or the marks of a chat template.
+    """
+    found: dict[str, int] = dict(read_json_object(folder / "added_tokens.json"))
+    for number, token in read_json_object(folder / "tokenizer_config.json").get("added_tokens_decoder", {}).items():
+        found[token["content"]] = int(number)
+    for token in read_json_object(folder / "tokenizer.json").get("added_tokens", []):
+        found[token["content"]] = token["id"]
+    return {token: number for token, number in found.items() if number >= size}
 
 
 def _flat(ids: Sequence[Sequence[int]]) -> tuple[Tokens, npt.NDArray[np.int64]]:

@@ -300,3 +300,73 @@ def test_missing_or_foreign_file_is_named(folder: Path, tmp_path: Path) -> None:
             ValueError, match=r"tokenizer\.model: is no SentencePiece model\. Where tokenizer\.json is there too"
         ):
             load_tokenizer(tmp_path)
+
+
+# ── No text becomes a special token ─────────────────────────────────────────────────────────────────────────────────────────
+
+SPECIAL = ["<unk>", "<s>", "</s>", "[SEP]"]
+
+
+def special_in_the_model(kind: str) -> tokenizers.Tokenizer:
+    """A tokenizer whose special tokens are pieces of its model, which it finds in a text without looking for special ones."""
+    trainers = tokenizers.trainers
+    if kind == "unigram":
+        made = tokenizers.Tokenizer(tokenizers.models.Unigram())
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
+    elif kind == "words":
+        made = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        trainer = trainers.WordLevelTrainer(vocab_size=200, special_tokens=SPECIAL, show_progress=False)
+    else:
+        made = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=True, unk_token="<unk>"))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=SPECIAL, show_progress=False)
+    made.train_from_iterator([*CODE, "a b < > / s [ S E P ] x y"] * 3, trainer)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["unigram", "words", "bpe"])
+def test_special_tokens_that_are_pieces_of_the_model(tmp_path: Path, kind: str) -> None:
+    library = special_in_the_model(kind)
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    library.encode_special_tokens = True
+    assert library.token_to_id("</s>") in library.encode("a </s> b", add_special_tokens=False).ids, "the trap is there"
+    tokenizer = load_tokenizer(tmp_path)
+    ids = [library.token_to_id(token) for token in SPECIAL]
+    assert (tokenizer.eod_id, tokenizer.vocab_size) == (ids[2], library.get_vocab_size())
+    assert tokenizer.control_tokens == dict(zip(SPECIAL, ids, strict=True))
+    assert not set(tokenizer.encode("a </s> b [SEP] <s>")) & set(ids[1:])
+    assert tokenizer.encode_batch(CODE) == [library.encode(text, add_special_tokens=False).ids for text in CODE]
+    assert tokenizer.decode([ids[2]]) == "</s>"
+    assert ids[2] in load_tokenizer(tmp_path, parse_special=True).encode("a </s> b")
+
+
+# ── Tokens behind a SentencePiece model ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json", "tokenizer.json"])
+def test_tokens_of_other_files_are_in_nobodys_way(folder: Path, tmp_path: Path, file: str) -> None:
+    """A model that was tuned before: `<pad>` and `<|im_end|>` lie behind the pieces of tokenizer.model."""
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    contents = {
+        "added_tokens.json": {"<pad>": 320, "<|im_end|>": 321},
+        "tokenizer_config.json": {"added_tokens_decoder": {"2": {"content": "</s>"}, "320": {"content": "<pad>"},
+                                                           "321": {"content": "<|im_end|>"}}},
+        "tokenizer.json": {"added_tokens": [{"id": 320, "content": "<pad>"}, {"id": 321, "content": "<|im_end|>"}]},
+    }  # fmt: skip
+    (tmp_path / file).write_text(json.dumps(contents[file]))
+    tokenizer = load_tokenizer(tmp_path, added_tokens=("<|im_start|>", "<|im_end|>"))
+    assert tokenizer.added_tokens == {"<|im_start|>": 322, "<|im_end|>": 321}
+    assert tokenizer.vocab_size == 323
+    assert tokenizer.control_tokens["<pad>"] == 320
+    assert tokenizer.decode([320, 322]) == "<pad><|im_start|>"
+    assert max(tokenizer.encode("<pad> and <|im_end|>")) < 320, "text"
+    assert load_tokenizer(tmp_path).vocab_size == 322
+
+    # Ids that the model has no row for are not used, but taken, as transformers counts them.
+    (tmp_path / "config.json").write_text('{"vocab_size": 320}')
+    assert load_tokenizer(tmp_path).vocab_size == 320
+    assert "<pad>" not in load_tokenizer(tmp_path).control_tokens
+    assert load_tokenizer(tmp_path, added_tokens=("<new>", "<pad>")).added_tokens == {"<new>": 322, "<pad>": 320}
