@@ -6,39 +6,27 @@ A template is what a model's tokenizer brings along (Jinja, rendered as transfor
 - `megatron-llm`: the same marks with Megatron-LLM's roles system, question and answer, each message a text of its own for the
   tokenizer, and the header of an answer a part of it. Tokens are those of its `preprocess_instruct_data.py`.
 
-Text that spells a control token (`</s>`, `<|im_end|>`) is text, while the same letters written by the template are the token.
-So that rendering cannot mix them up, they are two noncharacters of Unicode apart: in messages a control token's letters are
-replaced by a mark before rendering and put back afterwards (`PROTECTED`), and those left over, the template's, become another
-mark (`CONTROL`), which `control_tokens` turns into ids.
-
 Whose a token is: a template says so by `{% generation %}`, or else by rendering the beginning of a conversation as the
 beginning of the whole one. What it writes for an answer goes from the prompt for it (`add_generation_prompt`) to where the next
 message begins.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
-
 from megatron_core_impl.data.conversations import Message
+from megatron_core_impl.data.jinja_templates import GENERATION, Refused, marks_answers, parse
+from megatron_core_impl.data.marks import CONTROL, FIRST_NUMBER, Marks
 from megatron_core_impl.data.records import MalformedRecord
 from megatron_core_impl.data.tokenizer import Tokenizer, read_json_object
 
 TemplateName = Literal["tokenizer", "chatml", "megatron-llm"]
 
 SYSTEM, PROMPTER, ASSISTANT = 0, 1, 2  # as in Megatron-LLM's role streams
-
-CONTROL, PROTECTED = "\U0010fffe", "\U0010ffff"  # noncharacters, each followed by the number of a control token
-FIRST_NUMBER = 0x100000  # as a character
-GENERATION = re.compile(f"{PROTECTED}([\\[\\]])")  # begin and end of what {% generation %} encloses
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 CHATML = (
@@ -67,46 +55,6 @@ class ChatTemplate(Protocol):
         Raises:
             MalformedRecord: the template cannot express this conversation; with the reason.
         """
-
-
-class Marks:
-    """Tells control tokens from text that spells them.
-
-    Args:
-        tokens: the control tokens; their order gives each its number.
-        parse_special: let the letters of a control token in a message be the token, as Megatron-LLM does.
-    """
-
-    def __init__(self, tokens: Sequence[str], *, parse_special: bool = False) -> None:
-        self.tokens = tokens
-        self.parse_special = parse_special
-        self._numbers = {token: number for number, token in enumerate(tokens)}
-        longest_first = sorted(tokens, key=len, reverse=True)
-        self._spelled = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._protected, self._resolved = (
-            re.compile(f"{mark}([{chr(FIRST_NUMBER)}-{chr(FIRST_NUMBER + 0xFFFD)}])") for mark in (PROTECTED, CONTROL)
-        )
-
-    def protect(self, text: str) -> str:
-        """A message's text, in which no control token is spelled any more.
-
-        Raises:
-            MalformedRecord: it holds what is used as a mark.
-        """
-        if CONTROL in text or PROTECTED in text:
-            raise MalformedRecord("a text holds U+10FFFE or U+10FFFF, which are no characters")
-        if self.parse_special:
-            return text
-        return self._spelled.sub(lambda match: PROTECTED + chr(FIRST_NUMBER + self._numbers[match[0]]), text)
-
-    def spell(self, resolved: str) -> str:
-        """Text as `resolve` made it, its control tokens written out."""
-        return self._resolved.sub(lambda match: self.tokens[ord(match[1]) - FIRST_NUMBER], resolved)
-
-    def resolve(self, rendered: str) -> str:
-        """Rendered text as the tokenizer takes it: control tokens as marks, the letters of messages as they were."""
-        marked = self._spelled.sub(lambda match: CONTROL + chr(FIRST_NUMBER + self._numbers[match[0]]), rendered)
-        return self._protected.sub(lambda match: self.tokens[ord(match[1]) - FIRST_NUMBER], marked)
 
 
 class ReferenceTemplate:
@@ -140,52 +88,36 @@ class JinjaTemplate:
     """
 
     def __init__(self, source: str, named_tokens: Mapping[str, str], marks: Marks) -> None:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"the chat template is no Jinja: line {error.lineno}: {error.message}") from None
-        self._marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
+        self._template = parse(source)
+        self._marks_answers = marks_answers(source)
         self._named_tokens = named_tokens
         self._marks = marks
         self._probe()
 
     def render(self, messages: Sequence[Message]) -> list[list[Region]]:
         """See `ChatTemplate`. A system message without text is left out."""
-        said = [message for message in messages if message.role != "system" or message.text]
+        numbers = [number for number, message in enumerate(messages) if message.role != "system" or message.text]
+        said = [messages[number] for number in numbers]
         chat = [{"role": message.role, "content": self._marks.protect(message.text)} for message in said]
-        whole = self._text(chat)
-        answers = self._marked_answers(whole) if self._marks_answers else self._prefix_answers(chat, whole)
-        numbers = [number for number, message in enumerate(said) if message.role == "assistant"]
-        if len(answers) != len(numbers):
-            raise MalformedRecord(
-                f"the chat template marks {len(answers)} answers by {{% generation %}}, but the conversation has {len(numbers)}"
-            )
-        end_of_system = 0
-        if said[0].role == "system":
-            start = self._try_text(chat[:1])
-            end_of_system = len(start) if start is not None and whole.startswith(start) else 0
-        cuts = list[tuple[int, int, Sequence[int]]]()  # end, role, messages whose text lies before it
+        conversation = _Conversation(said, numbers, chat, self._text(chat))
+        answers = self._marked_answers(conversation) if self._marks_answers else self._prefix_answers(conversation)
+        cuts = list[tuple[int, int, range]]()  # end, role, messages whose text lies before it
         first = 0
-        for (start_of_answer, end_of_answer), number in zip(answers, numbers, strict=True):
-            if 0 < end_of_system <= start_of_answer and not cuts:
-                cuts.append((end_of_system, SYSTEM, [0]))
-                first = 1
-            cuts.append((start_of_answer, PROMPTER, range(first, number)))
-            cuts.append((end_of_answer, ASSISTANT, [number]))
-            first = number + 1
-        cuts.append((len(whole), PROMPTER, range(first, len(said))))
+        if said and said[0].role == "system" and (end := self._end_of(conversation, 0)) is not None:
+            cuts.append((end, SYSTEM, range(1)))
+            first = 1
+        for answer in answers:
+            cuts.append((answer.start, PROMPTER, range(first, answer.message)))
+            cuts.append((answer.end, ASSISTANT, range(answer.message, answer.message + 1)))
+            first = answer.message + 1
+        cuts.append((len(conversation.whole), PROMPTER, range(first, len(said))))
         regions, begin = [], 0
-        for end, role, behind in cuts:
-            if end > begin:
-                text = GENERATION.sub("", whole[begin:end])
-                regions.append(Region(self._marks.resolve(text), role, _common_weight(said, behind)))
-            begin = end
+        for last, role, behind in cuts:
+            for end, weight in self._weighed(conversation, begin, last, behind):
+                if end > begin:
+                    text = GENERATION.sub("", conversation.whole[begin:end])
+                    regions.append(Region(self._marks.resolve(text), role, weight))
+                    begin = end
         return [regions]
 
     def _text(self, chat: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False) -> str:
@@ -193,36 +125,72 @@ class JinjaTemplate:
             return self._template.render(
                 messages=chat, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self._named_tokens
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except Refused as error:
             raise MalformedRecord(f"the chat template refuses it: {error}") from None
+        except Exception as error:  # a template is a program: it may fail at anything that a record says
+            raise MalformedRecord(f"the chat template fails: {type(error).__name__}: {error}") from None
 
-    def _try_text(self, chat: Sequence[Mapping[str, str]]) -> str | None:
+    def _try_text(self, chat: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False) -> str | None:
         try:
-            return self._text(chat)
+            return self._text(chat, add_generation_prompt=add_generation_prompt)
         except MalformedRecord:
             return None
 
-    def _marked_answers(self, whole: str) -> list[tuple[int, int]]:
-        """Begin and end of what stands between the marks of {% generation %}."""
-        marks = list(GENERATION.finditer(whole))
-        return [(begin.start(), end.end()) for begin, end in zip(marks[::2], marks[1::2], strict=True)]
+    def _end_of(self, conversation: "_Conversation", message: int) -> int | None:
+        """Where in the text a message ends, if all up to it is rendered as the beginning of the whole, and it lies in there.
 
-    def _prefix_answers(self, chat: Sequence[Mapping[str, str]], whole: str) -> list[tuple[int, int]]:
-        """Begin and end of each answer, by rendering the conversation up to it, and up to its end."""
-        answers = []
-        for number, message in enumerate(chat):
-            if message["role"] != "assistant":
+        A template may put the text of the system into the first question: then what is rendered of the system alone does not
+        depend on its text.
+        """
+        before, last = conversation.chat[:message], conversation.chat[message]
+        start = self._try_text([*before, last])
+        other = self._try_text([*before, {**last, "content": last["content"] + "x"}])
+        return len(start) if start is not None and start != other and conversation.whole.startswith(start) else None
+
+    def _weighed(self, conversation: "_Conversation", begin: int, end: int, behind: range) -> list[tuple[int, float]]:
+        """Where the stretches of one weight end within a region, and the weights."""
+        weights = [conversation.weight(message) for message in behind] or [1.0]
+        stretches = list[tuple[int, float]]()
+        for message, (weight, following) in zip(behind, pairwise(weights), strict=False):
+            if weight == following:
                 continue
-            prompt = self._text(chat[:number], add_generation_prompt=True)
+            place = self._end_of(conversation, message)
+            if place is None or not begin < place <= end:
+                first, last = (conversation.numbers[i] + 1 for i in (behind[0], behind[-1]))
+                raise MalformedRecord(
+                    f"messages {first} to {last} have different weights, but the chat template does not tell where one ends "
+                    "and the next begins"
+                )
+            stretches.append((place, weight))
+            begin = place
+        return [*stretches, (end, weights[-1])]
+
+    def _marked_answers(self, conversation: "_Conversation") -> list["_Answer"]:
+        """What stands between the marks of {% generation %}."""
+        marks = list(GENERATION.finditer(conversation.whole))
+        places = [(begin.start(), end.end()) for begin, end in zip(marks[::2], marks[1::2], strict=True)]
+        if len(places) != len(conversation.answers):
+            raise MalformedRecord(
+                f"the chat template marks {len(places)} answers by {{% generation %}}, but the conversation has "
+                f"{len(conversation.answers)}"
+            )
+        return [_Answer(message, *place) for message, place in zip(conversation.answers, places, strict=True)]
+
+    def _prefix_answers(self, conversation: "_Conversation") -> list["_Answer"]:
+        """Each answer, by rendering the conversation up to it, and up to its end."""
+        answers, chat, whole = [], conversation.chat, conversation.whole
+        for message in conversation.answers:
+            prompt = self._text(chat[:message], add_generation_prompt=True)
             if not whole.startswith(prompt):  # it may prompt for more than an answer has in it
-                prompt = self._text(chat[:number])
-            end = whole if number == len(chat) - 1 else self._text(chat[: number + 1])
+                prompt = self._text(chat[:message])
+            end = whole if message == len(chat) - 1 else self._text(chat[: message + 1])
             if not (whole.startswith(prompt) and whole.startswith(end) and len(prompt) < len(end)):
                 raise MalformedRecord(
-                    f"message {number + 1}: the chat template does not render the beginning of a conversation as the beginning "
-                    "of the whole, and has no {% generation %}, so where the answer is cannot be known"
+                    f"message {conversation.numbers[message] + 1}: the chat template does not render the beginning of a "
+                    "conversation as the beginning of the whole, and has no {% generation %}, so where the answer is cannot be "
+                    "known"
                 )
-            answers.append((len(prompt), len(end)))
+            answers.append(_Answer(message, len(prompt), len(end)))
         return answers
 
     def _probe(self) -> None:
@@ -236,6 +204,52 @@ class JinjaTemplate:
                 f"the chat template cannot be used for training: of the question {QUESTION!r} and the answer {ANSWER!r} it "
                 f"takes {self._marks.spell(learnt)!r} for the answer"
             )
+        if not self._marks_answers and (header := self._header_behind_answers()):
+            raise ValueError(
+                "the chat template cannot be used for training: it ends a conversation with the header of a further answer, "
+                f"{header!r}, which a model would learn to write. Let it do so only {{% if add_generation_prompt %}}"
+            )
+
+    def _header_behind_answers(self) -> str:
+        """What the template writes behind the last answer of a conversation only, where that prompts for another answer."""
+        chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+        behind = self._text(chat).rpartition(ANSWER)[2]
+        longer = self._try_text([*chat, {"role": "user", "content": QUESTION}])
+        prompt = self._try_text(chat[:1], add_generation_prompt=True)
+        if longer is None or prompt is None or ANSWER not in longer:
+            return ""
+        pairs = zip(behind, longer.rpartition(ANSWER)[2], strict=False)
+        extra = behind[sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)) :]
+        # Others end a conversation as a whole, say by the end of text, and are right to.
+        return behind.strip() if extra and prompt.endswith(extra) else ""
+
+
+class _Answer(NamedTuple):
+    """Where an answer is."""
+
+    message: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    """A conversation while it is cut into regions. Its messages are counted from 0."""
+
+    said: Sequence[Message]
+    numbers: Sequence[int]  # of each in the record
+    chat: Sequence[Mapping[str, str]]  # as the template sees them
+    whole: str  # what it makes of them
+
+    @property
+    def answers(self) -> list[int]:
+        """Which of the messages are the assistant's."""
+        return [number for number, message in enumerate(self.said) if message.role == "assistant"]
+
+    def weight(self, message: int) -> float:
+        """What a message counts."""
+        weight = self.said[message].weight
+        return 1.0 if weight is None else weight
 
 
 def load_template(name: TemplateName, folder: Path, marks: Marks, tokenizer: Tokenizer) -> ChatTemplate:
@@ -306,41 +320,3 @@ def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(text, str):
             tokens[name] = text
     return tokens
-
-
-def _common_weight(messages: Sequence[Message], numbers: Sequence[int]) -> float:
-    """The weight of messages that lie in one region."""
-    weights = {1.0 if messages[number].weight is None else messages[number].weight for number in numbers}
-    if len(weights) > 1:
-        raise MalformedRecord(
-            f"messages {numbers[0] + 1} to {numbers[-1] + 1} have different weights, but the chat template does not tell where "
-            "one ends and the next begins"
-        )
-    return weights.pop() or 0.0 if weights else 1.0
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %} … {% endgeneration %}`: leaves a mark before and after what it encloses."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-        def mark(bracket: str) -> jinja2.nodes.Node:
-            return jinja2.nodes.Output([jinja2.nodes.TemplateData(PROTECTED + bracket)]).set_lineno(line)
-
-        return [mark("["), jinja2.nodes.Scope(body).set_lineno(line), mark("]")]
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:  # fmt: skip
-    """As transformers: Jinja's own would escape for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

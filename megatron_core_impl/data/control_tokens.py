@@ -1,4 +1,4 @@
-"""Text that holds control tokens, as `chat_template` marks them, to ids; and where in the ids each region of it ends.
+"""Text that holds control tokens, as `marks` has them, to ids; and where in the ids each region of it ends.
 
 A whole text is encoded at once, so ids are those of a tokenizer that finds its special tokens in it by itself, only that text
 which spells one stays text. A Hugging Face tokenizer gets a stand-in for each control token, which no text holds, with the
@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import AddedToken
 
-from megatron_core_impl.data.chat_template import ASSISTANT, CONTROL, FIRST_NUMBER, Region
+from megatron_core_impl.data.chat_template import ASSISTANT, Region
+from megatron_core_impl.data.marks import CONTROL, FIRST_NUMBER
 from megatron_core_impl.data.tokenizer import TOKEN_FLAGS, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 CONTROL_TOKEN = re.compile(f"{CONTROL}(.)", re.DOTALL)

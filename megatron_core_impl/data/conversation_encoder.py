@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from megatron_core_impl.data.chat_template import (
-    Marks,
     ReferenceTemplate,
     Region,
     TemplateName,
@@ -28,6 +27,7 @@ from megatron_core_impl.data.control_tokens import EncodedText, text_encoder
 from megatron_core_impl.data.conversations import Format, Message, keys_of, read_conversation
 from megatron_core_impl.data.encoder import Encoded
 from megatron_core_impl.data.indexed_dataset import bin_path, dtype_for, idx_path
+from megatron_core_impl.data.marks import Marks
 from megatron_core_impl.data.records import MalformedRecord, Record
 from megatron_core_impl.data.tokenizer import Kind, load_tokenizer
 
