@@ -21,7 +21,7 @@ from megatron_core_impl.batches import training_batches
 from megatron_core_impl.checkpoint.sharded import write_index, write_rank_file
 from megatron_core_impl.checkpoint.slicing import whole
 from megatron_core_impl.config import ModelConfig
-from megatron_core_impl.data.indexed_dataset import IndexedDatasetWriter
+from megatron_core_impl.data.indexed_dataset import IndexWriter
 from megatron_core_impl.mesh import Mesh
 from megatron_core_impl.metrics import Report, read_metrics
 from megatron_core_impl.models.families import tensors
@@ -40,8 +40,10 @@ MODEL = ModelConfig(
 def write_inputs(folder: Path, tokens_of_document: int) -> None:
     random, total = np.random.RandomState(0), 4_000_000
     sizes = random.poisson(tokens_of_document, total // tokens_of_document).astype(np.int64) + 1
-    with IndexedDatasetWriter(folder / "data", np.uint16) as writer:
-        writer.add_documents(random.randint(0, VOCABULARY, int(sizes.sum())).astype(np.uint16), sizes)
+    random.randint(0, VOCABULARY, int(sizes.sum())).astype("<u2").tofile(folder / "data.bin")
+    with IndexWriter(folder / "data", np.dtype("<u2"), len(sizes), len(sizes) + 1) as index:
+        index.add_sizes(sizes.astype(np.int32))
+        index.add_doc_idx(np.arange(1, len(sizes) + 1))
     generator = torch.Generator().manual_seed(0)
     pieces = [
         (one.name, one.shape, whole(one.shape), torch.randn(one.shape, generator=generator) * 0.02) for one in tensors(MODEL)

@@ -20,9 +20,9 @@ from megatron_core_impl.checkpoint.foreign import assemble, invert
 from megatron_core_impl.checkpoint.index import read_json
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.config import ModelConfig
-from megatron_core_impl.data.conversation_encoder import TEXT
 from megatron_core_impl.data.gpt_dataset import GPTDataset
 from megatron_core_impl.data.indexed_dataset import IndexedDataset
+from megatron_core_impl.data.streams import TEXT
 from megatron_core_impl.mesh import Mesh
 from megatron_core_impl.models import families
 from megatron_core_impl.parallel.parallelize import load_weights, parallelize

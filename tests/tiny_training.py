@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from indexed_writer import IndexedDatasetWriter
 
 from megatron_core_impl.checkpoint.sharded import write_index, write_rank_file
 from megatron_core_impl.checkpoint.slicing import whole
 from megatron_core_impl.config import ModelConfig
-from megatron_core_impl.data.indexed_dataset import IndexedDatasetWriter
 from megatron_core_impl.models.families import tensors
 
 MODEL = ModelConfig(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 import torch
+from indexed_writer import IndexedDatasetWriter
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaTokenizerFast, PreTrainedTokenizerFast
@@ -21,7 +22,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaTokenizerFast, P
 from megatron_core_impl.checkpoint.foreign import Rearranged, invert
 from megatron_core_impl.checkpoint.sharded import open_weights, write_index, write_rank_file
 from megatron_core_impl.checkpoint.slicing import whole
-from megatron_core_impl.data.indexed_dataset import IndexedDatasetWriter
 from megatron_core_impl.data.tokenizer import load_tokenizer
 from megatron_core_impl.models import families
 from stages import runtime

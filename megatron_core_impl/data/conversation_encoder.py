@@ -26,12 +26,11 @@ from megatron_core_impl.data.chat_template import (
 from megatron_core_impl.data.control_tokens import EncodedText, text_encoder
 from megatron_core_impl.data.conversations import Format, Message, keys_of, read_conversation
 from megatron_core_impl.data.encoder import Encoded
-from megatron_core_impl.data.indexed_dataset import bin_path, dtype_for, idx_path
+from megatron_core_impl.data.indexed_dataset import dtype_for
 from megatron_core_impl.data.marks import Marks
 from megatron_core_impl.data.records import MalformedRecord, Record
+from megatron_core_impl.data.streams import ROLE, TEXT, WEIGHT, bin_path, idx_path
 from megatron_core_impl.data.tokenizer import Kind, load_tokenizer
-
-TEXT, ROLE, WEIGHT = "-text", "-role", "-weight"
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ A document of plain text is one sequence. Reading maps both files into memory; w
 
 import os
 import struct
-import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 import numpy as np
 import numpy.typing as npt
+
+from megatron_core_impl.data.streams import bin_path, idx_path
 
 MAGIC = b"MMIDIDX\x00\x00"
 OLD_MAGIC = b"TNTIDX\x00\x00"
@@ -46,16 +47,6 @@ def dtype_for(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
-def bin_path(prefix: Path | str) -> Path:
-    """Path of a dataset's tokens."""
-    return Path(f"{prefix}.bin")
-
-
-def idx_path(prefix: Path | str) -> Path:
-    """Path of a dataset's index."""
-    return Path(f"{prefix}.idx")
-
-
 class IndexedDataset:
     """A dataset, memory-mapped: `dataset[i]` is the tokens of sequence i, read-only, in the type they are stored in.
 
@@ -74,7 +65,7 @@ class IndexedDataset:
         self.pointers: npt.NDArray[np.int64] = np.frombuffer(index, "<i8", num_sequences, sizes_end)  # [N] bytes
         self.doc_idx: npt.NDArray[np.int64] = np.frombuffer(index, "<i8", len_doc_idx, sizes_end + 8 * num_sequences)
         self._check(idx, bin_path(prefix).stat().st_size)
-        self._tokens: Tokens = _map(bin_path(prefix), self.dtype)
+        self.tokens: Tokens = _map(bin_path(prefix), self.dtype)  # of all sequences, as they lie in the .bin
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -82,7 +73,7 @@ class IndexedDataset:
     def __getitem__(self, i: int) -> Tokens:
         """Tokens of sequence i, [sizes[i]]."""
         start = int(self.pointers[i]) // self.dtype.itemsize
-        return self._tokens[start : start + int(self.sizes[i])]
+        return self.tokens[start : start + int(self.sizes[i])]
 
     def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
         return type(self), (self.prefix,)  # another process maps the files itself
@@ -183,88 +174,3 @@ class IndexWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for file in self._files:
             file.close()
-
-
-class IndexedDatasetWriter:
-    """Writes a dataset in one pass. What the index will hold waits in unnamed files on disk, so memory stays constant.
-
-    A context manager: leaving it writes the index; leaving it by an error does not, so half a dataset is never readable.
-
-    Raises:
-        ValueError: tokens that the type cannot hold, or a type that the format does not know.
-    """
-
-    def __init__(self, prefix: Path | str, dtype: npt.DTypeLike) -> None:
-        self.prefix = Path(prefix)
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        if self.dtype not in CODES:
-            legal = ", ".join(known.name for known in CODES)
-            raise ValueError(f"dtype {self.dtype.name}: the format knows {legal}")
-        self.num_sequences = 0
-        self.num_tokens = 0
-        self._len_doc_idx = 1
-        self._bin: IO[bytes] = bin_path(prefix).open("wb")
-        self._sizes: IO[bytes] = tempfile.TemporaryFile(dir=self.prefix.parent)  # noqa: SIM115 - closed by close()
-        self._doc_idx: IO[bytes] = tempfile.TemporaryFile(dir=self.prefix.parent)  # noqa: SIM115
-        self._doc_idx.write(bytes(8))
-
-    def add_sequence(self, tokens: npt.ArrayLike) -> None:
-        """Append one sequence to the document that is open."""
-        flat = np.asarray(tokens).reshape(-1)
-        self._append(flat, np.array([len(flat)]))
-
-    def end_document(self) -> None:
-        """End a document: the sequences since the last end are one."""
-        self._end_documents(np.array([self.num_sequences]))
-
-    def add_documents(self, tokens: Tokens, sizes: npt.NDArray[np.integer[Any]]) -> None:
-        """Append documents of one sequence each: their tokens one after another, and how many tokens each has."""
-        if sizes.sum() != len(tokens):
-            raise ValueError(f"sizes add up to {sizes.sum():,}, but there are {len(tokens):,} tokens")
-        before = self.num_sequences
-        self._append(tokens, sizes)
-        self._end_documents(before + 1 + np.arange(len(sizes)))
-
-    def _append(self, tokens: Tokens, sizes: npt.NDArray[np.integer[Any]]) -> None:
-        limits = np.finfo(self.dtype) if self.dtype.kind == "f" else np.iinfo(self.dtype)
-        if len(tokens) and tokens.dtype != self.dtype and (tokens.min() < limits.min or tokens.max() > limits.max):
-            raise ValueError(
-                f"token ids {tokens.min():,} to {tokens.max():,} do not fit {self.dtype.name}, "
-                f"which holds {limits.min:,} to {limits.max:,}"
-            )
-        if len(sizes) and sizes.max() > np.iinfo(np.int32).max:
-            raise ValueError(f"a sequence has {sizes.max():,} tokens; the format holds at most {np.iinfo(np.int32).max:,}")
-        self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
-        self._sizes.write(sizes.astype("<i4").tobytes())
-        self.num_tokens += len(tokens)
-        self.num_sequences += len(sizes)
-
-    def _end_documents(self, ends: npt.NDArray[np.integer[Any]]) -> None:
-        self._doc_idx.write(ends.astype("<i8").tobytes())
-        self._len_doc_idx += len(ends)
-
-    def finish(self) -> None:
-        """Write the index and close the files."""
-        self._bin.close()
-        self._sizes.seek(0)
-        self._doc_idx.seek(8)  # behind the 0, which every index begins with
-        with IndexWriter(self.prefix, self.dtype, self.num_sequences, self._len_doc_idx) as index:
-            while block := self._sizes.read(4 * BLOCK):
-                index.add_sizes(np.frombuffer(block, "<i4"))
-            while block := self._doc_idx.read(8 * BLOCK):
-                index.add_doc_idx(np.frombuffer(block, "<i8"))
-        self.close()
-
-    def close(self) -> None:
-        """Close the files without an index."""
-        for file in (self._bin, self._sizes, self._doc_idx):
-            file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            self.finish()
-        else:
-            self.close()

@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_core_impl.data.chat_template import ASSISTANT
-from megatron_core_impl.data.conversation_encoder import ROLE, TEXT, WEIGHT
-from megatron_core_impl.data.indexed_dataset import IndexedDataset, Tokens, idx_path
+from megatron_core_impl.data.checking import check_lengths
+from megatron_core_impl.data.indexed_dataset import IndexedDataset, Tokens
 from megatron_core_impl.data.packing import pack
 from megatron_core_impl.data.samples import Row
 from megatron_core_impl.data.splits import split_documents
+from megatron_core_impl.data.streams import ROLE, TEXT, WEIGHT, idx_path
 
 TooLong = Literal["drop", "truncate", "error"]
 
@@ -60,9 +61,7 @@ class Conversations:
         self._text = IndexedDataset(f"{prefix}{TEXT}")
         self._role = IndexedDataset(f"{prefix}{ROLE}")
         self._weight = IndexedDataset(f"{prefix}{WEIGHT}") if idx_path(f"{prefix}{WEIGHT}").is_file() else None
-        for other in filter(None, (self._role, self._weight)):
-            if not np.array_equal(other.sizes, self._text.sizes):
-                raise ValueError(f"{other.prefix} and {self._text.prefix} have conversations of other lengths. Make both again")
+        check_lengths([self._text, self._role, *([] if self._weight is None else [self._weight])])
         longest = reading.sequence_length
         pairs = self._text.sizes.astype(np.int64) - 1
         is_long, is_short = pairs > longest, pairs < 1

@@ -3,44 +3,92 @@
 Tokens are copied inside the kernel and the index passes through memory in blocks, so that neither needs room.
 """
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
+from megatron_core_impl.data.checking import check_layout, check_lengths
+from megatron_core_impl.data.indexed_dataset import BLOCK, IndexedDataset, IndexWriter, copy_into
+from megatron_core_impl.data.streams import Streams, bin_path, find_streams, prefix_of
 
-from megatron_core_impl.data.indexed_dataset import BLOCK, IndexedDataset, IndexWriter, bin_path, copy_into, idx_path
 
+def merge_datasets(paths: Sequence[Path | str], output: Path | str) -> Streams:
+    """Write a dataset of the sequences and documents of all of some, in the given order; of conversations all streams.
 
-def merge_datasets(prefixes: Sequence[Path | str], output: Path | str) -> int:
-    """Write `<output>.bin/.idx`: the sequences and documents of all datasets, in the given order.
+    It appears under its name once it is whole. What an interrupted merge has left is removed by the next one of that name.
 
-    Returns:
-        How many sequences it has.
+    Args:
+        paths: of datasets, as `find_streams` takes them.
+        output: the prefix of the new one, which must not be there.
 
     Raises:
-        FileNotFoundError: a dataset is missing.
-        ValueError: there is none, one is damaged, its tokens are of another type, it is not laid out in one piece, or the
-            output is there already. Nothing is written then.
+        FileNotFoundError: a dataset is missing, or one of its files.
+        ValueError: there is none, one is damaged, they do not go together, one is not laid out in one piece, or the output is
+            there already. Nothing is written then.
     """
-    if not prefixes:
-        raise ValueError("no dataset to merge: name at least one prefix, the path of a dataset without .bin")
-    for path in (bin_path(output), idx_path(output)):
-        if path.exists():
-            raise ValueError(f"{path}: is there already; name another output, or remove it")
-    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    if not paths:
+        raise ValueError("no dataset to merge: name at least one, by the path of its files without .bin")
+    inputs = [find_streams(path) for path in paths]
+    merged = Streams(prefix_of(output), inputs[0].suffixes)
+    for file in merged.files:
+        if file.exists():
+            raise ValueError(f"{file}: is there already; name another output, or remove it")
+    if not merged.prefix.parent.is_dir():
+        raise ValueError(f"{merged.prefix.parent}: there is no such folder for the output; make it first")
+    datasets = [_opened(each, inputs[0]) for each in inputs]
+    by_stream = list(zip(*datasets, strict=True))
+    for of_stream in by_stream:
+        _check_alike(of_stream)
+    with _unfinished(merged) as unfinished:
+        for prefix, of_stream in zip(unfinished.prefixes, by_stream, strict=True):
+            _write(prefix, of_stream)
+    return merged
+
+
+def _opened(streams: Streams, first: Streams) -> list[IndexedDataset]:
+    """The streams of an input, if they are those of the first one too."""
+    if streams.suffixes != first.suffixes:
+        told = [" and ".join(each.suffixes) if each.content == "conversations" else "text" for each in (streams, first)]
+        raise ValueError(
+            f"{streams.prefix} is {told[0]}, {first.prefix} {told[1]}: only datasets of the same streams can be merged"
+        )
+    opened = [IndexedDataset(prefix) for prefix in streams.prefixes]
+    check_lengths(opened)
+    return opened
+
+
+def _check_alike(datasets: Sequence[IndexedDataset]) -> None:
+    """Refuse datasets that cannot lie one behind the other."""
     first = datasets[0]
+    filled = [dataset for dataset in datasets if len(dataset)]
     for dataset in datasets:
         if dataset.dtype != first.dtype:
             raise ValueError(
                 f"{dataset.prefix} holds {dataset.dtype.name}, {first.prefix} {first.dtype.name}: datasets of different "
                 "types cannot be merged. Tokenize them with the same tokenizer"
             )
-        _check_layout(dataset)
-    sequences = sum(map(len, datasets))
+        check_layout(dataset)
+        ends = int(dataset.doc_idx[-1])
+        if len(dataset.doc_idx) > 1 and ends != len(dataset):
+            raise ValueError(
+                f"{dataset.prefix}: its documents end at sequence {ends:,} of {len(dataset):,}. Make the dataset again"
+            )
+    for dataset in filled:
+        if (len(dataset.doc_idx) > 1) != (len(filled[0].doc_idx) > 1):
+            without, others = sorted((dataset, filled[0]), key=lambda each: len(each.doc_idx) > 1)
+            raise ValueError(
+                f"{without.prefix} does not say where documents end, as the reference's instruction data, {others.prefix} "
+                "does: merged, most documents would be lost. Merge each kind by itself"
+            )
+
+
+def _write(output: Path, datasets: Sequence[IndexedDataset]) -> None:
     with bin_path(output).open("wb") as tokens:
         for dataset in datasets:
             copy_into(tokens, bin_path(dataset.prefix))
-    with IndexWriter(output, first.dtype, sequences, 1 + sum(len(dataset.doc_idx) - 1 for dataset in datasets)) as index:
+    len_doc_idx = 1 + sum(len(dataset.doc_idx) - 1 for dataset in datasets)
+    with IndexWriter(output, datasets[0].dtype, sum(map(len, datasets)), len_doc_idx) as index:
         before = 0
         for dataset in datasets:
             for start in range(0, len(dataset), BLOCK):
@@ -48,20 +96,18 @@ def merge_datasets(prefixes: Sequence[Path | str], output: Path | str) -> int:
             for start in range(1, len(dataset.doc_idx), BLOCK):
                 index.add_doc_idx(before + dataset.doc_idx[start : start + BLOCK])
             before += len(dataset)
-    return sequences
 
 
-def _check_layout(dataset: IndexedDataset) -> None:
-    """Refuse a dataset whose sequences do not lie one behind the other: its .bin cannot be copied as a whole."""
-    place = 0
-    for start in range(0, len(dataset), BLOCK):
-        ends = place + np.cumsum(dataset.sizes[start : start + BLOCK], dtype=np.int64) * dataset.dtype.itemsize
-        begins = np.concatenate(([place], ends[:-1]))
-        if not np.array_equal(begins, dataset.pointers[start : start + BLOCK]):
-            raise ValueError(f"{idx_path(dataset.prefix)}: its sequences do not lie one behind the other in the .bin")
-        place = int(ends[-1])
-    size = bin_path(dataset.prefix).stat().st_size
-    if place != size:
-        raise ValueError(
-            f"{bin_path(dataset.prefix)}: has {size:,} bytes, its sequences take {place:,}. Make the dataset again"
-        )
+@contextmanager
+def _unfinished(streams: Streams) -> Iterator[Streams]:
+    """Where to write a dataset that gets its name when it is finished. Nothing is left of one that is not."""
+    folder = streams.prefix.with_name(f".{streams.prefix.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        unfinished = streams._replace(prefix=folder / streams.prefix.name)
+        yield unfinished
+        for path, final in zip(unfinished.files, streams.files, strict=True):
+            path.rename(final)
+    finally:
+        shutil.rmtree(folder)

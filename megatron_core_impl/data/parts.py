@@ -14,8 +14,9 @@ from typing import IO, Any
 import numpy as np
 
 from megatron_core_impl.data.encoder import Encoded, Encoder
-from megatron_core_impl.data.indexed_dataset import BLOCK, IndexWriter, bin_path, copy_into
+from megatron_core_impl.data.indexed_dataset import BLOCK, IndexWriter, copy_into
 from megatron_core_impl.data.statistics import Statistics
+from megatron_core_impl.data.streams import bin_path
 
 SIZES = ".sizes"  # int32, tokens of each document
 

@@ -109,13 +109,13 @@ def _fingerprint(definition: bytes, added_tokens: Sequence[str]) -> str:
     return hashlib.sha256(definition + added).hexdigest()
 
 
-def _check_is_no_word(token: str, number: int, encode: Callable[[str], list[int]]) -> None:
+def _check_is_no_word(token: str, number: int, encode: Callable[[str], list[int]], *, is_byte: bool = False) -> None:
     """A token that the vocabulary has can be special only if no text becomes it.
 
     Raises:
         ValueError: some does.
     """
-    if any(number in encode(text) for text in (token, f"a{token}", f"\n{token}", f" {token} ")):
+    if is_byte or any(number in encode(text) for text in (token, f"a{token}", f"\n{token}", f" {token} ")):
         raise ValueError(
             f"added token {token!r} is an ordinary piece of the vocabulary, id {number}, which any text that holds it becomes. "
             "Write a special token otherwise"
@@ -157,7 +157,7 @@ class SentencePieceTokenizer:
         for token in added_tokens:
             known = behind.get(token, self.id_of(token))
             if known is not None and self._is_text(token):
-                _check_is_no_word(token, known, self.library.encode)
+                _check_is_no_word(token, known, self.library.encode, is_byte=self.library.is_byte(known))
             if known is None:
                 known, following = following, following + 1
             self._special[token] = known

@@ -31,8 +31,8 @@ class ModelSettings(Frozen):
     @field_validator("added_tokens")
     @classmethod
     def _tokens_differ(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if "" in value or len(set(value)) < len(value):
-            raise ValueError("must be tokens that are not empty, each once")
+        if len(set(value)) < len(value) or not all(token and token == token.strip() and token.isprintable() for token in value):
+            raise ValueError("must be printable tokens without white space around them, each once")
         return value
 
 

@@ -40,6 +40,11 @@ def count(value: int) -> str:
     return f"{value:,}"
 
 
+def counted(value: int, noun: str) -> str:
+    """1 document, 2,214 documents."""
+    return f"{value:,} {noun}{'' if value == 1 else 's'}"
+
+
 def short(value: float) -> str:
     """A large count, rounded: 950, 512 K, 6.74 B."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from indexed_writer import IndexedDatasetWriter
 
-from megatron_core_impl.data.conversation_encoder import ROLE, TEXT, WEIGHT
-from megatron_core_impl.data.indexed_dataset import IndexedDatasetWriter
+from megatron_core_impl.data.streams import ROLE, TEXT, WEIGHT
 
 
 def write(

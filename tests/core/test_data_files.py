@@ -7,13 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_tokenizers import CODE, train_sentencepiece
+from indexed_writer import IndexedDatasetWriter
 
-from megatron_core_impl.data import indexed_dataset, inspection, merge
-from megatron_core_impl.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, IndexWriter, dtype_for
-from megatron_core_impl.data.inspection import contents_of, document_text, document_tokens
-from megatron_core_impl.data.merge import merge_datasets
-from megatron_core_impl.data.tokenizer import load_tokenizer
+from megatron_core_impl.data.indexed_dataset import IndexedDataset, IndexWriter, dtype_for
 
 
 def write(prefix: Path, *documents: list[int]) -> None:
@@ -55,18 +51,6 @@ def test_every_type_of_the_format(tmp_path: Path, dtype: type[np.integer]) -> No
     assert data[1].tolist() == [8, 9]
 
 
-def test_many_documents_at_once_are_the_same_as_one_by_one(tmp_path: Path) -> None:
-    write(tmp_path / "one", [1, 2, 3], [4], [5, 6])
-    with IndexedDatasetWriter(tmp_path / "many", np.uint16) as writer:
-        writer.add_documents(np.array([1, 2, 3, 4]), np.array([3, 1]))
-        writer.add_documents(np.array([], np.int64), np.array([], np.int64))
-        writer.add_documents(np.array([5, 6]), np.array([2]))
-    assert writer.num_sequences == 3
-    assert writer.num_tokens == 6
-    for suffix in ("bin", "idx"):
-        assert (tmp_path / f"one.{suffix}").read_bytes() == (tmp_path / f"many.{suffix}").read_bytes()
-
-
 def test_documents_of_several_sequences_and_of_none(tmp_path: Path) -> None:
     with IndexedDatasetWriter(tmp_path / "two", np.uint16) as writer:
         writer.add_sequence([1])
@@ -84,35 +68,19 @@ def test_empty_dataset(tmp_path: Path) -> None:
 
 
 def test_pointers_do_not_overflow_beyond_2_gib(tmp_path: Path) -> None:
-    writer = IndexedDatasetWriter(tmp_path / "data", np.uint16)
-    writer._sizes.write(np.full(3, 2**30, "<i4").tobytes())  # as if 6 GiB of tokens had been written
-    writer.num_sequences = 3
-    writer.finish()
-    index = (tmp_path / "data.idx").read_bytes()
-    assert np.frombuffer(index, "<i8", 3, 34 + 12).tolist() == [0, 2**31, 2**32]
-    with pytest.raises(ValueError, match=r"data\.idx: sequence 0 is said to be 1,073,741,824 uint16 tokens"):
-        IndexedDataset(tmp_path / "data")
+    with (tmp_path / "large.bin").open("wb") as tokens:
+        tokens.truncate(2 * (2**30 + 5))  # nothing but a hole
+    with IndexWriter(tmp_path / "large", np.dtype("<u2"), 2, 3) as index:
+        index.add_sizes(np.array([2**30, 5], np.int32))
+        index.add_doc_idx(np.array([1, 2]))
+    large = IndexedDataset(tmp_path / "large")
+    assert large.pointers.tolist() == [0, 2**31]
+    assert large[1].tolist() == [0] * 5
 
 
 @pytest.mark.parametrize(("vocab_size", "name"), [(32000, "uint16"), (65024, "uint16"), (65499, "uint16"), (65500, "int32")])
 def test_type_follows_the_vocabulary(vocab_size: int, name: str) -> None:
     assert dtype_for(vocab_size).name == name
-
-
-def test_ids_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    with (
-        pytest.raises(ValueError, match="token ids 7 to 65,536 do not fit uint16, which holds 0 to 65,535"),
-        IndexedDatasetWriter(tmp_path / "data", np.uint16) as writer,
-    ):
-        writer.add_sequence([7, 65536])
-    assert not (tmp_path / "data.idx").exists()  # half a dataset is not readable
-    with pytest.raises(ValueError, match="dtype float32: the format knows uint8, int8"):
-        IndexedDatasetWriter(tmp_path / "data", np.float32)
-    with (
-        pytest.raises(ValueError, match="sizes add up to 3, but there are 2 tokens"),
-        IndexedDatasetWriter(tmp_path / "data", np.uint16) as writer,
-    ):
-        writer.add_documents(np.array([1, 2]), np.array([3]))
 
 
 def test_another_process_maps_the_files_itself(tmp_path: Path) -> None:
@@ -162,92 +130,3 @@ def test_cut_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "data.idx").write_bytes(index)
     with pytest.raises(FileNotFoundError, match=r"data\.bin"):
         IndexedDataset(tmp_path / "data")
-
-
-def test_merged_datasets_lie_one_behind_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Golden fact G1: the same file merged twice."""
-    write(tmp_path / "data", [1, 2, 3], [4, 5])
-    assert merge_datasets([tmp_path / "data", tmp_path / "data"], tmp_path / "both") == 4
-    data = IndexedDataset(tmp_path / "both")
-    assert (data.sizes.tolist(), data.doc_idx.tolist(), data.pointers.tolist()) == (
-        [3, 2, 3, 2],
-        [0, 1, 2, 3, 4],
-        [0, 6, 10, 16],
-    )
-    write(tmp_path / "at once", [1, 2, 3], [4, 5], [1, 2, 3], [4, 5])
-    for suffix in ("bin", "idx"):
-        assert (tmp_path / f"both.{suffix}").read_bytes() == (tmp_path / f"at once.{suffix}").read_bytes()
-    for module in (merge, indexed_dataset):
-        monkeypatch.setattr(module, "BLOCK", 1)
-    monkeypatch.setattr(indexed_dataset, "COPIED", 3)
-    merge_datasets([tmp_path / "data", tmp_path / "both"], tmp_path / "three")
-    assert [document.tolist() for document in IndexedDataset(tmp_path / "three")] == [[1, 2, 3], [4, 5]] * 3
-
-
-def test_datasets_without_documents_are_merged(tmp_path: Path) -> None:
-    with IndexedDatasetWriter(tmp_path / "roles", np.uint16) as writer:  # as the reference writes instructions
-        writer.add_sequence([1, 2])
-    merge_datasets([tmp_path / "roles"] * 2, tmp_path / "both")
-    assert IndexedDataset(tmp_path / "both").doc_idx.tolist() == [0]
-    assert IndexedDataset(tmp_path / "both").sizes.tolist() == [2, 2]
-
-
-def test_merging_refuses(tmp_path: Path) -> None:
-    write(tmp_path / "data", [1, 2, 3], [4, 5])
-    with IndexedDatasetWriter(tmp_path / "wide", np.int32) as writer:
-        writer.add_sequence([1])
-    with pytest.raises(ValueError, match=r"wide holds int32, .*data uint16: datasets of different types cannot be merged"):
-        merge_datasets([tmp_path / "data", tmp_path / "wide"], tmp_path / "out")
-    with pytest.raises(ValueError, match="no dataset to merge: name at least one prefix"):
-        merge_datasets([], tmp_path / "out")
-    with pytest.raises(FileNotFoundError):
-        merge_datasets([tmp_path / "lost"], tmp_path / "out")
-    with pytest.raises(ValueError, match=r"data\.bin: is there already; name another output"):
-        merge_datasets([tmp_path / "data"], tmp_path / "data")
-    with (tmp_path / "data.bin").open("ab") as tokens:
-        tokens.write(b"\0\0")
-    with pytest.raises(ValueError, match=r"data\.bin: has 12 bytes, its sequences take 10"):
-        merge_datasets([tmp_path / "data"], tmp_path / "out")
-    assert not list(tmp_path.glob("out.*"))
-
-
-def test_pointers_of_merged_data_do_not_overflow_beyond_2_gib(tmp_path: Path) -> None:
-    with (tmp_path / "large.bin").open("wb") as tokens:
-        tokens.truncate(2 * (2**30 + 5))  # nothing but a hole
-    with IndexWriter(tmp_path / "large", np.dtype("<u2"), 2, 3) as index:
-        index.add_sizes(np.array([2**30, 5], np.int32))
-        index.add_doc_idx(np.array([1, 2]))
-    large = IndexedDataset(tmp_path / "large")
-    assert large.pointers.tolist() == [0, 2**31]
-    assert large[1].tolist() == [0] * 5
-
-
-def test_contents_of_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with IndexedDatasetWriter(tmp_path / "data", np.uint16) as writer:
-        for document in ([[1, 2, 3], [4]], [[5]], [[6, 7], [8, 9], [10]]):
-            for sequence in document:
-                writer.add_sequence(sequence)
-            writer.end_document()
-    for block in (1 << 20, 2, 1):
-        monkeypatch.setattr(inspection, "BLOCK", block)
-        found = contents_of(tmp_path / "data")
-        assert (found.sequences, found.documents, found.tokens, found.bytes, found.dtype) == (6, 3, 10, 20, "uint16")
-        assert (found.shortest, found.longest, found.mean) == (1, 5, 10 / 3)
-        assert found.lengths == {"1": 1, "4": 2}
-    assert [document_tokens(tmp_path / "data", n).tolist() for n in range(3)] == [[1, 2, 3, 4], [5], [6, 7, 8, 9, 10]]
-    for number in (-1, 3):
-        with pytest.raises(ValueError, match=rf"data: there is no document {number}; it has 3: 0 to 2"):
-            document_tokens(tmp_path / "data", number)
-    write(tmp_path / "none")
-    assert contents_of(tmp_path / "none").documents == 0
-    with pytest.raises(ValueError, match="there is no document 0; it has none"):
-        document_tokens(tmp_path / "none", 0)
-
-
-def test_text_of_a_document(tmp_path: Path) -> None:
-    train_sentencepiece(tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
-    write(tmp_path / "data", *(tokenizer.encode(text) for text in CODE), [320])
-    assert [document_text(tmp_path / "data", n, tokenizer) for n in range(len(CODE))] == CODE
-    with pytest.raises(ValueError, match=r"document 4 has ids 320 to 320, the tokenizer has 320: it is not the one"):
-        document_text(tmp_path / "data", len(CODE), tokenizer)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from indexed_writer import IndexedDatasetWriter
 from tiny_tokenizers import fuzz
 from tiny_training import MODEL
 
@@ -18,7 +19,7 @@ from megatron_core_impl import train_config
 from megatron_core_impl.data import preprocessing
 from megatron_core_impl.data.blend import Blend, blend_order, samples_of_each
 from megatron_core_impl.data.gpt_dataset import GPTDataset, TextSamples
-from megatron_core_impl.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_core_impl.data.indexed_dataset import IndexedDataset
 from megatron_core_impl.data.preprocessing import Job, join, remove_parts
 from megatron_core_impl.data.samples import Samples
 from megatron_core_impl.data.splits import split_documents

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from indexed_writer import IndexedDatasetWriter
 
 from megatron_core_impl.data.gpt_dataset import BLOCK, GPTDataset, build_sample_index
-from megatron_core_impl.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_core_impl.data.indexed_dataset import IndexedDataset
 from megatron_core_impl.data.sampler import step_samples
 from megatron_core_impl.data.splits import split_documents
 

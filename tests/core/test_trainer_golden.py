@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import GlooPool
+from indexed_writer import IndexedDatasetWriter
 from tiny_job import train_on_rank
 
 from megatron_core_impl.checkpoint.foreign import Rearranged, invert
 from megatron_core_impl.checkpoint.reshard import reshard
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.config import Layout, ModelConfig, RopeScaling
-from megatron_core_impl.data.indexed_dataset import IndexedDatasetWriter
 from megatron_core_impl.data.tokenizer import load_tokenizer
 from megatron_core_impl.metrics import read_metrics
 from megatron_core_impl.models import families

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from indexed_writer import IndexedDatasetWriter
 from tiny_job import CONFIG
 from tiny_training import MODEL
 
 from megatron_core_impl.data.blend import Blend
-from megatron_core_impl.data.indexed_dataset import IndexedDatasetWriter
 from megatron_core_impl.data.samples import Samples
 from megatron_core_impl.train_config import DataSet, Job, TrainConfig
 from megatron_core_impl.training_data import open_data, prepare, tokens_per_epoch
