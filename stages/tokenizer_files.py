@@ -73,19 +73,24 @@ def _begin_texts_anew(folder: Path) -> bool:
 
 
 def add_tokens(folder: Path, added: Mapping[str, int]) -> None:
-    """Write special tokens, with their ids, into the files of a tokenizer. Those that are there already stay as they are."""
+    """Write special tokens, with their ids, into the files of a tokenizer. Those that are there already become special."""
     if not added:
         return
     if (file := folder / "tokenizer.json").exists():
         content = read_json(file)
-        known = {token["content"] for token in content.setdefault("added_tokens", [])} | set(_vocabulary(content))
-        if new := [{"id": number, "content": token, **KIND} for token, number in added.items() if token not in known]:
-            content["added_tokens"] += sorted(new, key=lambda token: token["id"])
+        listed = content.setdefault("added_tokens", [])
+        known = {token["content"]: token for token in listed}
+        new = {token: number for token, number in added.items() if token not in known and token not in _vocabulary(content)}
+        plain = [token for token in added if token in known and not known[token].get("special")]
+        listed += [{"id": number, "content": token, **KIND} for token, number in sorted(new.items(), key=lambda item: item[1])]
+        for token in plain:
+            known[token]["special"] = True
+        if new or plain:
             _write(file, content)
     config = read_json(file) if (file := folder / "tokenizer_config.json").exists() else {}
     decoder = config.setdefault("added_tokens_decoder", {})
     for token, number in added.items():
-        decoder.setdefault(str(number), {"content": token, **KIND})
+        decoder.setdefault(str(number), {"content": token, **KIND})["special"] = True
     _name(config, added)
     _write(file, config)
     if (file := folder / "special_tokens_map.json").exists():

@@ -1,0 +1,32 @@
+"""The files of a published tokenizer: what is added, what becomes special, and that everything else keeps its bytes."""
+
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from workspaces import write_tokenizer
+
+from stages.tokenizer_files import add_tokens
+
+
+def test_known_tokens_become_special_and_new_ones_are_added(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "huggingface")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    tokenizer.add_tokens(["<|im_end|>"])  # in the vocabulary, but not special
+    tokenizer.save_pretrained(tmp_path)
+    known, new = tokenizer.convert_tokens_to_ids("<|im_end|>"), len(tokenizer)
+    assert "<|im_end|>" not in AutoTokenizer.from_pretrained(tmp_path).all_special_tokens
+    add_tokens(tmp_path, {"<|im_start|>": new, "<|im_end|>": known})
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert {"<|im_start|>", "<|im_end|>"} <= set(theirs.all_special_tokens)
+    assert theirs.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [new, known]
+    assert len(theirs) == new + 1
+    listed = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
+    assert all(token["special"] for token in listed if token["content"].startswith("<|im"))
+
+
+def test_nothing_to_add_changes_no_file(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "sentencepiece")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    add_tokens(tmp_path, {})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
