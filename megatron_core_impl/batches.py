@@ -10,6 +10,7 @@ Rows of a global batch have one width: the longest of them on any rank, rounded 
 from collections.abc import Iterator, Sequence
 from math import gcd, lcm
 
+import numpy as np
 import torch
 
 from megatron_core_impl.data.sampler import step_samples
@@ -46,14 +47,35 @@ def micro_batches(
 
     Args:
         end: from this sample on rows are empty; default: the last one.
+
+    Raises:
+        ValueError: a sample has an id that the model does not have.
     """
     config, end = job.config, len(samples) if end is None else end
     numbers = step_samples(first_sample, batch_size, config.micro_batch_size, mesh.layout.dp, mesh.dp_rank)
     longest = max(samples.length(k) for k in range(first_sample, min(first_sample + batch_size, end)))
     width = width_of(longest, config, mesh.layout.tp)
-    return [
-        _on_host(collate([samples[k] if k < end else EMPTY_ROW for k in some], width), config, mesh.device) for some in numbers
-    ]
+    made = []
+    for some in numbers:
+        batch = collate([samples[k] if k < end else EMPTY_ROW for k in some], width)
+        if max(ids.view(np.uint64).max() for ids in (batch.tokens, batch.labels)) >= job.model.vocab_size:  # or below 0
+            raise _unknown_id(samples, [k for k in some if k < end], job.model.vocab_size)
+        made.append(_on_host(batch, config, mesh.device))
+    return made
+
+
+def _unknown_id(samples: Samples, numbers: Sequence[int], vocab_size: int) -> ValueError:
+    """Which document of some samples has an id that the model does not have."""
+    for k in numbers:
+        dataset, documents = samples.documents(k)
+        for document in documents:
+            ids = dataset[document].astype(np.int64)
+            if len(wrong := ids[(ids < 0) | (ids >= vocab_size)]):
+                return ValueError(
+                    f"{dataset.prefix}: document {document:,} has token id {wrong[0]:,}, which the model does not have: its "
+                    f"vocab_size is {vocab_size:,}. Preprocess the data with the tokenizer of this model"
+                )
+    raise AssertionError("the id is in none of the documents")
 
 
 def width_of(longest: int, config: TrainConfig, tp: int) -> int:

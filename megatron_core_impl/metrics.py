@@ -1,9 +1,14 @@
 """What training tells of itself: a line for people, a line of JSON and TensorBoard scalars every few steps, and how far it is.
 
-`metrics.jsonl` holds one object per line: `{"step", "loss", "lr", "grad_norm", "tokens", "seconds", …}` for the steps since
-the line before, with `loss_scale` and `batch_size` where these may change, and `data_wait_share`, the share of these seconds
-spent waiting for data; `{"step", "valid_loss", "valid_perplexity", "valid_accuracy", …, "eval_seconds"}` for an evaluation
-(`Sums.metrics`), `test_…` for that of the test split. A figure that is not finite, or that there is not, is null.
+`metrics.jsonl` holds one object per line: `{"step", "loss", "lr", "grad_norm", "tokens", "tokens_read", "seconds", …}` for the
+steps since the line before, with `loss_scale` and `batch_size` where these may change, and `data_wait_share`, the share of
+these seconds spent waiting for data; `{"step", "valid_loss", "valid_perplexity", "valid_accuracy", …, "eval_seconds"}` for an
+evaluation (`Sums.metrics`), `test_…` for that of the test split. A figure that is not finite, or that there is not, is null.
+
+There are two numbers of tokens. `tokens` are those that count: labels with a weight above 0, each of them one whatever its
+weight. `tokens_read` are all that went through the model, padding and what no loss counts included. A loss is divided by
+neither, but by the sum of the weights.
+
 Importing this module loads no torch; making a `Journal` that writes does.
 """
 
@@ -31,7 +36,7 @@ class Report:
 class Sums(NamedTuple):
     """Sums over the tokens of an evaluation, from which its metrics follow. Those of several batches simply add up (`total`).
 
-    A token is counted when its label has a weight other than 0.
+    A token counts when its label has a weight above 0.
     """
 
     loss: float = 0.0  # of weight × loss
@@ -93,6 +98,7 @@ class Journal:
         step: int,
         *,
         loss: float,
+        weight: float,
         tokens: int,
         read: int,
         seconds: float,
@@ -102,9 +108,11 @@ class Journal:
         loss_scale: float | None = None,
         batch_size: int | None = None,
     ) -> None:
-        """Take in a finished step: the mean loss over its tokens, its time.
+        """Take in a finished step: its loss, its time.
 
         Args:
+            weight: what the loss is a mean over; 0: nothing was learnt.
+            tokens: those that count.
             read: tokens that went through the model, padding and what no loss counts included: the speed is theirs.
             waited: how many of the seconds were spent waiting for data.
             grad_norm: not finite: the step was skipped for that; None: it was not meant to update anything.
@@ -112,7 +120,7 @@ class Journal:
         """
         window = self._window
         is_skipped = grad_norm is not None and not math.isfinite(grad_norm)
-        window.add(loss=loss, tokens=tokens, read=read, seconds=seconds, waited=waited, is_skipped=is_skipped)
+        window.add(loss=loss, weight=weight, tokens=tokens, read=read, seconds=seconds, waited=waited, is_skipped=is_skipped)
         # A mean that forgets: steady enough to read, and right again soon after the machine's pace changed.
         self._seconds_per_step = 0.9 * self._seconds_per_step + 0.1 * seconds if self._seconds_per_step else seconds
         seconds_left = (self.steps - step) * self._seconds_per_step
@@ -122,11 +130,11 @@ class Journal:
         self._report.progress(
             step,
             self.steps,
-            f"step {step}/{self.steps} · loss {loss:.4g} · {self._tokens_per_second:,.0f} tokens/s · {left} left",
+            f"step {step}/{self.steps} · {_told(loss, weight, '.4g')} · {self._tokens_per_second:,.0f} tokens/s · {left} left",
         )
         if step % self.log_interval == 0 or step == self.steps:
             parts = [
-                f"loss {window.loss:.4f}",
+                _told(window.loss, window.weight, ".4f"),
                 f"lr {lr:.2e}",
                 f"grad norm {grad_norm:.3g}" if grad_norm is not None else "no update, as skip_steps asks",
                 f"loss scale {loss_scale:g}" if loss_scale is not None else "",
@@ -180,34 +188,41 @@ class Window:
     def __init__(self) -> None:
         self.steps = 0
         self.skipped_steps = 0
+        self.weight = 0.0
         self.tokens = 0
         self.read = 0
         self.seconds = 0.0
         self.waited = 0.0
-        self._finite_tokens = 0
+        self._finite_weight = 0.0
         self._loss_sum = 0.0
 
     def add(
-        self, *, loss: float, tokens: int, read: int, seconds: float, is_skipped: bool, waited: float = 0.0
+        self, *, loss: float, weight: float, tokens: int, read: int, seconds: float, is_skipped: bool, waited: float = 0.0
     ) -> None:  # fmt: skip
         self.steps += 1
         self.skipped_steps += is_skipped
+        self.weight += weight
         self.tokens += tokens
         self.read += read
         self.seconds += seconds
         self.waited += waited
         if math.isfinite(loss):
-            self._finite_tokens += tokens
-            self._loss_sum += loss * tokens
+            self._finite_weight += weight
+            self._loss_sum += loss * weight
 
     @property
     def loss(self) -> float:
-        """Mean over the tokens of the window; nan when no step of it had tokens and a finite loss."""
-        return self._loss_sum / self._finite_tokens if self._finite_tokens else math.nan
+        """Mean over the tokens of the window, by their weights; nan when no step of it had any and a finite loss."""
+        return self._loss_sum / self._finite_weight if self._finite_weight else math.nan
 
     @property
     def tokens_per_second(self) -> float:
         return self.read / self.seconds if self.seconds else 0.0
+
+
+def _told(loss: float, weight: float, form: str) -> str:
+    """A loss, for people. Of no weight there is none, and nothing is wrong."""
+    return f"loss {loss:{form}}" if weight else "no loss, as no token counts"
 
 
 class MetricsWriter:

@@ -34,7 +34,7 @@ class State:
 
     step: int = 0
     consumed_samples: int = 0
-    consumed_tokens: int = 0
+    consumed_tokens: int = 0  # that count: labels with a weight above 0, of all steps
     skipped_steps: int = 0  # whose gradient was not finite
     skipped_in_a_row: int = 0  # of these, the last ones
     loss_scale: dict[str, float] = field(default_factory=dict)

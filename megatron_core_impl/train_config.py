@@ -1,6 +1,8 @@
 """How to train, what, and on what: the settings of a run, and what follows from them for its steps. No torch in here."""
 
+import math
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,8 +20,8 @@ from megatron_core_impl.optim import (
 )
 
 CHECKPOINTS_FOLDER = "checkpoints"
-EVAL_SHARE = 0.05  # of the training's cost, that all evaluations together stay below where eval_batches does not say
-FORWARD_SHARE = 1 / 3  # what an evaluation costs of a training step on the same samples: the forward pass
+EVAL_SHARE = Fraction(5, 100)  # of the training's cost, that all evaluations stay below where eval_batches does not say
+FORWARD_SHARE = Fraction(1, 3)  # what an evaluation costs of a training step on as many rows: the forward pass
 MOST_EVAL_BATCHES = 100  # more of them tell nothing more
 # What may differ between a run and the one that goes on from its checkpoint: how the work is shared out, what is told and kept,
 # when to give up or to pause, and which of the steps to come are skipped.
@@ -120,6 +122,11 @@ class TrainConfig:
             self, "min_lr", "warmup_steps", "weight_decay", "weight_decay_start", "seed",
             "system_weight", "user_weight", "assistant_weight", at_least=0,
         )  # fmt: skip
+        if not (self.system_weight or self.user_weight or self.assistant_weight):
+            raise ValueError(
+                "system_weight, user_weight and assistant_weight are all 0, so nothing would be learnt from a conversation: "
+                "raise one of them; usually assistant_weight is 1"
+            )
         check_numbers(self, "lr", "loss_scale", "initial_loss_scale", "min_loss_scale", "stop_after_minutes", above=0)
         decay = self._last_decay_step
         if self.warmup_steps >= decay:
@@ -185,22 +192,48 @@ class TrainConfig:
         """What all steps together consume."""
         return self.batches.samples_of(self.steps)
 
-    @property
-    def evaluations(self) -> int:
+    def evaluations(self, interval: int) -> int:
         """How often a run evaluates: before the first step, at intervals, after the last, and once on the test split."""
-        return 2 + -(-self.steps // self.eval_interval)
+        return 2 + -(-self.steps // interval)
+
+    @cached_property
+    def eval_samples(self) -> int:
+        """The most samples that an evaluation reads; the same under any layout, so that held-out losses are.
+
+        Without `eval_batches`, as many as keep all evaluations of the run below `EVAL_SHARE` of the training's cost: whole
+        global batches, at most `MOST_EVAL_BATCHES`, or an equal part of one, which most layouts share out without empty rows.
+        At least one sample.
+        """
+        whole = self.global_batch_size
+        if self.eval_batches is not None:
+            return self.eval_batches * whole
+        each = self._eval_budget // self.evaluations(self.eval_interval)
+        if each >= whole:
+            return min(each // whole, MOST_EVAL_BATCHES) * whole
+        divisors = (n for i in range(1, math.isqrt(whole) + 1) if whole % i == 0 for n in (i, whole // i))
+        return max((n for n in divisors if n <= each), default=1)
+
+    def eval_every(self, dp: int) -> int:
+        """The steps between evaluations: `eval_interval`, or without `eval_batches` the multiple of it that the budget allows.
+
+        Args:
+            dp: of the layout. A rank computes whole micro batches, so that is how finely it can spend.
+        """
+        affordable = self._eval_budget // self.eval_rows(self.eval_samples, dp)
+        if self.eval_batches is not None or self.evaluations(self.eval_interval) <= affordable:
+            return self.eval_interval
+        at_intervals = max(1, affordable - 2)  # beside the first, and that of the test split
+        return -(-self.steps // (at_intervals * self.eval_interval)) * self.eval_interval
+
+    def eval_rows(self, samples: int, dp: int) -> int:
+        """The rows that are computed, on all ranks, to evaluate so many samples."""
+        unit = self.micro_batch_size * dp
+        return -(-samples // unit) * unit
 
     @property
-    def eval_samples(self) -> int:
-        """The most samples that an evaluation reads.
-
-        Without `eval_batches`, as many as keep all evaluations of the run below `EVAL_SHARE` of the training's cost, where a
-        sample costs `FORWARD_SHARE` of what it costs in training; at least one, at most `MOST_EVAL_BATCHES` global batches.
-        """
-        if self.eval_batches is not None:
-            return self.eval_batches * self.global_batch_size
-        budget = int(EVAL_SHARE / FORWARD_SHARE * self.samples / self.evaluations)
-        return max(1, min(budget, MOST_EVAL_BATCHES * self.global_batch_size))
+    def _eval_budget(self) -> int:
+        """The most rows that all evaluations together may compute, by default: those that cost less than `EVAL_SHARE`."""
+        return math.ceil(EVAL_SHARE / FORWARD_SHARE * self.samples) - 1
 
     @property
     def optimizer_settings(self) -> OptimizerSettings:
@@ -278,6 +311,11 @@ class DataSet:
     role: Literal["all", "train", "valid", "test"] = "all"  # all: shared out by config.split; else it is taken whole
     weight: float = 1.0  # its share among those of a role; they need not sum to anything
     fingerprint: str  # of its content
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.prefix.name
 
 
 @dataclass(frozen=True, kw_only=True)

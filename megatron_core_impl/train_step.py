@@ -1,8 +1,8 @@
 """One optimizer update over a global batch, or the loss of one, on any layout.
 
-The tokens of the whole global batch are counted before its first forward pass, so every token has its final weight, 1 / N, from
-the beginning: micro batches, replicas and ranks just add up, and how the batch is cut does not matter. A micro batch, a rank or
-a whole batch without any target adds nothing.
+The weights of the whole global batch are added up before its first forward pass, so every token has its final weight, w / sum,
+from the beginning: micro batches, replicas and ranks just add up, and how the batch is cut does not matter. A micro batch, a
+rank or a whole batch without any target adds nothing.
 """
 
 import math
@@ -26,8 +26,9 @@ from megatron_core_impl.train_config import Rates
 class StepResult(NamedTuple):
     """What became of a step; the same on every rank."""
 
-    loss: float  # mean over the tokens of the global batch
-    tokens: int  # how many these are
+    loss: float  # mean over the tokens of the global batch that count, each by its weight; 0 where none does
+    weight: float  # sum of the weights: what the loss was divided by, but for 0
+    tokens: int  # how many count: labels with a weight above 0
     grad_norm: float | None = None  # before clipping; not finite: nothing was updated; None: nothing was meant to be
 
 
@@ -47,7 +48,7 @@ def train_step(
             however few of its tokens count. Where all tokens count, that is the mean over tokens.
     """
     scale = loss_scale.scale
-    weighed, tokens = _weigh(batches, pipeline.model.mesh, by_micro_batch)
+    weighed, totals = _weigh(batches, pipeline.model.mesh, by_micro_batch)
     optimizer.begin_step(len(batches))
     share = pipeline.forward_backward(weighed, scale=scale)
     try:
@@ -55,15 +56,15 @@ def train_step(
     except FloatingPointError:
         grad_norm = math.nan
     loss_scale.update(math.isfinite(grad_norm))
-    return StepResult(*_summed(share, tokens, pipeline.model.mesh), grad_norm)
+    return StepResult(*_summed(share, totals, pipeline.model.mesh), grad_norm)
 
 
 def measure(pipeline: Pipeline, batches: Sequence[MicroBatch], *, by_micro_batch: bool = False) -> StepResult:
     """The loss that `train_step` would have, without dropout; nothing is updated."""
-    weighed, tokens = _weigh(batches, pipeline.model.mesh, by_micro_batch)
+    weighed, totals = _weigh(batches, pipeline.model.mesh, by_micro_batch)
     with _without_dropout(pipeline.model):
         share = pipeline.forward(weighed)
-    return StepResult(*_summed(share, tokens, pipeline.model.mesh))
+    return StepResult(*_summed(share, totals, pipeline.model.mesh))
 
 
 def measure_sums(pipeline: Pipeline, batches: Sequence[MicroBatch]) -> Sums:
@@ -85,25 +86,26 @@ def measure_sums(pipeline: Pipeline, batches: Sequence[MicroBatch]) -> Sums:
 
 
 def _counts(batch: MicroBatch) -> Tensor:
-    """Of a micro batch: the sum of the weights, how many are not 0, and how many of these are of an answer. [3] in fp64."""
+    """Of a micro batch: the sum of the weights, how many are above 0, and how many of these are of an answer. [3] in fp64."""
     assert batch.answers is not None
-    has_weight = batch.weights != 0
-    return torch.stack((batch.weights.sum(dtype=torch.float64), has_weight.sum(), (has_weight & batch.answers).sum()))
+    counts = batch.weights > 0
+    return torch.stack((batch.weights.sum(dtype=torch.float64), counts.sum(), (counts & batch.answers).sum()))
 
 
 def _weigh(batches: Sequence[MicroBatch], mesh: Mesh, by_micro_batch: bool) -> tuple[list[MicroBatch], Tensor]:
-    """Micro batches whose losses add up to the loss of the global batch, over all replicas; and how many tokens it has.
+    """Micro batches whose losses add up to the loss of the global batch, over all replicas; its weight, and how many count. [2]
 
     The host does not wait for the numbers.
     """
-    counts = torch.stack([batch.weights.sum(dtype=torch.float64) for batch in batches])
-    tokens = all_reduce_(counts.sum(), mesh.dp_group)
-    totals = _or_one(counts) * (len(batches) * mesh.layout.dp) if by_micro_batch else _or_one(tokens).expand(len(batches))
+    weights = torch.stack([batch.weights.sum(dtype=torch.float64) for batch in batches])
+    tokens = torch.stack([(batch.weights > 0).sum() for batch in batches]).sum()
+    totals = all_reduce_(torch.stack([weights.sum(), tokens]), mesh.dp_group)
+    divisors = _or_one(weights) * (len(batches) * mesh.layout.dp) if by_micro_batch else _or_one(totals[0]).expand(len(batches))
     weighed = [
-        batch._replace(weights=(batch.weights / total).to(batch.weights.dtype))
-        for batch, total in zip(batches, totals, strict=True)
+        batch._replace(weights=(batch.weights / divisor).to(batch.weights.dtype))
+        for batch, divisor in zip(batches, divisors, strict=True)
     ]
-    return weighed, tokens
+    return weighed, totals
 
 
 def _or_one(totals: Tensor) -> Tensor:
@@ -111,11 +113,11 @@ def _or_one(totals: Tensor) -> Tensor:
     return totals.where(totals > 0, 1)
 
 
-def _summed(share: Tensor, tokens: Tensor, mesh: Mesh) -> tuple[float, int]:
-    """The loss of the global batch from each rank's share in it, which is zero on all but the last pp rank."""
+def _summed(share: Tensor, totals: Tensor, mesh: Mesh) -> tuple[float, float, int]:
+    """Loss, weight and tokens of the global batch. A rank's share in its loss is zero on all but the last pp rank."""
     loss = all_reduce_(all_reduce_(share.clone(), mesh.dp_group), mesh.pp_group)
-    mean_loss, num_tokens = torch.stack([loss, tokens]).tolist()
-    return mean_loss, int(num_tokens)
+    mean_loss, weight, tokens = torch.cat([loss[None], totals]).tolist()
+    return mean_loss, weight, int(tokens)
 
 
 @contextmanager

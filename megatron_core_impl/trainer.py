@@ -21,7 +21,7 @@ from megatron_core_impl.parallel.pipeline import Pipeline
 from megatron_core_impl.parallel.random import seed_step
 from megatron_core_impl.prefetch import Prefetched
 from megatron_core_impl.resume import State, any_says, begin, save
-from megatron_core_impl.train_config import FORWARD_SHARE, Job, TrainConfig
+from megatron_core_impl.train_config import EVAL_SHARE, FORWARD_SHARE, Job, TrainConfig
 from megatron_core_impl.train_step import StepResult, measure, measure_sums, train_step
 from megatron_core_impl.training_data import TrainingData, open_data
 
@@ -48,6 +48,7 @@ def train(job: Job, mesh: Mesh, *, report: Report | None = None, should_stop: Ca
     data = open_data(job, report.log if mesh.rank == 0 else lambda line: None)
     model, optimizer, loss_scale, state = begin(job, mesh, report)
     pipeline = Pipeline(model)
+    eval_interval = config.eval_every(mesh.layout.dp)
     resumed_step = saved_step = state.step
 
     def must_stop() -> bool:
@@ -65,11 +66,10 @@ def train(job: Job, mesh: Mesh, *, report: Report | None = None, should_stop: Ca
     with journal, Prefetched(training_batches(data.train, job, mesh, state.consumed_samples)) as feed:
         if state.loss_before is None:
             if mesh.rank == 0:
-                report.log(_evaluation_plan(data, config))
-            state.loss_before = _evaluate(pipeline, data.valid, job, journal, 0)
-            _require_finite(
-                state.loss_before, "before the first step: the weights to start from are damaged, or not this model's"
-            )
+                report.log(_evaluation_plan(data, config, mesh.layout.dp))
+            held_out = _evaluate(pipeline, data.valid, job, journal, 0)
+            _require_finite(held_out, "before the first step: the weights to start from are damaged, or not this model's")
+            state.loss_before = held_out.mean_loss
         while state.step < config.steps and not must_stop():
             started, waited = time.perf_counter(), feed.waited
             batch_size = config.batches.size_at(state.consumed_samples)
@@ -87,6 +87,7 @@ def train(job: Job, mesh: Mesh, *, report: Report | None = None, should_stop: Ca
             journal.step(
                 state.step,
                 loss=result.loss,
+                weight=result.weight,
                 tokens=result.tokens,
                 read=sum(batch.tokens.numel() for batch in batches) * mesh.layout.dp,
                 seconds=time.perf_counter() - started,
@@ -99,13 +100,13 @@ def train(job: Job, mesh: Mesh, *, report: Report | None = None, should_stop: Ca
             _count_skipped(state, result, job, scale)
 
             is_last = state.step == config.steps
-            if is_last or state.step % config.eval_interval == 0:
+            if is_last or state.step % eval_interval == 0:
                 held_out = _evaluate(pipeline, data.valid, job, journal, state.step)
                 if is_last:
                     _require_finite(held_out, f"after {state.step} steps: lower lr (now {config.lr:g}) or raise warmup_steps")
-                    state.loss_after = held_out
+                    state.loss_after = held_out.mean_loss
                     if data.test is not None:
-                        state.loss_test = _evaluate(pipeline, data.test, job, journal, state.step, "test")
+                        state.loss_test = _evaluate(pipeline, data.test, job, journal, state.step, "test").mean_loss
             if is_last or state.step % config.checkpoint_interval == 0:
                 save(job, mesh, optimizer, loss_scale, state)
                 saved_step = state.step
@@ -123,22 +124,29 @@ def evaluate(pipeline: Pipeline, samples: Samples, job: Job) -> Sums:
 
 def _evaluate(
     pipeline: Pipeline, samples: Samples, job: Job, journal: Journal, step: int, split: Literal["valid", "test"] = "valid"
-) -> float:
-    """Evaluate, and write it down. Returns the loss."""
+) -> Sums:
+    """Evaluate, and write it down."""
     started = time.perf_counter()
     found = evaluate(pipeline, samples, job)
     journal.evaluation(step, found, seconds=time.perf_counter() - started, split=split)
-    return found.mean_loss
+    return found
 
 
-def _evaluation_plan(data: TrainingData, config: TrainConfig) -> str:
-    """What evaluations will cost, for people."""
-    count = min(config.eval_samples, len(data.valid))
-    share = config.evaluations * count * FORWARD_SHARE / config.samples
-    most = "all there are" if count == len(data.valid) else f"of {len(data.valid):,}"
+def _evaluation_plan(data: TrainingData, config: TrainConfig, dp: int) -> str:
+    """What evaluations will cost, for people: by the rows that they compute."""
+
+    def rows(samples: Samples | None) -> int:
+        return 0 if samples is None else config.eval_rows(min(config.eval_samples, len(samples)), dp)
+
+    interval, count = config.eval_every(dp), min(config.eval_samples, len(data.valid))
+    computed = (config.evaluations(interval) - 1) * rows(data.valid) + rows(data.test)
+    most = "all there are" if count == data.valid_in_all else f"of {data.valid_in_all:,}"
+    wished = (
+        f" (every {config.eval_interval:,} would cost over {float(EVAL_SHARE):.0%})" if interval != config.eval_interval else ""
+    )
     return (
-        f"evaluation: {count:,} samples ({most}), before the first step, every {config.eval_interval:,} and after the last: "
-        f"about {share:.1%} of the training's time"
+        f"evaluation: {count:,} sample{'s' if count > 1 else ''} ({most}), before the first step, every {interval:,}{wished} and after the last: about "
+        f"{float(computed * FORWARD_SHARE / config.samples):.1%} of the training's time"
     )
 
 
@@ -169,6 +177,8 @@ def _diverged(step: int, config: TrainConfig, root: Path, scale: float) -> str:
     )
 
 
-def _require_finite(loss: float, when: str) -> None:
-    if not math.isfinite(loss):
-        raise TrainingDiverged(f"the held-out loss is {loss} {when}")
+def _require_finite(held_out: Sums, when: str) -> None:
+    if not held_out.weight:
+        raise ValueError("no token of the held-out samples counts in the loss: give other data for them, or more (split)")
+    if not math.isfinite(held_out.mean_loss):
+        raise TrainingDiverged(f"the held-out loss is {held_out.mean_loss} {when}")

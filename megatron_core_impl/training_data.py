@@ -8,19 +8,31 @@ What takes time here, the indices of samples, goes to the job's cache. `prepare`
 process group, where the others would wait for it and give up. No torch in here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_core_impl.data.blend import Blend, blend_order, normalized, samples_of_each
 from megatron_core_impl.data.gpt_dataset import GPTDataset, TextSamples, samples_of_tokens
 from megatron_core_impl.data.index_cache import cached
 from megatron_core_impl.data.indexed_dataset import IndexedDataset
+from megatron_core_impl.data.instruction_dataset import Conversations
 from megatron_core_impl.data.samples import Samples
 from megatron_core_impl.data.splits import split_documents
 from megatron_core_impl.train_config import DataSet, Job
-from megatron_core_impl.training_conversations import ROLES, Role, conversation_part, open_conversations, told
+from megatron_core_impl.training_conversations import (
+    ROLES,
+    ConversationPart,
+    Role,
+    conversation_part,
+    defects_of,
+    open_conversations,
+    open_set,
+    told_of_part,
+    told_of_set,
+    why_nothing,
+)
 
 
 class Part(NamedTuple):
@@ -39,6 +51,7 @@ class TrainingData:
     train: Samples  # of all steps
     valid: Samples  # of an evaluation, the same ones each time
     test: Samples | None  # of the one at the end; None: there is no test split
+    valid_in_all: int  # samples that there are for evaluations, which may read only some of them
 
 
 def parts_of(sets: Sequence[DataSet], split: str, role: Role) -> list[Part]:
@@ -55,37 +68,68 @@ def parts_of(sets: Sequence[DataSet], split: str, role: Role) -> list[Part]:
 
 
 def tokens_per_epoch(job: Job) -> int:
-    """The tokens that training takes from all datasets before one is repeated; of conversations with the padding of samples."""
+    """The tokens that training takes from all datasets before one is repeated.
+
+    A sample of conversations counts as `sequence_length` tokens with its padding, also where it is one conversation.
+    """
     if job.content == "text":
         return sum(part.tokens for part in parts_of(job.sets, job.config.split, "train"))
-    samples = sum(offer.per_epoch for offer in _offers(job, "train", lambda line: None))
+    samples = sum(offer.per_epoch for offer in _offers(job, "train", _open_sets(job)))
     return samples * job.config.sequence_length + 1  # as of text: the last label is no input
+
+
+def conversation_figures(job: Job) -> dict[str, Any]:
+    """What became of the conversations of all sets together, and how full the rows are that training reads."""
+    sets = _open_sets(job)
+    defects = [defects_of(conversations) for conversations in sets.values()]
+    figures: dict[str, Any] = {
+        f"conversations_{name}": sum(getattr(each, name) for each in defects)
+        for name in ("too_long", "too_short", "nothing_to_learn")
+    }
+    parts = [offer.part for offer in _offers(job, "train", sets) if offer.part is not None]
+    packings = [part.packing for part in parts if part.packing is not None]
+    if rows := sum(map(len, packings)):
+        figures["packing_efficiency"] = round(sum(len(each) * each.efficiency for each in packings) / rows, 5)
+    return figures
 
 
 def open_data(job: Job, log: Callable[[str], None] = lambda line: None) -> TrainingData:
     """The samples of a job, its indices from the cache where they are there.
 
     Args:
-        log: told about datasets that give a role nothing.
+        log: told how conversations become samples, and about datasets that give a role nothing.
 
     Raises:
-        ValueError: there is nothing to train on, or nothing to measure the held-out loss on.
+        ValueError: as `check_data`.
     """
-    train, valid = _samples(job, "train", log), _samples(job, "valid", log)
-    for role, samples in (("train", train), ("valid", valid)):
-        if samples is None:
-            raise ValueError(_nothing(job, role))
+    sets = _open_sets(job)
+    for line in (told_of_set(source, conversations) for source, conversations in sets.items()):
+        if line is not None:
+            log(line)
+    offers = _all_offers(job, sets)
+    train, valid, test = (_samples(job, role, offers[role], log) for role in ROLES)
     assert train is not None
     assert valid is not None
-    return TrainingData(train, valid, _samples(job, "test", log))
+    return TrainingData(train, valid, test, sum(offer.per_epoch for offer in offers["valid"]))
 
 
-def _nothing(job: Job, role: str) -> str:
+def check_data(job: Job) -> None:
+    """Look whether there is something to train on, and to measure the held-out loss on.
+
+    Raises:
+        ValueError: there is not; or files are damaged.
+    """
+    _all_offers(job, _open_sets(job))
+
+
+def _nothing(job: Job, role: Role, offers: Sequence["_Offer"]) -> str:
     """Why a role has no samples, and what would give it some."""
     config = job.config
     lacks, shorter = f"the {config.sequence_length + 1:,} tokens of one sample", ""
     if job.content == "conversations":
         lacks = "a conversation"
+        if reason := why_nothing([offer.part for offer in offers if offer.part is not None]):
+            return f"no dataset has a conversation left for {role}: {reason}"
     else:
         shorter = f", or lower sequence_length (now {config.sequence_length})"
     return (
@@ -111,9 +155,28 @@ class _Offer(NamedTuple):
     per_epoch: int  # samples before one is repeated
     holds: str  # for people
     open: Callable[[int], Samples]  # of at least so many samples
+    part: ConversationPart | None = None  # None: it is text
 
 
-def _offers(job: Job, role: Role, log: Callable[[str], None]) -> list[_Offer]:
+def _open_sets(job: Job) -> dict[DataSet, Conversations]:
+    """A job's sets of conversations; none of text."""
+    return {source: open_set(source, job) for source in job.sets} if job.content == "conversations" else {}
+
+
+def _all_offers(job: Job, sets: Mapping[DataSet, Conversations]) -> dict[Role, list[_Offer]]:
+    """What the datasets can give to each role.
+
+    Raises:
+        ValueError: nothing for training, or for the evaluation.
+    """
+    offers = {role: _offers(job, role, sets) for role in ROLES}
+    for role in ROLES[:2]:
+        if not any(offer.per_epoch for offer in offers[role]):
+            raise ValueError(_nothing(job, role, offers[role]))
+    return offers
+
+
+def _offers(job: Job, role: Role, sets: Mapping[DataSet, Conversations]) -> list[_Offer]:
     """What each dataset that is for a role has for it."""
     if job.content == "text":
         return [
@@ -128,20 +191,20 @@ def _offers(job: Job, role: Role, log: Callable[[str], None]) -> list[_Offer]:
     offers = []
     for source in job.sets:
         if source.role in ("all", role):
-            part = conversation_part(source, job, role)
-            log(told(part))
+            part = conversation_part(source, sets[source], job, role)
             held = f"{len(part.chosen):,} conversations"
-            offers.append(_Offer(source, part.samples_per_epoch, held, partial(open_conversations, part)))
+            offers.append(_Offer(source, part.samples_per_epoch, held, partial(open_conversations, part), part))
     return offers
 
 
-def _samples(job: Job, role: Role, log: Callable[[str], None]) -> Samples | None:
+def _samples(job: Job, role: Role, found: Sequence[_Offer], log: Callable[[str], None]) -> Samples | None:
     """The samples of a role; None where no dataset has one."""
-    found = _offers(job, role, log)
     offers = [offer for offer in found if offer.per_epoch]
     if not offers:
         return None
     for offer in found:
+        if offer.per_epoch and offer.part is not None:
+            log(told_of_part(offer.part))
         if not offer.per_epoch:
             log(
                 f"{role}: {offer.source.prefix} has {offer.holds} for it, less than one sample, and is left out; the weights "

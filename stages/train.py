@@ -13,17 +13,17 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import megatron_core_impl
 from megatron_core_impl import metrics
 from megatron_core_impl.checkpoint import training as checkpoints
 from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.memory import Device
-from megatron_core_impl.training_data import tokens_per_epoch
+from megatron_core_impl.training_data import conversation_figures, tokens_per_epoch
 from stages import runtime, torchrun
 from stages.contracts import artifacts as a
 from stages.contracts import length, memory
@@ -59,7 +59,8 @@ def run(spec: TrainSpec, ctx: runtime.Context) -> a.CheckpointArtifact:
         f"{world_size} process{'es' if world_size > 1 else ''}, dp {layout.dp} × tp {layout.tp} × pp {layout.pp}"
         f"{f' (vpp {layout.vpp})' if layout.vpp > 1 else ''}"
     )
-    ctx.log(f"length: {length.described(spec.settings, tokens_per_epoch(job))}")
+    epoch = tokens_per_epoch(job)
+    ctx.log(f"length: {length.described(spec.settings, epoch)}")
 
     (ctx.scratch / SPEC_FILE).write_text(spec.model_dump_json())
     listener = Listener(ctx)
@@ -76,7 +77,7 @@ def run(spec: TrainSpec, ctx: runtime.Context) -> a.CheckpointArtifact:
             raise failure(outcome, spec, ctx.scratch, listener.step)
     finally:
         checkpoints.remove_unfinished(ctx.scratch / CHECKPOINTS)
-    return publish(spec, ctx, weights, dataset, tokens_per_epoch(job))
+    return publish(spec, ctx, weights, dataset, epoch, conversation_figures(job) if job.content == "conversations" else {})
 
 
 def check(spec: TrainSpec, weights: a.WeightsArtifact, dataset: a.DatasetArtifact) -> None:
@@ -192,8 +193,14 @@ def publish(
     weights: a.WeightsArtifact,
     dataset: a.DatasetArtifact,
     epoch: int,
+    of_data: dict[str, Any],
 ) -> a.CheckpointArtifact:
-    """The artifact: the last checkpoint, the curves, the figures. `epoch`: the tokens of one."""
+    """The artifact: the last checkpoint, the curves, the figures.
+
+    Args:
+        epoch: the tokens of one.
+        of_data: figures that its data have, by name.
+    """
     root = ctx.scratch / CHECKPOINTS
     last, *older = checkpoints.finished_steps(root)
     for step in older:
@@ -220,6 +227,8 @@ def publish(
         "perplexity_after": metrics.perplexity(after),
         "loss_test": test,
         "perplexity_test": None if test is None else metrics.perplexity(test),
+        **_accuracies(lines, last),
+        **of_data,
         "loss_curve": metrics.downsample([(line["step"], line["loss"]) for line in trained]),
         "valid_curve": metrics.downsample([(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]),
     }
@@ -244,6 +253,17 @@ def publish(
         loss_before=before,
         loss_after=after,
     )
+
+
+def _accuracies(lines: Sequence[Mapping[str, Any]], last: int) -> dict[str, float]:
+    """Of all tokens that count, and where there are some of those of answers: before and after training, and on the test."""
+    figures = {}
+    for when, step, split in (("before", 0, "valid"), ("after", last, "valid"), ("test", last, "test")):
+        line = next((line for line in lines if line["step"] == step and f"{split}_loss" in line), {})
+        for name in ("accuracy", "instruct_accuracy"):
+            if (value := line.get(f"{split}_{name}")) is not None:
+                figures[f"{name}_{when}"] = round(value, 5)
+    return figures
 
 
 def _readable(number: float) -> str:

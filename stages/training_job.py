@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.train_config import DataSet, Job
 from megatron_core_impl.training_conversations import Role
-from megatron_core_impl.training_data import Part, parts_of, tokens_per_epoch
+from megatron_core_impl.training_data import Part, check_data, parts_of, tokens_per_epoch
 from stages.contracts import artifacts as a
 from stages.contracts.specs import TrainSpec
 from stages.runtime import BadInput
@@ -44,6 +44,8 @@ def job_of(spec: TrainSpec, weights: a.WeightsArtifact, dataset: a.DatasetArtifa
     if job.content == "text":
         _check_text(job)
     try:
+        if job.content == "conversations":
+            check_data(job)
         return replace(job, config=spec.settings.train_config(tokens_per_epoch(job)))
     except ValueError as error:
         raise BadInput(f"train: {error}") from None

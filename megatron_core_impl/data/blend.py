@@ -15,6 +15,7 @@ from operator import add
 import numpy as np
 import numpy.typing as npt
 
+from megatron_core_impl.data.indexed_dataset import IndexedDataset
 from megatron_core_impl.data.samples import Row, Samples
 
 MARGIN = 1.005  # how many more samples of each dataset are made than its share, as in the reference
@@ -101,3 +102,7 @@ class Blend:
 
     def length(self, k: int) -> int:
         return self.parts[int(self.part[k])].length(int(self.number[k]))
+
+    def documents(self, k: int) -> tuple[IndexedDataset, list[int]]:
+        """See `Samples`."""
+        return self.parts[int(self.part[k])].documents(int(self.number[k]))

@@ -138,14 +138,23 @@ class GPTDataset:
         return len(self.index.shuffle)
 
     def __getitem__(self, k: int) -> npt.NDArray[np.int64]:
+        (start, stop), documents = self._place(k)
+        parts: list[Tokens] = [self.dataset[i] for i in documents]
+        parts[-1] = parts[-1][: stop + 1]  # the token at the cut belongs to both samples
+        parts[0] = parts[0][start:]
+        return np.concatenate(parts, dtype=np.int64)
+
+    def documents(self, k: int) -> list[int]:
+        """The documents that sample k is made of, in order."""
+        return self._place(k)[1]
+
+    def _place(self, k: int) -> tuple[tuple[int, int], list[int]]:
+        """The documents of sample k, its first token in the first of them, and its last in the last."""
         if not 0 <= k < len(self):
             raise IndexError(f"sample {k} of {len(self)}")
         s = int(self.index.shuffle[k])
         (first, start), (last, stop) = self.index.samples[s : s + 2].tolist()
-        parts: list[Tokens] = [self.dataset[i] for i in self.index.documents[first : last + 1].tolist()]
-        parts[-1] = parts[-1][: stop + 1]  # the token at the cut belongs to both samples
-        parts[0] = parts[0][start:]
-        return np.concatenate(parts, dtype=np.int64)
+        return (start, stop), self.index.documents[first : last + 1].tolist()
 
 
 @dataclass(frozen=True)
@@ -174,3 +183,7 @@ class TextSamples:
 
     def length(self, k: int) -> int:
         return self.data.sequence_length
+
+    def documents(self, k: int) -> tuple[IndexedDataset, list[int]]:
+        """See `Samples`."""
+        return self.data.dataset, self.data.documents(k)

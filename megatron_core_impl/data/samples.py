@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megatron_core_impl.data.indexed_dataset import IndexedDataset
+
 PAD_ID = 0  # of a token that nothing is learnt from and that nothing sees: any id of any vocabulary will do
 
 Ints = npt.NDArray[np.int64]
@@ -39,6 +41,9 @@ class Samples(Protocol):
     def __getitem__(self, k: int) -> Row: ...
     def length(self, k: int) -> int:
         """n of a row, without reading it."""
+
+    def documents(self, k: int) -> tuple[IndexedDataset, list[int]]:
+        """What a row is made of: a dataset, and the numbers of its sequences. For those who look for the cause of an error."""
 
 
 class HostBatch(NamedTuple):

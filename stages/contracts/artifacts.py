@@ -217,7 +217,7 @@ class CheckpointArtifact(Artifact):
     checkpoint: str  # folder of the last one, relative to the artifact's folder
     step: int
     consumed_samples: int
-    consumed_tokens: int
+    consumed_tokens: int  # that count: labels with a weight above 0
     tp: int
     pp: int
     dp: int

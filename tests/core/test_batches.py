@@ -9,13 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conversation_files import write
 from tiny_job import CONFIG, changed, make_job
+from tiny_training import MODEL
 
 from megatron_core_impl.batches import evaluation_batches, micro_batches, on_device, training_batches, width_of
 from megatron_core_impl.config import Layout
+from megatron_core_impl.data.blend import Blend
+from megatron_core_impl.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_core_impl.data.samples import EMPTY_ROW, Row, collate
 from megatron_core_impl.mesh import Mesh
 from megatron_core_impl.prefetch import Prefetched
+from megatron_core_impl.train_config import DataSet
+from megatron_core_impl.training_data import open_data
 
 
 def row(n: int, first: int = 1, **more: object) -> Row:
@@ -63,6 +69,9 @@ class Lengths:
     def length(self, k: int) -> int:
         return self.lengths[k]
 
+    def documents(self, k: int) -> tuple[IndexedDataset, list[int]]:
+        raise NotImplementedError
+
 
 @pytest.mark.parametrize(
     ("longest", "micro", "tp", "width"), [(1, 1, 1, 16), (16, 1, 1, 16), (17, 1, 1, 32), (95, 1, 1, 96), (97, 1, 1, 100),
@@ -103,10 +112,35 @@ def test_an_evaluation_reads_every_sample_once(tmp_path: Path, dp: int, expected
     list(evaluation_batches(samples, changed(job, eval_batches=1), mesh_of(1, 0)))
     assert samples.read == list(range(8)), "and no more than it is given"
     samples.read.clear()
-    by_default = changed(job, eval_batches=None, steps=38, eval_interval=38)
-    assert by_default.config.eval_samples == 15
+    by_default = changed(job, eval_batches=None, steps=11, eval_interval=11)
+    assert by_default.config.eval_samples == 4
     list(evaluation_batches(samples, by_default, mesh_of(1, 0)))
-    assert samples.read == list(range(15))
+    assert samples.read == list(range(4))
+
+
+@pytest.mark.parametrize(("kind", "packing"), [("text", False), ("conversations", True), ("conversations", False)])
+def test_ids_beyond_the_vocabulary_are_named(tmp_path: Path, kind: str, packing: bool) -> None:
+    """By set, document and id: the embedding of a CPU would say "index out of range", that of a GPU less."""
+    texts = [[5] * 16 + [n] for n in range(4)] + [[5, 5, 61, 5, 5]]
+    if kind == "text":
+        prefix = tmp_path / "set"
+        with IndexedDatasetWriter(prefix, np.uint16) as writer:
+            for text in texts:
+                writer.add_sequence(text)
+                writer.end_document()
+    else:
+        prefix = write(tmp_path / "set", texts, [[2] * len(text) for text in texts])
+    sets = (DataSet(prefix=prefix, role="train", fingerprint="f"), DataSet(prefix=prefix, role="valid", fingerprint="f"))
+    job = replace(make_job(tmp_path), content=kind, sets=sets)  # type: ignore[arg-type]
+    data = open_data(changed(job, packing=packing))
+    for samples in (data.train, Blend([data.train], np.zeros(len(data.train), np.int32))):
+        with pytest.raises(
+            ValueError, match=r"set(-text)?: document 4 has token id 61, which the model does not have: its"
+        ) as error:
+            micro_batches(samples, 0, 8, job, Mesh.single())
+        assert str(error.value).endswith("vocab_size is 61. Preprocess the data with the tokenizer of this model")
+    other = replace(job, model=replace(MODEL, vocab_size=62))
+    assert len(micro_batches(data.train, 0, 8, other, Mesh.single())) == 4
 
 
 def test_batches_as_tensors(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from megatron_core_impl.data.instruction_dataset import (
     ConversationSamples,
     PackedConversations,
     Reading,
+    packed,
     reference_order,
     split_conversations,
 )
@@ -85,15 +86,28 @@ def test_answers_are_without_their_header(tmp_path: Path, header: int, labels: l
     assert Conversations(prefix, Reading(32, header_tokens=header)).row(0).answers is None
 
 
+def test_an_answer_after_an_answer_has_a_header_too(tmp_path: Path) -> None:
+    """Their roles do not tell them apart, but a header is the same each time."""
+    texts = [[1, 5, 90, 91, 92, 6, 91, 92, 93, 90, 91, 92, 7, 90], [90, 91]]
+    prefix = conversation_files.write(tmp_path / "set", texts, [[1] * 2 + [2] * 12, [2] * 2])
+    conversations = Conversations(prefix, Reading(32, header_tokens=3, marks_answers=True))
+    (_, first), (_, cut) = ((row.labels, row.answers) for row in (conversations.row(0), conversations.row(1)))
+    assert first is not None
+    assert cut is not None
+    assert (np.flatnonzero(first) + 1).tolist() == [5, 6, 7, 8, 12, 13], "but not a part of one inside an answer"
+    assert not cut.any()
+
+
 def test_what_becomes_of_long_conversations(tmp_path: Path) -> None:
     everything = np.arange(2)
     cut = opened(tmp_path, Reading(4, "truncate"))
     assert cut.row(0).tokens.tolist() == [10, 11, 12, 13]
     assert cut.row(0).labels.tolist() == [11, 12, 13, 14]
-    assert (cut.used(everything).tolist(), cut.too_long, cut.lengths.tolist()) == ([0, 1], 1, [4, 2])
+    assert (cut.used(everything).tolist(), cut.defects(everything), cut.lengths.tolist()) == ([0, 1], (1, 0, 0), [4, 2])
     dropped = opened(tmp_path, Reading(4, "drop"))
-    assert (dropped.used(everything).tolist(), dropped.too_long) == ([1], 1)
-    assert opened(tmp_path, Reading(5, "drop")).too_long == 0
+    assert (dropped.used(everything).tolist(), dropped.defects(everything)) == ([1], (1, 0, 0))
+    assert dropped.defects(np.array([1])) == (0, 0, 0)
+    assert opened(tmp_path, Reading(5, "drop")).defects(everything) == (0, 0, 0)
     message = (
         "1 of 2 conversations have more than sequence_length + 1 = 5 tokens; the longest, number 0, has 6. Raise "
         'sequence_length, or say what is to become of them: too_long: "drop" or "truncate"'
@@ -105,7 +119,36 @@ def test_what_becomes_of_long_conversations(tmp_path: Path) -> None:
 def test_conversations_without_a_pair_are_left_out(tmp_path: Path) -> None:
     prefix = conversation_files.write(tmp_path / "set", [[1], [2, 3], []], [[2], [1, 2], []])
     short = Conversations(prefix, Reading(4))
-    assert (short.used(np.arange(3)).tolist(), short.too_short) == ([1], 2)
+    assert (short.used(np.arange(3)).tolist(), short.defects(np.arange(3))) == ([1], (0, 2, 0))
+
+
+def test_conversations_without_anything_to_learn_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As their rows say, in blocks of any size: cut off before the answer, of weight 0, or with an answer that is no label."""
+    random = np.random.RandomState(0)
+    roles = [[1] * 6 + [2] * 2, [2, 1, 1], [], [2], [0, 2]] + [
+        random.randint(0, 3, n).tolist() for n in random.randint(0, 7, 60)
+    ]
+    weights = [random.choice([0.0, 0.5], len(of_one)).tolist() for of_one in roles]
+    for given in (None, weights):
+        prefix = conversation_files.write(tmp_path / f"set-{given is None}", roles, roles, given)
+        for role_weights, block in (((0.0, 0.0, 1.0), 1), ((0.0, 0.1, 0.0), 7), ((1.0, 0.0, 1.0), 4096)):
+            monkeypatch.setattr("megatron_core_impl.data.instruction_dataset.BLOCK", block)
+            conversations = Conversations(prefix, Reading(5, "truncate", role_weights=role_weights))
+            rows = {i: conversations.row(i) for i in range(len(roles)) if len(roles[i]) > 1}
+            by_rows = [i for i, row in rows.items() if row.weights is not None and row.weights.any()]
+            everything = np.arange(len(roles))
+            assert conversations.used(everything).tolist() == by_rows
+            found = conversations.defects(everything)
+            assert found.nothing_to_learn == len(roles) - found.too_short - len(by_rows) > 0
+
+
+def test_what_the_look_at_all_labels_finds_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix, everything = conversation_files.write(tmp_path / "set", TEXTS, ROLES), np.arange(2)
+    kept = {"cache": tmp_path / "cache", "fingerprint": "f"}
+    assert Conversations(prefix, Reading(32), **kept).used(everything).tolist() == [0, 1]  # type: ignore[arg-type]
+    assert Conversations(prefix, Reading(2, "truncate"), **kept).used(everything).tolist() == [1]  # type: ignore[arg-type]
+    monkeypatch.delattr(Conversations, "_look_for_labels")
+    assert Conversations(prefix, Reading(2, "truncate"), **kept).used(everything).tolist() == [1]  # type: ignore[arg-type]
 
 
 def test_samples_in_order(tmp_path: Path) -> None:
@@ -122,8 +165,11 @@ def test_streams_that_do_not_fit(tmp_path: Path) -> None:
     prefix = conversation_files.write(tmp_path / "other", [[1, 2]], [[1, 7]])
     with pytest.raises(ValueError, match="conversation 0 has role 7; known are 0, 1 and 2"):
         Conversations(prefix, Reading(32)).row(0)
+    prefix = conversation_files.write(tmp_path / "other", [[1, 2], [], [1, 2, 3]], [[1, 2], [], [1, 2, 5]])
+    with pytest.raises(ValueError, match="conversation 2 has role 5; known are 0, 1 and 2"):
+        Conversations(prefix, Reading(32)).used(np.arange(3))
     with pytest.raises(ValueError, match="2 samples are wanted of no conversations"):
-        PackedConversations(opened(tmp_path), np.empty(0, np.int64), num_samples=2, seed=1)
+        PackedConversations(opened(tmp_path), packed(opened(tmp_path), np.empty(0, np.int64)), num_samples=2, seed=1)
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference's files are not here")
@@ -138,5 +184,4 @@ def test_files_of_the_reference_can_be_read() -> None:
     assert row.labels[row.weights > 0][:3].tolist() == [32000, 1234, 13], "<|im_start|>, answer, newline"
     assert row.labels[row.answers][-3:].tolist() == [32001, 29871, 13]
     assert row.weights.sum() == row.answers.sum() + 3
-    samples = PackedConversations(theirs, theirs.used(np.arange(400)), num_samples=10, seed=1)
-    assert samples.efficiency > 0.97
+    assert packed(theirs, theirs.used(np.arange(400))).efficiency > 0.97

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_core_impl.collectives import all_reduce_
 from megatron_core_impl.config import Layout, ModelConfig
+from megatron_core_impl.data import instruction_dataset
 from megatron_core_impl.data.instruction_dataset import Conversations, PackedConversations, Reading
 from megatron_core_impl.data.packing import pack
 from megatron_core_impl.data.samples import HostBatch, Row, collate
@@ -44,6 +45,11 @@ def test_rows_are_full_on_lengths_as_they_occur() -> None:
     ):
         efficiency = check(np.clip(lengths, 1, capacity).astype(np.int32), capacity)
         assert efficiency > 0.97
+
+
+def test_no_packing_fills_rows_with_what_is_not_there() -> None:
+    assert check(np.full(1000, 700), 2048) == pytest.approx(2 * 700 / 2048)
+    assert check(np.full(1000, 1100), 2048) == pytest.approx(1100 / 2048)
 
 
 def test_it_is_best_fit_decreasing() -> None:
@@ -80,13 +86,16 @@ SIZES = (9, 4, 14, 6, 2, 11, 8, 3, 5)
 def packed(folder: Path, sizes: Sequence[int] = SIZES, length: int = 16, **options: int) -> PackedConversations:
     reading = Reading(length, role_weights=(0.0, 0.3, 1.0), marks_answers=True)
     conversations = Conversations(conversation_files.write_random(folder / "set", sizes, 100), reading)
-    return PackedConversations(conversations, np.arange(len(sizes)), **({"num_samples": 20, "seed": 3} | options))
+    rows = instruction_dataset.packed(conversations, np.arange(len(sizes)))
+    return PackedConversations(conversations, rows, **({"num_samples": 20, "seed": 3} | options))
+
+
+ROWS = -(-sum(size - 1 for size in SIZES) // 16)  # that these take
 
 
 def test_every_conversation_once_an_epoch_in_an_order_of_its_own(tmp_path: Path) -> None:
     samples = packed(tmp_path)
-    rows = samples.rows_per_epoch
-    assert rows == -(-sum(size - 1 for size in SIZES) // 16)
+    rows = ROWS
     assert len(samples) == 20
     orders = []
     for epoch in range(20 // rows):
@@ -105,7 +114,7 @@ def test_every_conversation_once_an_epoch_in_an_order_of_its_own(tmp_path: Path)
 
 def test_a_row_is_its_conversations_side_by_side(tmp_path: Path) -> None:
     samples = packed(tmp_path)
-    for k in range(samples.rows_per_epoch):
+    for k in range(ROWS):
         row, numbers = samples[k], samples.conversations_of(k)
         own = [samples._conversations.row(int(i)) for i in numbers]
         assert row.document_lengths == tuple(SIZES[i] - 1 for i in numbers)
@@ -149,7 +158,7 @@ def check_on_rank(folder: Path, config: ModelConfig, layout: Layout) -> None:
     mesh = init_mesh(layout, "cpu", kv_replicas=layout.kv_replicas(config)) if layout.world_size > 1 else Mesh.single()
     model = tiny.loaded(config, mesh, tiny.random_weights(config))
     samples = packed(folder)
-    rows = [samples[k] for k in range(samples.rows_per_epoch)]
+    rows = [samples[k] for k in range(ROWS)]
     both(model, rows, [samples._conversations.row(i) for i in range(len(SIZES))])
 
 

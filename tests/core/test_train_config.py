@@ -65,6 +65,10 @@ def config(**settings: Any) -> TrainConfig:
         ({"lima_dropout": True}, "lima_dropout=True needs hidden_dropout above 0"),
         ({"recompute_layers_per_unit": 2}, "layers_per_unit=2 is of recompute mode full; here it is none"),
         ({"precision": "fp16", "min_loss_scale": 2.0**20}, "must be at least min_loss_scale"),
+        (
+            {"assistant_weight": 0.0},
+            "system_weight, user_weight and assistant_weight are all 0, so nothing would be learnt from a",
+        ),
     ],
 )
 def test_what_does_not_go_together(settings: dict[str, Any], text: str) -> None:

@@ -45,7 +45,7 @@ def start(job: Job, mesh: Mesh) -> tuple[Transformer, ZeroOptimizer]:
     return begin(job, mesh, Report())[:2]
 
 
-def batches_of(job: Job, counting: list[list[int]], mesh: Mesh) -> list[MicroBatch]:
+def batches_of(job: Job, counting: list[list[int]], mesh: Mesh, weight: float = 1.0) -> list[MicroBatch]:
     """A rank's micro batches of two samples of 16 tokens, of each of which only the first `counting` tokens count."""
     made = []
     for number in range(mesh.dp_rank, len(counting), mesh.layout.dp):
@@ -53,7 +53,7 @@ def batches_of(job: Job, counting: list[list[int]], mesh: Mesh) -> list[MicroBat
         ids = torch.from_numpy(random.randint(0, MODEL.vocab_size, (2, 17)))
         weights = torch.zeros(2, 16, dtype=torch.float64)
         for row, count in enumerate(counting[number]):
-            weights[row, :count] = 1
+            weights[row, :count] = weight
         made.append(MicroBatch(ids[:, :-1], ids[:, 1:].contiguous(), weights))
     return made
 
@@ -69,7 +69,7 @@ def step_on_mesh(job: Job, mesh: Mesh, counting: list[list[int]], by_micro_batch
     pipeline = Pipeline(model)
     before = measure(pipeline, batches, by_micro_batch=by_micro_batch)
     result = train_step(pipeline, optimizer, batches, LR, StaticLossScale(), by_micro_batch=by_micro_batch)
-    assert result[:2] == pytest.approx(before[:2], rel=1e-12), "both compute the same loss"
+    assert result[:3] == pytest.approx(before[:3], rel=1e-12), "both compute the same loss"
     optimizer.wait_for_weights()
     return Trained(result, {name: p.detach().clone() for name, p in model.sharded_parameters().items()})
 
@@ -104,7 +104,28 @@ def test_what_a_token_counts(job: Job, pool: GlooPool, by_micro_batch: bool) -> 
             for name, values in trained.weights.items():
                 torch.testing.assert_close(values, alone.weights[name], rtol=0, atol=1e-12, msg=name)
             assert trained.result == pytest.approx(alone.result, rel=1e-10)
-    assert alone.result == pytest.approx((loss, 26, norm), rel=1e-10)
+    assert alone.result == pytest.approx((loss, 26, 26, norm), rel=1e-10)
+
+
+@pytest.mark.parametrize("weight", [1e-3, 0.4, 1e30])
+def test_weights_are_no_number_of_tokens(job: Job, pool: GlooPool, weight: float) -> None:
+    """A weight that all tokens have changes neither the loss nor how many they are, only what the loss is divided by."""
+    loss, norm = by_definition(job, False)
+    alone = weighed_on_mesh(job, Mesh.single(), weight)
+    assert alone == pytest.approx((loss, 26 * weight, 26, norm), rel=1e-10)
+    for layout in (Layout(dp=2), Layout(pp=2)):
+        for result in pool.run(weighed_on_rank, 2, job, layout, weight):
+            assert result == pytest.approx(alone, rel=1e-10)
+            assert result.tokens == 26
+
+
+def weighed_on_rank(job: Job, layout: Layout, weight: float) -> StepResult:
+    return weighed_on_mesh(job, init_mesh(layout, "cpu"), weight)
+
+
+def weighed_on_mesh(job: Job, mesh: Mesh, weight: float) -> StepResult:
+    model, optimizer = start(job, mesh)
+    return train_step(Pipeline(model), optimizer, batches_of(job, COUNTING, mesh, weight), LR, StaticLossScale())
 
 
 def test_the_two_differ(job: Job) -> None:
@@ -117,7 +138,7 @@ def test_a_batch_without_targets_changes_nothing(job: Job) -> None:
     batches = batches_of(job, [[0, 0], [0, 0]], Mesh.single())
     for by_micro_batch in (False, True):
         result = train_step(Pipeline(model), optimizer, batches, LR, StaticLossScale(), by_micro_batch=by_micro_batch)
-        assert result == (0.0, 0, 0.0)
+        assert result == (0.0, 0.0, 0, 0.0)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
@@ -150,7 +171,7 @@ def test_documents_stand_for_themselves(job: Job) -> None:
                 losses += [loss for loss, token in zip(found.tolist(), tokens[first:last], strict=True) if token != eod]
     assert documents > 8
     result = measure(Pipeline(model), batches)
-    assert result[:2] == pytest.approx((sum(losses) / len(losses), len(losses)), rel=1e-12)
+    assert result[:3] == pytest.approx((sum(losses) / len(losses), len(losses), len(losses)), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["reset_position_ids", "reset_attention_mask", "eod_mask_loss"])

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conversation_files import write_random
 from distributed import GlooPool
 from tiny_job import assert_close, changed, losses_of, make_job, stop_after, tensors_of, train_on_rank
 from tiny_training import MODEL
@@ -28,7 +29,7 @@ from megatron_core_impl.metrics import Report, Sums, read_metrics
 from megatron_core_impl.parallel.parallelize import load_weights, parallelize
 from megatron_core_impl.parallel.pipeline import Pipeline
 from megatron_core_impl.resume import begin
-from megatron_core_impl.train_config import Job, Rates, TrainConfig
+from megatron_core_impl.train_config import DataSet, Job, Rates, TrainConfig
 from megatron_core_impl.train_step import StepResult
 from megatron_core_impl.trainer import TrainingDiverged, train
 from megatron_core_impl.training_data import open_data
@@ -161,6 +162,57 @@ def test_the_test_split_is_read_once_at_the_end(job: Job) -> None:
     assert trainer.evaluate(Pipeline(model), data, job).mean_loss == pytest.approx(state.loss_test, rel=1e-12)
     assert lines[0].startswith("evaluation: 8 samples (of ")
     assert lines[-1].startswith("step 3/3 · test loss ")
+
+
+PLAN = "before the first step, every {} and after the last: about {} of the training's time"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"eval_batches": 1}, "8 samples (of 20), " + PLAN.format(2, "22.2%")),  # 4 × 8 rows, and 48 of training
+        ({"eval_batches": 99}, "20 samples (all there are), " + PLAN.format(2, "55.6%")),  # 4 × 20
+        ({"eval_batches": None}, "1 sample (of 20), " + PLAN.format("6 (every 2 would cost over 5%)", "2.8%")),  # 2 × 2
+        (
+            {"eval_batches": None, "steps": 60, "eval_interval": 20},
+            "8 samples (of 20), " + PLAN.format(20, "2.2%"),  # 4 × 8 of 480
+        ),
+    ],
+)  # fmt: skip
+def test_what_evaluations_cost_is_told(job: Job, settings: dict[str, Any], told: str) -> None:
+    lines: list[str] = []
+    job = changed(job, **settings)
+    train(job, Mesh.single(), report=Report(log=lines.append), should_stop=stop_after(1))
+    assert lines[0] == f"evaluation: {told}"
+
+
+def test_evaluations_keep_to_what_is_told(job: Job) -> None:
+    train(changed(job, eval_batches=None, eval_interval=1, steps=20), Mesh.single())
+    told = [line["step"] for line in read_metrics(job.folder) if "valid_loss" in line]
+    every = told[1]
+    assert every > 1
+    assert told == [*range(0, 20, every), 20]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_small_weights_are_as_good_as_large_ones(job: Job, packing: bool) -> None:
+    """A weight that all labels have changes nothing: not what is learnt, and not what is told."""
+    prefix = write_random(job.folder.parent / "set", [4 + n % 9 for n in range(40)], MODEL.vocab_size)
+    job = replace(job, sets=(DataSet(prefix=prefix, fingerprint="f"),), content="conversations")
+    runs = [changed(job, f"run-{weight}", assistant_weight=weight, packing=packing) for weight in (1.0, 1e-3)]
+    states = [train(run, Mesh.single()) for run in runs]
+    assert_close(runs[1], runs[0], 6, 1e-9)
+    data = open_data(runs[0]).train
+    labels = [data[k].weights for k in range(48)]
+    expected = sum(int((weights > 0).sum()) for weights in labels if weights is not None)
+    assert [state.consumed_tokens for state in states] == [expected] * 2
+    assert sum(line["tokens"] for line in read_metrics(runs[1].folder) if "loss" in line) == expected
+
+
+def test_held_out_samples_without_anything_that_counts(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "evaluate", lambda *arguments: Sums())
+    with pytest.raises(ValueError, match="no token of the held-out samples counts in the loss: give other data for them"):
+        train(job, Mesh.single())
 
 
 def test_cut_of_the_batch_does_not_matter(job: Job) -> None:

@@ -1,25 +1,29 @@
 """The train stage as a process: it trains, stops when asked, goes on; whatever dies, it says so and leaves nothing behind."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_training import MODEL, write_dataset, write_weights
 
-from megatron_core_impl import metrics
+from megatron_core_impl import metrics, trainer
 from megatron_core_impl.checkpoint.training import finished_steps
 from megatron_core_impl.config import ModelConfig
+from megatron_core_impl.data.indexed_dataset import IndexedDatasetWriter
+from megatron_core_impl.mesh import Mesh
 from stages import runtime, torchrun, train
 from stages.contracts import artifacts as a
 from stages.contracts.specs import PreprocessSpec, Ref, ShardSpec, Spec, TrainSpec
 from stages.contracts.train_settings import LayoutSettings, TrainSettings
-from stages.training_job import INDEX
+from stages.training_job import INDEX, job_of
 
 SETTINGS = {
     "steps": 40, "sequence_length": 16, "micro_batch_size": 2, "global_batch_size": 4, "lr": 1e-2, "precision": "fp32",
@@ -171,8 +175,61 @@ def test_stops_when_asked_and_goes_on(tmp_path: Path, start: Callable[[TrainSpec
     assert 0 <= artifact.metrics["data_wait_share"] < 1
     assert artifact.metrics["evaluation_seconds"] > 0
     assert artifact.metrics["loss_test"] is None
+    assert 0 <= artifact.metrics["accuracy_before"] < artifact.metrics["accuracy_after"] <= 1
+    assert not [name for name in artifact.metrics if "conversations" in name or "packing" in name or "instruct" in name]
     assert len(list((tmp_path / INDEX).glob("*/key.json"))) == 2, "train and valid, made once for all ranks"
     assert not scratch_of(spec).exists()
+
+
+def put_conversations(workspace: Path, sizes: Sequence[int]) -> a.Artifact:
+    """Conversations whose second half is the answer."""
+    return put(
+        PreprocessSpec(workspace=str(workspace), inputs={"data": Ref(path="download/chat")}),
+        lambda scratch: write_conversations(scratch, sizes), a.DatasetArtifact,
+        tokenizer=a.TokenizerFacts(kind="sentencepiece", vocab_size=MODEL.vocab_size, eod_id=2, bos_id=1, fingerprint="f"),
+        dtype="uint16", documents=len(sizes), empty_documents=0, malformed_lines=0, tokens=1, bos_eos="none",
+        content="conversations",
+        sets=(a.DatasetSet(name="data", role="all", documents=len(sizes), tokens=1, empty_documents=0, malformed_lines=0,
+                           blank_lines=0, longest=1, lengths={}, left_out={}),),
+    )  # fmt: skip
+
+
+def write_conversations(folder: Path, sizes: Sequence[int]) -> None:
+    random = np.random.RandomState(0)
+    with (
+        IndexedDatasetWriter(folder / "data-text", np.uint16) as texts,
+        IndexedDatasetWriter(folder / "data-role", np.uint16) as roles,
+    ):
+        for size in sizes:
+            texts.add_sequence(random.randint(0, MODEL.vocab_size, size).astype(np.uint16))
+            roles.add_sequence(np.repeat(np.array([1, 2], np.uint16), [size // 2, size - size // 2]))
+
+
+def test_the_figures_of_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained in this process, as what is published is all that matters."""
+    dataset = put_conversations(tmp_path, [8] * 60 + [20] * 3 + [40] * 2)
+    spec = spec_of(tmp_path, dataset=dataset, too_long="truncate", steps=3, split="60,20,20")
+    weights = a.load_artifact(tmp_path / spec.inputs["weights"].path)
+    told: list[str] = []
+
+    def run_workers(*arguments: object, on_event: Callable[[torchrun.Event], None], log: Path, **more: object) -> object:
+        job = job_of(spec, weights, dataset, log.parents[1])  # type: ignore[arg-type]
+        trainer.train(job, Mesh.single(), report=metrics.Report(log=told.append))
+        on_event({"event": "done", "rank": 0})
+        return torchrun.Outcome()
+
+    monkeypatch.setattr(torchrun, "run_workers", run_workers)
+    figures = runtime.execute(spec, train.run, resumable=True).metrics
+    assert told[0] == "data: of 65 conversations 5 too long, cut off; 2 with nothing to learn, left out"
+    assert [figures[f"conversations_{name}"] for name in ("too_long", "too_short", "nothing_to_learn")] == [5, 0, 2]
+    assert 0.8 < figures["packing_efficiency"] < 1
+    lines = metrics.read_metrics(spec.folder)
+    for when, step, split in (("before", 0, "valid"), ("after", 3, "valid"), ("test", 3, "test")):
+        [line] = [line for line in lines if line["step"] == step and f"{split}_loss" in line]
+        for name in ("accuracy", "instruct_accuracy"):
+            assert figures[f"{name}_{when}"] == pytest.approx(line[f"{split}_{name}"], abs=1e-5)
+    keys = [json.loads(file.read_text())["kind"] for file in (tmp_path / INDEX).glob("*/key.json")]
+    assert sorted(keys) == ["conversations that teach", "packing", "packing", "packing"], "made once for all who open the set"
 
 
 def test_a_killed_worker_is_named_and_takes_nobody_along_unseen(tmp_path: Path, start: Callable[[TrainSpec], Stage]) -> None:
@@ -291,6 +348,14 @@ def test_settings_that_do_not_fit(tmp_path: Path, settings: dict[str, Any], text
 def test_too_little_text(tmp_path: Path) -> None:
     text = refusal(spec_of(tmp_path, dataset=put_dataset(tmp_path, documents=1), split="1,1,0"))
     assert "one sample needs 17. Give more text, or lower train.sequence_length" in text
+
+
+def test_conversations_of_which_nothing_is_left(tmp_path: Path) -> None:
+    dataset = put_conversations(tmp_path, [40] * 10)
+    assert refusal(spec_of(tmp_path, dataset=dataset, too_long="drop")) == (
+        "train: no dataset has a conversation left for train: of the 8 that data has for it, all are too long and left out "
+        '(the longest of the set has 40 tokens, sequence_length + 1 is 17): raise sequence_length, or set too_long to "truncate"'
+    )
 
 
 def test_a_changed_byte(tmp_path: Path, start: Callable[[TrainSpec], Stage]) -> None:
