@@ -1,12 +1,12 @@
 """Finished parts of tokenized text on disk, which are later joined to a dataset, and from which interrupted work goes on.
 
 A part is a file of tokens per stream, a file of sizes, and last a report, whose presence says that the part is finished. The
-report holds the checksums of the files: after a machine lost power, a part may be named but not written, and is made again.
+report holds the checksums of the files: after a machine lost power, a part or its report may be named but not written, and is
+made again.
 """
 
 import json
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -102,12 +102,32 @@ class PartWriter:
         self.report.checks[ending] = (size + len(content), zlib.crc32(content, check))
 
 
-def finished_reports(folder: Path) -> Iterator[Report]:
-    """The reports of a folder's parts, in the order of the text."""
-    for file in sorted(folder.glob("*.json")):
-        values = json.loads(file.read_bytes())
+def report_files(folder: Path) -> list[Path]:
+    """The files of the reports of a folder's parts, in the order of the text."""
+    return sorted(folder.glob("*.json"))
+
+
+def read_report(file: Path) -> Report:
+    """What `PartWriter.finish` wrote.
+
+    Raises:
+        ValueError: it is not whole.
+    """
+    values = json.loads(file.read_bytes())
+    try:
         statistics = Statistics.from_json(values.pop("statistics"))
-        yield Report(**values | {"malformed": [(row, reason) for row, reason in values["malformed"]]}, statistics=statistics)
+        return Report(**values | {"malformed": [(row, reason) for row, reason in values["malformed"]]}, statistics=statistics)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no report: {error!r}") from error
+
+
+def finished_part(folder: Path, file: Path) -> Report | None:
+    """The report of a part, or None where it or the part's files are not as they were written."""
+    try:
+        report = read_report(file)
+    except ValueError:
+        return None
+    return report if is_intact(folder, report) else None
 
 
 def is_intact(folder: Path, report: Report) -> bool:
@@ -132,7 +152,7 @@ def join_parts(folder: Path, prefix: Path) -> Statistics:
     """
     total, dtypes, ends_documents = Statistics(), dict[str, Any](), True
     names: list[str] = []
-    for report in finished_reports(folder):
+    for report in map(read_report, report_files(folder)):
         total.add(report.statistics)
         dtypes, ends_documents = report.dtypes, report.ends_documents
         names.append(report.name)

@@ -17,14 +17,14 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from megatron_core_impl.data.encoder import Recipe
-from megatron_core_impl.data.parts import Report, finished_reports, is_intact, join_parts
+from megatron_core_impl.data.parts import Report, finished_part, join_parts, report_files
 from megatron_core_impl.data.statistics import Statistics
 from megatron_core_impl.data.text_files import SourceFile, UnreadableFile, part_bytes
 from megatron_core_impl.data.worker import Answer, Ended, Failed, Work
@@ -71,11 +71,17 @@ class Progress:
         return [(self.first_row + row + 1, reason) for row, reason in self.report.malformed]
 
 
-def tokenize(job: Job, workers: int) -> Generator[Progress, None, None]:
+def tokenize(
+    job: Job, workers: int, checked: Callable[[int, int], None] = lambda done, total: None
+) -> Generator[Progress, None, None]:
     """Make all parts of a job, and tell of them in the order of the text. Close the generator to end its processes early.
+
+    Args:
+        checked: is told how many of the parts that are there from before have been read and compared with their checksums.
 
     Raises:
         UnreadableFile: a file cannot be read to its end.
+        OSError: a process met it, say a disk that is full. Finished parts stay.
         WorkerDied: a process was killed, or could not start.
         RuntimeError: a process met a defect; the message holds its traceback.
     """
@@ -85,16 +91,18 @@ def tokenize(job: Job, workers: int) -> Generator[Progress, None, None]:
             shutil.rmtree(other)
     work.folder.mkdir(parents=True, exist_ok=True)
     found: dict[tuple[int, int], Report] = {}
-    for finished in finished_reports(work.folder):
-        if is_intact(work.folder, finished):
+    reports = report_files(work.folder)
+    for done, file in enumerate(reports, start=1):
+        if finished := finished_part(work.folder, file):
             found[finished.file, finished.part] = finished
         else:
-            (work.folder / f"{finished.name}.json").unlink()
+            file.unlink()
+        checked(done, len(reports))
     plan, ready = _Plan(job.files, work.part_bytes, set(found)), dict[tuple[int, int], Report]()
     before, share, total = 0, 0.0, max(1, sum(file.size for file in job.files))
     with _started(work, min(workers, plan.left())) as processes:
         free = deque(list(processes) * AHEAD)
-        for number, file in enumerate(job.files):
+        for number, source in enumerate(job.files):
             rows = 0
             for part in itertools.count():
                 place = (number, part)
@@ -112,10 +120,10 @@ def tokenize(job: Job, workers: int) -> Generator[Progress, None, None]:
                 if part >= plan.ends[number]:
                     break
                 report = found.pop(place) if place in found else ready.pop(place)
-                share = max(share, (before + report.share * file.size) / total)
+                share = max(share, (before + report.share * source.size) / total)
                 yield Progress(report, rows, share, is_new=place not in plan.found)
                 rows += report.statistics.rows
-            before += file.size
+            before += source.size
 
 
 class _Plan:
@@ -199,6 +207,8 @@ def _receive(connection: Connection, processes: Processes) -> Report | Ended:
         answer: Answer = connection.recv()
     except (EOFError, ConnectionError):
         raise _death(processes[connection]) from None
+    if isinstance(answer, OSError):
+        raise answer
     if isinstance(answer, Failed):
         if answer.is_defect:
             raise RuntimeError(f"tokenizing failed in a worker process:\n{answer.message}")

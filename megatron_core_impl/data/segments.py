@@ -16,7 +16,7 @@ added token.
 
 import re
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from string import ascii_letters, digits
 from typing import Any
 
@@ -29,6 +29,7 @@ from megatron_core_impl.data.indexed_dataset import Tokens
 WORD_MARK = "▁"
 MAX_SEGMENTS = 1 << 18  # that are remembered: some 50 MB
 MAX_CHARACTERS = 1 << 24  # of them together, where segments are long
+AT_ONCE = 1 << 18  # segments that are listed at once, and characters of a text that is cut at once
 GUARD = "\n"  # stands in front of a segment that is encoded, so that the word mark of a text's beginning does not touch it
 
 _OTHERS = "".join(chr(i) for i in range(128) if chr(i) not in ascii_letters + digits + " ")  # punctuation and controls
@@ -135,6 +136,7 @@ class SegmentMemory(dict[str, bytes]):
         vocab_size: int,
     ) -> None:
         super().__init__()
+        self._cuts = cuts
         self._split: Callable[[str], list[str]] = cuts.findall
         self._prefix, self._uncut = prefix, uncut
         self._encode_segment, self._encode_text = encode_segment, encode_text
@@ -150,7 +152,16 @@ class SegmentMemory(dict[str, bytes]):
     def _encode(self, text: str) -> bytes:
         if self._uncut is not None and self._uncut.search(text):
             return self._bytes(self._encode_text(text))
+        if len(text) > AT_ONCE:
+            return self._encode_long(self._prefix + text)
         return b"".join(map(self.__getitem__, self._split(self._prefix + text)))
+
+    def _encode_long(self, text: str) -> bytes:
+        """The same, some segments at a time: a list of all takes thirty times the memory of the text."""
+        ids, segments = bytearray(), (match[0] for match in self._cuts.finditer(text))
+        while some := list(islice(segments, AT_ONCE)):
+            ids += b"".join(map(self.__getitem__, some))
+        return bytes(ids)
 
     def __missing__(self, segment: str) -> bytes:
         if len(self) >= MAX_SEGMENTS or self._characters >= MAX_CHARACTERS:

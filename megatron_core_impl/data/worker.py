@@ -47,7 +47,7 @@ class Failed:
     is_defect: bool
 
 
-Answer = Report | Ended | Failed
+Answer = Report | Ended | Failed | OSError  # a machine that lacks something is no defect: who asked tells of it
 
 
 class PartMaker:
@@ -119,9 +119,14 @@ def main(connection: Connection) -> None:
             answer = maker.make(file, part)
         except UnreadableFile as error:
             answer = Failed(str(error), is_defect=False)
+        except OSError as error:
+            answer = error
         except Exception:
             answer = Failed(traceback.format_exc(), is_defect=True)
-        connection.send(answer)
+        try:
+            connection.send(answer)
+        except ConnectionError:
+            return  # the parent is gone
 
 
 if __name__ == "__main__":

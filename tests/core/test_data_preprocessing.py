@@ -1,5 +1,6 @@
 """Files to datasets in several processes: every record once, the same bytes for any cut, resumed work, no process left."""
 
+import errno
 import gzip
 import itertools
 import json
@@ -7,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ from backports import zstd
 from tiny_tokenizers import CODE, train_huggingface, train_sentencepiece
 from workers_of_preprocessing import workers
 
+from megatron_core_impl.data import segments
 from megatron_core_impl.data.encoder import Encoded
 from megatron_core_impl.data.indexed_dataset import IndexedDataset
 from megatron_core_impl.data.parts import Report
@@ -160,6 +163,47 @@ def test_interrupted_work_goes_on_from_finished_parts(folder: Path, tmp_path: Pa
     assert all((parts / name).stat().st_mtime_ns == made[name] for name in kept)
     join(work)
     assert b"".join((tmp_path / f"out.{suffix}").read_bytes() for suffix in ("bin", "idx")) == expected
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "[]", '{"file": 0}'])
+def test_part_whose_report_is_damaged_is_made_again(folder: Path, tmp_path: Path, damaged: str) -> None:
+    work = job(folder, tmp_path, size=2000)
+    expected = [progress.is_new for progress in tokenize(work, 1)]
+    report = work.work.folder / "0000000-0000001.json"
+    report.write_text(damaged)
+    checked: list[tuple[int, int]] = []
+    assert [p.is_new for p in tokenize(work, 1, lambda *done: checked.append(done))] == [i == 1 for i in range(len(expected))]
+    assert checked == [(i + 1, len(expected)) for i in range(len(expected))]
+    assert json.loads(report.read_text())["part"] == 1
+
+
+def test_error_of_the_system_in_a_worker_is_what_it_is(folder: Path, tmp_path: Path) -> None:
+    work = job(folder, tmp_path)
+    work.work.folder.mkdir()
+    (work.work.folder / "0000000-0000001.tokens").symlink_to("/dev/full")  # a disk without room
+    with pytest.raises(OSError, match="No space left on device") as error:
+        list(tokenize(work, 1))
+    assert error.value.errno == errno.ENOSPC
+    assert not workers()
+    (work.work.folder / "0000000-0000001.tokens").unlink()
+    told, _, content = make(work, 1)
+    assert not told[0].is_new
+    assert content == make_here(job(folder, tmp_path))[2]
+
+
+def test_long_text_takes_memory_of_its_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of all segments would take some thirty times as much."""
+    text = CODE[0] * (500_000 // len(CODE[0]))
+    at_once, _ = load_tokenizer(folder).encode_flat([text])
+    monkeypatch.setattr(segments, "AT_ONCE", 1000)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.encode_flat([CODE[0]])
+    tracemalloc.start()
+    tokens, sizes = tokenizer.encode_flat([text, CODE[0]])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert tokens[: sizes[0]].tolist() == at_once.tolist()
+    assert peak < 10 * len(text)
 
 
 def test_parts_of_other_settings_are_not_taken(folder: Path, tmp_path: Path) -> None:
