@@ -12,7 +12,7 @@ import numpy.typing as npt
 class Statistics:
     """Counts of records and of the documents made of them."""
 
-    rows: int = 0  # lines, or rows of parquet; every one is a document, or one of the next four
+    rows: int = 0  # lines, or rows of parquet; every one is a document (with several keys, several), or one of the next four
     blank: int = 0  # lines with nothing in them
     empty: int = 0  # records without tokens
     malformed: int = 0

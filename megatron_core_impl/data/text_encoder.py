@@ -1,4 +1,4 @@
-"""Records of plain text to documents: the tokens of one key, with what begins and ends a document."""
+"""Records of plain text to documents: the tokens of each key that holds text, with what begins and ends a document."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class TextRecipe:
 
     tokenizer: Path  # folder
     kind: Kind | Literal["auto"] = "auto"
-    key: str = "text"  # of a record
+    keys: tuple[str, ...] = ("text",)  # of a record; the text of each is a document, in this order
     bos_eos: BosEos = "eos"
     parse_special: bool = False  # see load_tokenizer
     added_tokens: tuple[str, ...] = ()
@@ -50,9 +50,9 @@ class TextEncoder:
         self._bos = _needed(tokenizer.bos_id, "bos") if recipe.bos_eos == "both" else None
         self._eos = _needed(tokenizer.eod_id, "eos") if recipe.bos_eos != "none" else None
         self._dtype = dtype_for(tokenizer.vocab_size)
-        self._key = recipe.key
+        self._keys = recipe.keys
         self.dtypes: dict[str, np.dtype[Any]] = {"": self._dtype}
-        self.columns = self.required = (recipe.key,)
+        self.columns = self.required = recipe.keys
 
     def encode(self, records: Sequence[Record]) -> Encoded:
         """Encode a chunk of records."""
@@ -60,7 +60,7 @@ class TextEncoder:
         malformed: list[tuple[int, str]] = []
         for number, record in enumerate(records):
             try:
-                texts.append(text_of(record, self._key))
+                texts += [text_of(record, key) for key in self._keys]
             except MalformedRecord as error:
                 malformed.append((number, str(error)))
         tokens, sizes = self._tokenizer.encode_flat(texts)
@@ -108,9 +108,10 @@ def text_of(record: Record, key: str) -> str:
 
 
 def name_of(value: Any) -> str:
-    """What JSON calls a value."""
-    names: dict[type, str] = {dict: "an object", list: "an array", str: "a string", bool: "true or false"}
-    return "null" if value is None else names.get(type(value), "a number")
+    """What JSON calls a value, or, where it has none such, Python."""
+    names: dict[type, str] = {dict: "an object", list: "an array", str: "a string", bool: "true or false", bytes: "binary"}
+    is_number = isinstance(value, int | float)
+    return "null" if value is None else names.get(type(value), "a number" if is_number else f"a {type(value).__name__}")
 
 
 def _needed(token: int | None, name: str) -> int:

@@ -1,14 +1,16 @@
-"""Files of records, read part by part: JSON lines, plain or compressed (gzip, zstd), and parquet.
+"""Files of records, read part by part: JSON lines or a JSON array, plain or compressed (gzip, zstd), and parquet.
 
 A file is cut into parts by a rule that looks at the file only, so that a part is the same whoever reads it: lines by the byte
-of the (decompressed) text at which they begin, rows of parquet by their number. A process reads parts of a file in rising order
-through one `Reader`, which goes forward only: it decompresses a file once at most, however many parts it is given, and no more
-than a block of it is ever in memory. How many parts a compressed file has is known only at its end: a part that begins behind
-it is None.
+of the (decompressed) text at which they begin, elements of an array by the character, rows of parquet by their number. A
+process reads parts of a file in rising order through one `Reader`, which goes forward only: it decompresses a file once at
+most, however many parts it is given, and no more than a block of it is ever in memory. How many parts a compressed file has is
+known only at its end: a part that begins behind it is None. A file named `.json` is an array if it begins with a bracket.
 """
 
+import codecs
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +23,13 @@ from backports import zstd
 from megatron_core_impl.data.records import MalformedRecord, Record
 from megatron_core_impl.data.text_encoder import name_of
 
-SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst", ".parquet")
+PACKED = (".gz", ".zst")
+SUFFIXES = (*(f"{kind}{packed}" for packed in ("", *PACKED) for kind in (".jsonl", ".ndjson", ".json")), ".parquet")
 BLOCK_BYTES = 1 << 20  # of text that pass through memory at once
 PARTS = 2048  # at most, of all files together, as they lie on disk
 MIN_PART_BYTES = 1 << 20
 PARQUET_ROWS = 64  # read at a time
+ELEMENT_CHARACTERS = 1 << 26  # of one element of an array at most: behind a fault it seems to go on to the end of the file
 
 Row = Record | MalformedRecord | None  # a record, the reason why a line is none, or nothing: a blank line
 
@@ -84,7 +88,9 @@ def open_reader(file: SourceFile, size: int, columns: tuple[str, ...], required:
         raise UnreadableFile(f"{file.name}: is of no kind that can be read; those are {', '.join(SUFFIXES)}")
     if file.path.suffix == ".parquet":
         return _ParquetReader(file, size, columns, required)
-    return _LineReader(file, size)
+    text = _Text(file)
+    is_array = ".json" in file.path.suffixes[-2:] and text.begins_with(b"[")
+    return _ArrayReader(text, size) if is_array else _LineReader(text, size)
 
 
 def record_of(line: bytes) -> Row:
@@ -94,56 +100,88 @@ def record_of(line: bytes) -> Row:
     except UnicodeDecodeError as error:
         return MalformedRecord(f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}")
     except json.JSONDecodeError as error:
-        return MalformedRecord(f"not JSON: {error.msg} at column {error.colno}") if line.strip() else None
+        return MalformedRecord(f"not JSON: {_fault(error)} at column {error.colno}") if line.strip() else None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
         return MalformedRecord(f"not readable JSON: {error}")
+    return _row(content)
+
+
+def _row(content: Any) -> Row:
     return content if isinstance(content, dict) else MalformedRecord(f"{name_of(content)}, not an object")
 
 
-class _LineReader:
-    """Lines end with \\n and nothing else: other line separators of Unicode may stand inside JSON."""
+def _fault(error: json.JSONDecodeError) -> str:
+    return error.msg.removesuffix(" at")
 
-    def __init__(self, file: SourceFile, size: int) -> None:
-        self._file, self._size = file, size
+
+class _Text:
+    """An open file of JSON, decompressed."""
+
+    def __init__(self, file: SourceFile) -> None:
+        self.file = file
         self._total = file.size
         self._raw: IO[bytes] = file.path.open("rb")
-        self._stream: IO[bytes] = self._raw
-        self._position = 0  # in the text: always the beginning of a line
-        if not file.is_plain:
+        self.stream: IO[bytes] = self._raw
+        if file.path.suffix in PACKED:
             if self._total == 0:
                 raise _ends_early(file)  # not even the compressed form of nothing
             is_gzip = file.path.suffix == ".gz"
-            self._stream = cast("IO[bytes]", gzip.GzipFile(fileobj=self._raw) if is_gzip else zstd.ZstdFile(self._raw))
+            self.stream = cast("IO[bytes]", gzip.GzipFile(fileobj=self._raw) if is_gzip else zstd.ZstdFile(self._raw))
 
-    def blocks(self, part: int) -> Iterator[list[Row]] | None:
-        start, stop = part * self._size, (part + 1) * self._size
-        with _readable(self._file):
-            self._forward(start)
-            # The end of an empty file is the end of part 0, not its lack.
-            if part and not self._rest(1, peek=True):
-                return None
-        return self._blocks(stop)
+    def peek(self, size: int) -> bytes:
+        """What comes next, some of it."""
+        with _readable(self.file):
+            return self.stream.peek(size)  # type: ignore[attr-defined,no-any-return]
+
+    def begins_with(self, character: bytes) -> bool:
+        """Whether it is the first that is no white space."""
+        return self.peek(BLOCK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip().startswith(character)
 
     @property
     def share(self) -> float:
         return self._raw.tell() / max(1, self._total)
 
     def close(self) -> None:
-        self._stream.close()
+        self.stream.close()
         self._raw.close()
+
+
+class _LineReader:
+    """Lines end with \\n and nothing else: other line separators of Unicode may stand inside JSON."""
+
+    def __init__(self, text: _Text, size: int) -> None:
+        self._text, self._size = text, size
+        self._file, self._stream = text.file, text.stream
+        self._position = 0  # in the text: always the beginning of a line
+
+    def blocks(self, part: int) -> Iterator[list[Row]] | None:
+        start, stop = part * self._size, (part + 1) * self._size
+        with _readable(self._file):
+            self._forward(start)
+            # The end of an empty file is the end of part 0, not its lack.
+            if part and not self._text.peek(1):
+                return None
+        return self._blocks(stop)
+
+    @property
+    def share(self) -> float:
+        return self._text.share
+
+    def close(self) -> None:
+        self._text.close()
 
     def _blocks(self, stop: int) -> Iterator[list[Row]]:
         while self._position < stop:
             with _readable(self._file):
-                text = self._rest(min(BLOCK_BYTES, stop - self._position))
+                text = self._stream.read(min(BLOCK_BYTES, stop - self._position))
                 if not text.endswith(b"\n"):
                     text += self._stream.readline()
-                self._position += len(text)
             if not text:
                 return
-            lines = text.split(b"\n")
-            if not lines[-1]:
-                lines.pop()
+            lines = text.removesuffix(b"\n").split(b"\n")
+            if self._position == 0:
+                lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
+            self._position += len(text)
             yield [record_of(line) for line in lines]
 
     def _forward(self, start: int) -> None:
@@ -161,8 +199,102 @@ class _LineReader:
                 return
         self._position = start - 1 + len(self._stream.readline())  # the rest of a line that begins before; \n where none does
 
-    def _rest(self, size: int, peek: bool = False) -> bytes:
-        return self._stream.peek(size) if peek else self._stream.read(size)  # type: ignore[attr-defined]
+
+class _ArrayReader:
+    """Elements of one array, which are decoded as they arrive. Bytes that are no UTF-8 become halves of surrogate pairs, which
+    a record is refused for."""
+
+    def __init__(self, text: _Text, size: int) -> None:
+        self._source, self._size = text, size
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+        self._scan = json.JSONDecoder().raw_decode
+        self._text = ""  # a window of the file's
+        self._before = self._at = 0  # characters before the window; place in it
+        self._is_whole = False  # the window reaches to the end of the file
+        self._elements = self._read()
+        self._next = next(self._elements, None)
+
+    def blocks(self, part: int) -> Iterator[list[Row]] | None:
+        while self._next is not None and self._next[0] < part * self._size:
+            self._next = next(self._elements, None)
+        return None if part and self._next is None else self._blocks((part + 1) * self._size)
+
+    @property
+    def share(self) -> float:
+        return self._source.share
+
+    def close(self) -> None:
+        self._source.close()
+
+    def _blocks(self, stop: int) -> Iterator[list[Row]]:
+        while self._next is not None and self._next[0] < stop:
+            rows, limit = [], min(stop, self._next[0] + BLOCK_BYTES)
+            while self._next is not None and self._next[0] < limit:
+                rows.append(self._next[1])
+                self._next = next(self._elements, None)
+            yield rows
+
+    def _read(self) -> Iterator[tuple[int, Row]]:
+        """The elements, each with the place where it begins."""
+        self._character()
+        self._at += 1  # the bracket
+        number, after = 0, "," if self._character() != "]" else "]"
+        while after == ",":
+            number += 1
+            self._character()
+            yield self._before + self._at, self._element(number)
+            after = self._character()
+            if after == ",":
+                self._at += 1
+        if not after:
+            raise _ends_early(self._source.file, "array")
+        if after != "]":
+            raise self._damaged(f"a comma or the closing bracket must follow record {number:,} of its array, not {after!r}")
+        self._at += 1
+        if self._character():
+            raise self._damaged("its array ends, and something follows")
+
+    def _element(self, number: int) -> Row:
+        while True:
+            fault, is_cut = "it is too long", True
+            try:
+                value, end = self._scan(self._text, self._at)
+                if end < len(self._text) or self._is_whole:  # else a number may go on
+                    self._at = end
+                    return _row(value)
+            except json.JSONDecodeError as error:  # or only a part of it is here
+                fault = _fault(error)
+                is_cut = error.msg.startswith("Unterminated string") or error.pos >= len(self._text.rstrip())
+            except (ValueError, RecursionError) as error:
+                raise self._damaged(f"record {number:,} of its array is no readable JSON: {error}") from None
+            if self._is_whole and is_cut:
+                raise _ends_early(self._source.file, "array")
+            if self._is_whole or len(self._text) - self._at > ELEMENT_CHARACTERS:
+                raise self._damaged(f"record {number:,} of its array is not JSON: {fault}")
+            self._more()
+
+    def _character(self) -> str:
+        """The next one that is no white space, which stays; "" at the end."""
+        while True:
+            self._at = _WHITE_SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._text) or self._is_whole:
+                return self._text[self._at : self._at + 1]
+            self._more()
+
+    def _more(self) -> None:
+        """Move the window: twice as much from where it is read."""
+        rest = self._text[self._at :]
+        with _readable(self._source.file):
+            content = self._source.stream.read(max(BLOCK_BYTES, len(rest)))
+        self._is_whole = not content
+        self._before += self._at
+        self._text, self._at = rest + self._decoder.decode(content, final=self._is_whole), 0
+
+    def _damaged(self, fault: str) -> UnreadableFile:
+        return UnreadableFile(f"{self._source.file.name}: {fault}. Mend it, or write one JSON object per line")
+
+
+_WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class _ParquetReader:
@@ -258,8 +390,8 @@ def _readable(file: SourceFile) -> Iterator[None]:
         raise UnreadableFile(f"{file.name}: is no parquet file that can be read: {_one_line(error)}") from None
 
 
-def _ends_early(file: SourceFile) -> UnreadableFile:
-    return UnreadableFile(f"{file.name}: ends early, in the middle of its compressed data: it was cut off. Fetch it again")
+def _ends_early(file: SourceFile, what: str = "compressed data") -> UnreadableFile:
+    return UnreadableFile(f"{file.name}: ends early, in the middle of its {what}: it was cut off. Fetch it again")
 
 
 def _one_line(error: Exception) -> str:

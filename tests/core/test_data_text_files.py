@@ -1,8 +1,12 @@
 """Files of records: what a line holds, what is said of one that holds nothing, and of files that cannot be read."""
 
+import codecs
+import datetime
 import gzip
 import itertools
+import json
 import re
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow
@@ -10,6 +14,7 @@ import pyarrow.parquet
 import pytest
 from backports import zstd
 
+from megatron_core_impl.data import text_files
 from megatron_core_impl.data.records import MalformedRecord
 from megatron_core_impl.data.text_encoder import text_of
 from megatron_core_impl.data.text_files import Row, SourceFile, UnreadableFile, open_reader, part_bytes, record_of
@@ -50,6 +55,7 @@ def test_parts_give_each_line_once(tmp_path: Path, suffix: str, size: int, endin
         (b"3", "a number, not an object"),
         (b'{"text": "\xff"}', "not UTF-8: byte 0xff at column 11"),
         (b'{"text": "a"} {"text": "b"}', "not JSON: Extra data at column 15"),
+        (b'{"text": "a\0"}', "not JSON: Invalid control character at column 12"),
         (b"[" * 100_000, "not readable JSON: maximum recursion depth exceeded"),
         (b'{"n": ' + b"1" * 5000 + b"}", "not readable JSON: Exceeds the limit"),
         (b'{"id": 1, "content": "a"}', 'no key "text"; it has: id, content'),
@@ -73,6 +79,84 @@ def test_line_gives_its_text() -> None:
     assert isinstance(record, dict)
     assert text_of(record, "text") == "é😀\u2028"
     assert record_of(b"") is record_of(b" \t\r") is None
+
+
+ARRAY = [{"text": "a, [b] é"}, {"text": "much longer than the others", "n": [{}, 1]}, 12, {"text": ""}]
+
+
+@pytest.mark.parametrize("size", [1, 7, 30, 1000])
+@pytest.mark.parametrize("block", [1, 5, 1 << 20])
+@pytest.mark.parametrize("suffix", ["json", "json.gz", "json.zst"])
+def test_array_of_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, block: int, size: int) -> None:
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", block)
+    compress = {"gz": gzip.compress, "zst": zstd.compress}.get(suffix.split(".")[-1], bytes)
+    for indent, mark in ((None, ""), (2, "\ufeff\n ")):
+        written = mark + json.dumps(ARRAY, ensure_ascii=False, indent=indent) + "\n"
+        (tmp_path / f"data.{suffix}").write_bytes(compress(written.encode()))
+        for readers in (1, 3):
+            found = rows(tmp_path / f"data.{suffix}", size, readers=readers)
+            assert [str(row) if isinstance(row, MalformedRecord) else row for row in found] == [
+                *ARRAY[:2], "a number, not an object", ARRAY[3],
+            ]  # fmt: skip
+
+
+def test_json_file_of_lines_or_of_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "data.json"
+    for content, expected in (
+        (b'{"a": 1}\n{"a": 2}\n', [{"a": 1}, {"a": 2}]), (b"[]", []), (b" [ ]\n", []), (b"", []),
+    ):  # fmt: skip
+        file.write_bytes(content)
+        assert rows(file) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[", "ends early, in the middle of its array: it was cut off. Fetch it again"),
+        (b'[{"a": 1}', "ends early, in the middle of its array"),
+        (b'[{"a": 1},', "ends early, in the middle of its array"),
+        (b'[{"a": 1}, {"a": "b', "ends early, in the middle of its array"),
+        (b'[{"a": 1}, {"a": ', "ends early, in the middle of its array"),
+        (b'[{"a": 1}, {"a" 2}]', "record 2 of its array is not JSON: Expecting ':' delimiter. Mend it, or write one JSON "),
+        (b'[{"a": 1} {"a": 2}]', "a comma or the closing bracket must follow record 1 of its array, not '{'. Mend it"),
+        (b'[{"a": 1}] {"a": 2}', "its array ends, and something follows. Mend it"),
+        (b"[" * 100_000, "record 1 of its array is no readable JSON: maximum recursion depth exceeded"),
+    ],
+)
+def test_damaged_array(tmp_path: Path, content: bytes, message: str) -> None:
+    assert refusal(tmp_path / "data.json", content).startswith(f"data.json: {message}")
+
+
+def test_array_whose_end_is_not_in_sight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 10)
+    monkeypatch.setattr(text_files, "ELEMENT_CHARACTERS", 1000)
+    error = refusal(tmp_path / "data.json", b'[{"a": 1}, {"a: 2}, ' + b'{"a: 3}, ' * 10_000 + b"]")
+    assert error.startswith("data.json: record 2 of its array is not JSON: ")
+
+
+def test_text_of_an_array_that_is_no_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_bytes(b'[{"text": "a\xff"}, {"text": "b"}]')
+    first, second = rows(tmp_path / "data.json")
+    assert second == {"text": "b"}
+    assert isinstance(first, dict)
+    with pytest.raises(MalformedRecord, match=r'"text" is no valid Unicode: \\udcff at character 2'):
+        text_of(first, "text")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_byte_order_mark_is_no_text(tmp_path: Path, suffix: str) -> None:
+    content = codecs.BOM_UTF8 + b'{"a": 1}\n' + codecs.BOM_UTF8 + b'{"a": 2}\n'
+    (tmp_path / f"data.{suffix}").write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    for size in (1, 1000):
+        first, second = rows(tmp_path / f"data.{suffix}", size)
+        assert first == {"a": 1}
+        assert str(second) == "not JSON: Unexpected UTF-8 BOM (decode using utf-8-sig) at column 1", "at the beginning only"
+
+
+def test_values_of_parquet_have_names() -> None:
+    for value, name in ((b"a", "binary"), (datetime.date(2000, 1, 1), "a date"), (Decimal(1), "a Decimal"), (1.5, "a number")):
+        with pytest.raises(MalformedRecord, match=f'"text" is {name}, not a string'):
+            text_of({"text": value}, "text")
 
 
 def refusal(path: Path, content: bytes, size: int = 1 << 20) -> str:
@@ -121,8 +205,8 @@ def test_text_of_parquet_that_is_no_utf_8(tmp_path: Path) -> None:
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "data.csv", b"") == (
-        "data.csv: is of no kind that can be read; those are .jsonl, .ndjson, .jsonl.gz, .ndjson.gz, .jsonl.zst, .ndjson.zst, "
-        ".parquet"
+        "data.csv: is of no kind that can be read; those are .jsonl, .ndjson, .json, .jsonl.gz, .ndjson.gz, .json.gz, "
+        ".jsonl.zst, .ndjson.zst, .json.zst, .parquet"
     )
     assert rows_of_empty(tmp_path) == []
 
