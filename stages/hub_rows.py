@@ -14,7 +14,7 @@ from megatron_core_impl.data.conversations import keys_of
 from stages.contracts.data_settings import SourceSettings
 from stages.hub_errors import Repo, hub_token, is_of_hub, names_of_revisions, told
 from stages.runtime import BadInput
-from stages.text_sources import Line, Progress, text_line
+from stages.text_sources import Line, Progress
 
 DATA_INSTEAD = "set data.source to a local file or folder"
 SAVED = ("dataset_dict.json", "state.json")  # one of them lies in what `save_to_disk` makes
@@ -53,7 +53,11 @@ def of_disk(source: SourceSettings, key: str, folder: Path, progress: Progress) 
         saved = datasets.load_from_disk(str(folder))
     except (ValueError, OSError) as error:
         raise BadInput(f"{key}.source: datasets cannot open {folder}: {_one_line(error)}") from None
-    splits = saved if isinstance(saved, dict) else {source.split: saved}
+    if isinstance(saved, dict):
+        splits = saved
+    else:  # one alone need not be asked for by its name
+        is_default = source.split == SourceSettings.model_fields["split"].default
+        splits = {source.split if is_default else str(saved.split or "train"): saved}
     return _rows(source, key, splits, str(folder), progress)
 
 
@@ -75,53 +79,60 @@ def _told_rows(
 
 
 def _rows(source: SourceSettings, key: str, splits: Any, name: str, progress: Progress) -> Iterator[Line]:
-    """The documents of a split, as lines.
+    """The rows of a split, as lines, whatever they hold: what is no text is for preprocess to count.
 
     Raises:
-        BadInput: the split or a column does not exist, with a list of those that do; or a row is no text.
+        BadInput: the split or a column does not exist, with a list of those that do; or a row cannot be read.
     """
     number = 0
-    try:
-        rows, total = _open_split(source, key, splits, name)
-        for number, row in enumerate(rows, start=1):
-            identity = row.get("id")
-            identity = identity if isinstance(identity, str | int) else number
-            if source.content == "text":
-                text = row[source.text_column]
-                if not isinstance(text, str):
-                    kind = type(text).__name__
-                    raise BadInput(f"{key}.text_column: {source.text_column!r} is {kind}, no text, in row {number} of {name}")
-                yield text_line(identity, text)
-            else:
-                yield _conversation_line(row, identity)
-            progress(number, max(total, number + 1), f"{number:,}{f' of {total:,}' if total else ''} documents")
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        if is_of_hub(error):
-            raise
-        raise BadInput(f"{key}.source: datasets cannot read row {number + 1} of {name}: {_one_line(error)}") from None
+    for number, (row, total) in enumerate(_read(source, key, splits, name), start=1):
+        identity = row.get("id")
+        identity = identity if isinstance(identity, str | int) else number
+        content = {column: row[column] for column in source.text_columns} if source.content == "text" else row
+        try:
+            line = json.dumps({"id": identity, **content}, ensure_ascii=False).encode() + b"\n"
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"{key}.source: row {number} of {name} cannot be written as JSON: {_one_line(error)}") from None
+        texts = [text for text in content.values() if isinstance(text, str)] if source.content == "text" else []
+        yield line, sum(len(text.encode()) for text in texts) if texts else len(line)
+        progress(number, max(total, number + 1), f"{number:,}{f' of {total:,}' if total else ''} documents")
     if not number:
         raise BadInput(f"{key}.source: split {source.split} of {name} holds no rows")
 
 
-def _conversation_line(row: dict[str, Any], identity: str | int) -> Line:
-    line = json.dumps({"id": identity, **row}, ensure_ascii=False).encode() + b"\n"
-    return line, len(line)
+def _read(source: SourceSettings, key: str, splits: Any, name: str) -> Iterator[tuple[dict[str, Any], int]]:
+    """The rows of a split, each with the number of all."""
+    number = 1
+    try:
+        rows, total = _open_split(source, key, splits, name)
+        for row in rows:
+            yield row, total
+            number += 1
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        if is_of_hub(error):
+            raise
+        raise BadInput(f"{key}.source: datasets cannot read row {number} of {name}: {_one_line(error)}") from None
 
 
 def _open_split(source: SourceSettings, key: str, splits: Any, name: str) -> tuple[Iterable[dict[str, Any]], int]:
     """The rows of the split, with only the columns that are needed, and their number, 0 where the dataset does not say.
 
     Raises:
-        BadInput: the split or a column does not exist.
+        BadInput: the split or a column does not exist, or the column is of another type than text.
     """
     if source.split not in splits:
         raise BadInput(f"{key}.split: {name} has no split {source.split!r}. It has: {', '.join(map(str, splits))}")
     rows = splits[source.split]
     columns = rows.column_names or list(next(iter(rows), {}))
     if source.format == "text":
-        if source.text_column not in columns:
-            raise BadInput(f"{key}.text_column: {name} has no column {source.text_column!r}. It has: {', '.join(columns)}")
-        wanted = {source.text_column}
+        for column in source.text_columns:
+            if column not in columns:
+                raise BadInput(f"{key}.text_column: {name} has no column {column!r}. It has: {', '.join(columns)}")
+            feature = (rows.features or {}).get(column)
+            kind = str(getattr(feature, "dtype", None) or type(feature).__name__)
+            if feature is not None and "string" not in kind and kind != "null":
+                raise BadInput(f"{key}.text_column: column {column!r} of {name} holds {kind}, no text. Name another one")
+        wanted = set(source.text_columns)
     else:
         keys, required = keys_of(source.format, source.columns)
         if missing := set(required) - set(columns):

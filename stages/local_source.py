@@ -4,6 +4,7 @@ import difflib
 import re
 from pathlib import Path
 
+from megatron_core_impl.data.text_files import SUFFIXES
 from stages.contracts.sources import is_glob
 from stages.model_files import listed
 from stages.runtime import BadInput
@@ -18,7 +19,7 @@ def local_source(source: str, setting: str) -> Path | None:
     path = Path(source).expanduser()
     if path.exists() or is_glob(source):
         return path
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not re.match(r"[./~]|.*\.(jsonl|ndjson|gz|zst|parquet)$", source):
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.startswith((".", "/", "~")) and not source.endswith(SUFFIXES):
         return None
     near = difflib.get_close_matches(path.name, [p.name for p in _inside(path.parent)], n=1)
     if near:

@@ -1,9 +1,9 @@
 """Text to token ids: files of records to Megatron's .bin and .idx, with the tokenizer of the model.
 
 Each set of the raw data becomes a dataset, each record one document, in the files' order, whatever the number of workers.
-Documents without tokens are left out and counted. Lines that cannot be read are counted and listed in malformed.jsonl (file,
-line, reason); above the share that settings.max_malformed allows, the stage fails and names the first ones. Stopped in the
-middle, it goes on from the parts that are finished.
+Documents without tokens are left out and counted. Lines that cannot be read are counted and listed in malformed.jsonl (source,
+file, line, reason); above the share of a set's lines that settings.max_malformed allows, the stage fails, names the first ones,
+and leaves the list beside its results. Stopped in the middle, it goes on from the parts that are finished.
 """
 
 import json
@@ -46,7 +46,7 @@ def run(spec: PreprocessSpec, ctx: Context) -> a.DatasetArtifact:
     tokenizer = _tokenizer(spec, model_folder / "files", model.model.vocab_size, is_text=data.sets[0].format == "text")
     jobs = [
         Job(
-            tuple(SourceFile(data_folder / name, name) for name in raw.files),
+            tuple(SourceFile(data_folder / name, origin) for name, origin in zip(raw.files, raw.origins, strict=True)),
             _recipe(spec, raw, tokenizer, model_folder / "files"),
             ctx.scratch / raw.name,
         )
@@ -56,25 +56,18 @@ def run(spec: PreprocessSpec, ctx: Context) -> a.DatasetArtifact:
     size = sum(file.size for job in jobs for file in job.files)
     ctx.log(f"tokenizing {size / 1e6:,.1f} MB with {settings.workers} workers, {tokenizer.kind} tokenizer")
     try:
-        counts = _tokenize(jobs, settings.workers, settings.max_malformed, ctx)
-        if counts.seen.documents == 0:
-            where = ", ".join(str(file.path) for job in jobs for file in job.files)
-            raise BadInput(
-                f"{where}: no document with text in {counts.seen.rows:,} lines ({counts.seen.empty:,} empty, "
-                f"{counts.seen.malformed:,} malformed, {counts.seen.blank:,} blank). Check data.source, data.text_column and "
-                "data.include"
-            )
+        counts = _tokenize(list(zip(data.sets, jobs, strict=True)), settings.workers, settings.max_malformed, ctx)
     except WorkerDied as error:
         raise Interrupted(
             f"{error}. If that was the kernel, for lack of memory, lower preprocess.workers (now {settings.workers}); "
             "then run again"
         ) from error
-    except (BadInput, UnreadableFile) as error:
+    except BadInput:
         # Nothing will go on from here: what mends it makes another result.
         for job in jobs:
             remove_parts(job)
         (ctx.scratch / MALFORMED_FILE).unlink(missing_ok=True)
-        raise error if isinstance(error, BadInput) else BadInput(f"{data_folder}/{error}") from None
+        raise
     write_examples(ctx.scratch, jobs, tokenizer)
     sets = tuple(_set(raw, join(job)) for raw, job in zip(data.sets, jobs, strict=True))
     for job in jobs:
@@ -115,7 +108,7 @@ def _recipe(spec: PreprocessSpec, raw: a.RawSet, tokenizer: Tokenizer, folder: P
     settings = spec.settings
     if raw.format == "text":
         return TextRecipe(
-            folder, tokenizer.kind, raw.text_column, settings.bos_eos, settings.reference_special_text, spec.added_tokens
+            folder, tokenizer.kind, raw.text_columns, settings.bos_eos, settings.reference_special_text, spec.added_tokens
         )
     return ConversationRecipe(
         folder,
@@ -177,13 +170,13 @@ def _tokenizer(spec: PreprocessSpec, folder: Path, model_vocab_size: int, *, is_
         pass  # a chat template says what begins and ends a conversation
     elif settings.bos_eos != "none" and tokenizer.eod_id is None:
         raise BadInput(
-            f"preprocess.bos_eos={settings.bos_eos}: the tokenizer names no end-of-text token. Name its eos_token in "
-            "tokenizer_config.json, or set preprocess.bos_eos: none"
+            f"preprocess.bos_eos={settings.bos_eos}: the tokenizer names no end-of-text token. "
+            f"{_advice(tokenizer, folder, 'eos_token')}set preprocess.bos_eos: none"
         )
     elif settings.bos_eos == "both" and tokenizer.bos_id is None:
         raise BadInput(
-            "preprocess.bos_eos=both: the tokenizer names no begin-of-text token. Name its bos_token in tokenizer_config.json, "
-            "or set preprocess.bos_eos: eos"
+            "preprocess.bos_eos=both: the tokenizer names no begin-of-text token. "
+            f"{_advice(tokenizer, folder, 'bos_token')}set preprocess.bos_eos: eos"
         )
     try:
         return load_tokenizer(folder, tokenizer.kind, added_tokens=spec.added_tokens) if spec.added_tokens else tokenizer
@@ -191,30 +184,61 @@ def _tokenizer(spec: PreprocessSpec, folder: Path, model_vocab_size: int, *, is_
         raise BadInput(f"model.added_tokens: {error}") from error
 
 
-@dataclass
-class Counts:
-    """What was seen so far, and how fast."""
+def _advice(tokenizer: Tokenizer, folder: Path, name: str) -> str:
+    """How a tokenizer gets a token that it does not name, as the beginning of a sentence; empty where it cannot."""
+    if tokenizer.kind == "huggingface":
+        return f"Name its {name} in tokenizer_config.json, or "
+    return "Set preprocess.tokenizer: huggingface, if that names one, or " if (folder / "tokenizer.json").is_file() else ""
 
+
+@dataclass
+class SetCounts:
+    """What was seen of a set so far."""
+
+    key: str  # of its source in the configuration
+    source: str
     seen: Statistics = field(default_factory=Statistics)
     first_malformed: list[str] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
-    seconds: float = 0.0
-    new_tokens: int = 0  # not those of parts that were there from before
-    new_documents: int = 0
 
-    def add(self, progress: Progress) -> None:
-        """Count a part."""
-        statistics = progress.report.statistics
+
+@dataclass
+class Counts:
+    """What was seen of all sets so far, and how fast."""
+
+    sets: list[SetCounts] = field(default_factory=list)
+    seen: Statistics = field(default_factory=Statistics)
+    share: float = 0.0  # of all files
+    new_share: float = 0.0  # without parts that were there from before
+    new_tokens: int = 0
+    new_documents: int = 0
+    seconds: float = 0.0  # that the new ones took
+    _at: float = field(default_factory=time.monotonic)
+
+    def add(self, progress: Progress, share: float) -> None:
+        """Count a part of the last set, up to which `share` of all files are finished."""
+        statistics, took = progress.report.statistics, self.pause()
         self.seen.add(statistics)
+        self.sets[-1].seen.add(statistics)
         if progress.is_new:
             self.new_tokens += statistics.tokens
             self.new_documents += statistics.documents
-        self.seconds = time.monotonic() - self.started
+            self.new_share += share - self.share
+            self.seconds += took
+        self.share = share
+
+    def pause(self) -> float:
+        """Seconds since the last call; what passed is no time of the next part."""
+        before, self._at = self._at, time.monotonic()
+        return self._at - before
 
     @property
     def rate(self) -> float:
         """Tokens per second."""
         return self.new_tokens / self.seconds if self.seconds else 0.0
+
+    def left(self) -> str:
+        """The time that is left, as a person reads it; nothing while nothing was measured."""
+        return f" · {_duration(self.seconds / self.new_share * (1 - self.share))} left" if self.new_share else ""
 
     def speed(self) -> str:
         """Tokens and tokens per second, as a person reads them."""
@@ -229,56 +253,97 @@ class Counts:
         """The stage in one line."""
         seen = self.seen
         malformed = f", {seen.malformed:,} malformed lines left out" if seen.malformed else ""
+        blank = f", {seen.blank:,} blank lines" if seen.blank else ""
         left_out = "".join(f", {count:,} left out as {reason}" for reason, count in sorted(seen.left_out.items()))
-        return f"{self.speed()} · {seen.documents + seen.empty:,} documents, {seen.empty:,} empty{malformed}{left_out}"
+        return f"{self.speed()} · {seen.documents + seen.empty:,} documents, {seen.empty:,} empty{blank}{malformed}{left_out}"
 
 
-def _tokenize(jobs: list[Job], workers: int, max_malformed: float, ctx: Context) -> Counts:
-    """Make the parts of all jobs in the scratch folder and, where lines are malformed, malformed.jsonl."""
+def _tokenize(sets: list[tuple[a.RawSet, Job]], workers: int, max_malformed: float, ctx: Context) -> Counts:
+    """Make the parts of all jobs in the scratch folder and, where lines are malformed, malformed.jsonl.
+
+    Raises:
+        BadInput: a set has too many malformed lines, no document, or a file that cannot be read.
+    """
     counts = Counts()
-    refused = ctx.scratch / MALFORMED_FILE
-    sizes = [sum(file.size for file in job.files) for job in jobs]
-    total, before, at_start = max(1, sum(sizes)), 0, 0.0
-    with refused.open("w") as record:
-        for job, size in zip(jobs, sizes, strict=True):
-            with closing(tokenize(job, workers)) as results:
-                for progress in results:
-                    counts.add(progress)
-                    _record_malformed(progress, job, counts, record)
-                    if counts.seen.malformed and max_malformed == 0:
-                        raise _too_many(counts, max_malformed, so_far=progress.share < 1)  # no need to see the rest
-                    share = (before + progress.share * size) / total
-                    if not progress.is_new:
-                        at_start = share
-                    left = counts.seconds / max(share - at_start, 1e-9) * (1 - share)
-                    ctx.progress(share, 1, f"{counts.speed()} · {counts.documents_per_second()} · {_duration(left)} left")
+    listing = ctx.scratch / MALFORMED_FILE
+    sizes = [sum(file.size for file in job.files) for _, job in sets]
+    total, before = max(1, sum(sizes)), 0
+    told = f"{counts.speed()} · {counts.documents_per_second()}"
+
+    def checked(done: int, parts: int) -> None:
+        counts.pause()
+        ctx.progress(counts.share, 1, f"{counts.seen.tokens:,} tokens · checking {done:,} of {parts:,} finished parts")
+
+    with listing.open("w") as record:
+        for (raw, job), size in zip(sets, sizes, strict=True):
+            current = SetCounts(raw.key, raw.source)
+            counts.sets.append(current)
+            with closing(tokenize(job, workers, checked)) as results:
+                try:
+                    for progress in results:
+                        counts.add(progress, (before + progress.share * size) / total)
+                        _record_malformed(progress, job, current, record)
+                        if current.seen.malformed and max_malformed == 0:  # no need to see the rest
+                            is_all = next(results, None) is None
+                            record.flush()
+                            raise _too_many(current, max_malformed, ctx, so_far=not is_all)
+                        told = f"{counts.speed()} · {counts.documents_per_second()}"
+                        ctx.progress(counts.share, 1, f"{told}{counts.left()}")
+                except UnreadableFile as error:
+                    raise BadInput(f"{raw.key}.source: {error}") from None
             before += size
-    ctx.progress(1, 1, f"{counts.speed()} · {counts.documents_per_second()} · 0s left")
-    if counts.seen.malformed > max_malformed * counts.seen.rows:
-        raise _too_many(counts, max_malformed, so_far=False)
+    ctx.progress(1, 1, f"{told} · 0s left")
+    for current in counts.sets:
+        if current.seen.malformed > max_malformed * current.seen.rows:
+            raise _too_many(current, max_malformed, ctx)
+        if current.seen.documents == 0:
+            raise _no_text(current, ctx)
+    _kept_listing(ctx).unlink(missing_ok=True)
     if counts.seen.malformed:
-        ctx.warn(f"{counts.seen.malformed:,} malformed lines left out, listed in {MALFORMED_FILE}; {counts.first_malformed[0]}")
+        first = next(line for current in counts.sets for line in current.first_malformed)
+        ctx.warn(f"{counts.seen.malformed:,} malformed lines left out, listed in {MALFORMED_FILE}; {first}")
     else:
-        refused.unlink()
+        listing.unlink()
     return counts
 
 
-def _record_malformed(progress: Progress, job: Job, counts: Counts, record: IO[str]) -> None:
-    file = job.files[progress.report.file]
+def _record_malformed(progress: Progress, job: Job, current: SetCounts, record: IO[str]) -> None:
+    file = job.files[progress.report.file].name
     for line, reason in progress.malformed:
-        record.write(json.dumps({"file": file.name, "line": line, "reason": reason}, ensure_ascii=False) + "\n")
-        if len(counts.first_malformed) < SHOWN:
-            counts.first_malformed.append(f"{file.path}:{line}: {reason}")
+        values = {"source": current.key, "file": file, "line": line, "reason": reason}
+        record.write(json.dumps(values, ensure_ascii=False) + "\n")
+        if len(current.first_malformed) < SHOWN:
+            current.first_malformed.append(f"{file}:{line}: {reason}")
 
 
-def _too_many(counts: Counts, max_malformed: float, *, so_far: bool) -> BadInput:
+def _kept_listing(ctx: Context) -> Path:
+    """Where the list of malformed lines goes when the stage fails: the scratch folder does not survive that."""
+    return ctx.scratch.parent / f".{ctx.spec.key}.{MALFORMED_FILE}"
+
+
+def _first_lines(current: SetCounts, ctx: Context) -> str:
+    """The first malformed lines of a set, and where all are listed."""
+    (ctx.scratch / MALFORMED_FILE).replace(_kept_listing(ctx))
+    more = current.seen.malformed - len(current.first_malformed)
+    lines = [*current.first_malformed, *([f"and {more:,} more"] if more else [])]
+    return "".join(f"\n  {line}" for line in lines) + f"\nAll are listed in {_kept_listing(ctx)}. "
+
+
+def _too_many(current: SetCounts, max_malformed: float, ctx: Context, *, so_far: bool = False) -> BadInput:
     """The error that names the first malformed lines."""
-    more = counts.seen.malformed - len(counts.first_malformed)
-    lines = [*counts.first_malformed, *([f"and {more:,} more"] if more else [])]
     return BadInput(
-        f"{counts.seen.malformed:,} of the {'first ' if so_far else ''}{counts.seen.rows:,} lines are malformed, "
-        f"more than preprocess.max_malformed={max_malformed:g} allows:\n  " + "\n  ".join(lines) + "\n"
-        "Mend them, or set preprocess.max_malformed to the share of lines that may be left out"
+        f"{current.key}.source: {current.seen.malformed:,} of the {'first ' if so_far else ''}{current.seen.rows:,} lines of "
+        f"{current.source} are malformed, more than preprocess.max_malformed={max_malformed:g} allows:"
+        f"{_first_lines(current, ctx)}Mend them, or set preprocess.max_malformed to the share of lines that may be left out"
+    )
+
+
+def _no_text(current: SetCounts, ctx: Context) -> BadInput:
+    seen = current.seen
+    return BadInput(
+        f"{current.key}.source: no document with text in {seen.rows:,} lines of {current.source} ({seen.empty:,} empty, "
+        f"{seen.malformed:,} malformed, {seen.blank:,} blank){_first_lines(current, ctx) if seen.malformed else '. '}"
+        f"Check {current.key}.source, {current.key}.text_column and {current.key}.include"
     )
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from stages.contracts.sources import list_files
+from stages.contracts.sources import linked_folders, list_files
 from stages.runtime import BadInput
 
 Progress = Callable[[float, float, str], None]  # done, total, text
@@ -24,11 +24,11 @@ def text_line(identity: str | int, text: str) -> Line:
 class SourceFiles:
     """The text files of a folder whose paths match, in the order of their paths, which are their ids.
 
-    Patterns are those of `sources.list_files`. Symbolic links below the folder are not followed, so that nothing outside is
-    read and nothing twice; hidden files and folders, `.git` first of all, are left out unless a pattern of `include` names
-    one; and a workspace that lies in the folder is no source.
+    Patterns are those of `sources.list_files`. Symbolic links to files are followed, those to folders are not; hidden files and
+    folders, `.git` first of all, are left out unless a pattern of `include` names one; and a workspace that lies in the folder
+    is no source.
 
-    `counts`: files left out for being "not UTF-8" or "empty".
+    `counts`: files left out for being "not UTF-8" or "empty", and "links to folders".
     """
 
     def __init__(
@@ -62,18 +62,18 @@ class SourceFiles:
             yield text_line(path, text)
             self.progress(number, len(paths), f"{number:,} of {len(paths):,} files")
         if not self.counts["documents"]:
-            raise BadInput(
-                f"{self.setting}: none of the {len(paths):,} files that match in {self.folder} is text: "
-                + ", ".join(f"{count:,} {what}" for what, count in self.counts.items() if count)
-            )
+            left_out = ", ".join(f"{self.counts[why]:,} {why}" for why in ("not UTF-8", "empty") if self.counts[why])
+            raise BadInput(f"{self.setting}: none of the {len(paths):,} files that match in {self.folder} is text: {left_out}")
 
     def paths(self) -> list[str]:
         """Relative paths of the files that match, sorted.
 
         Raises:
-            BadInput: there is none; the message counts what there is.
+            BadInput: there is none, and the message counts what there is; or one is a link to nothing.
         """
         found = sorted(self._names(self.include, self.exclude))
+        check_links([self.folder / name for name in found], self.setting)
+        self.counts["links to folders"] = len(linked_folders(self.folder, self.exclude))
         if not found:
             patterns = ", ".join(self.include) + (f" without {', '.join(self.exclude)}" if self.exclude else "")
             files = len(list(self._names(("**/*",), ())))
@@ -84,5 +84,12 @@ class SourceFiles:
         for file in list_files(self.folder, include, exclude):
             name = file.relative_to(self.folder).as_posix()
             is_hidden = any(part.startswith(".") for part in name.split("/"))
-            if not file.is_symlink() and self.workspace not in file.parents and (self.hidden or not is_hidden):
+            if self.workspace not in file.parents and (self.hidden or not is_hidden):
                 yield name
+
+
+def check_links(files: list[Path], setting: str) -> None:
+    """Raises BadInput where a file is a link to nothing."""
+    for file in files:
+        if not file.exists():
+            raise BadInput(f"{setting}: {file} is a link to {file.readlink()}, which is not there. Mend it, or leave it out")

@@ -223,8 +223,8 @@ def make_workspace(
     raw = publish(
         specs.DownloadDataSpec(workspace=workspace, data=DataSettings(source="text")), a.RawDataArtifact,
         {"data.jsonl": b"{}\n"}, documents=1, source="text", revision=None, text_bytes=1,
-        sets=(a.RawSet(name="data", files=("data.jsonl",), format="text", text_column="text", columns={}, source="text",
-                       role="all", documents=1, text_bytes=1),),
+        sets=(a.RawSet(name="data", files=("data.jsonl",), origins=("text",), format="text", text_columns=("text",), columns={},
+                       source="text", role="all", documents=1, text_bytes=1),),
     )  # fmt: skip
     tokens = load_tokenizer(source, tokenizer)  # type: ignore[arg-type]
     parts = documents or text().split("\n\n\n")

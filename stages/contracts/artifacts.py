@@ -127,10 +127,14 @@ class RawSet(Frozen):
     """The data of one source: files of records, each a document or a conversation."""
 
     name: str  # of the set in everything that is made from it
+    key: str = "data"  # of the source in the configuration
     role: Literal["all", "train", "valid", "test"]  # all: split by train.split
     files: tuple[str, ...]  # relative to the artifact's folder
+    origins: tuple[
+        str, ...
+    ]  # what a person calls each of them: the file it is a copy of, or the dataset whose rows are its lines
     format: Format
-    text_column: str  # text: the key of the text in a record
+    text_columns: tuple[str, ...]  # text: the keys of a record that hold text, each a document
     columns: dict[str, str]  # conversations: keys that differ from the format's own
     source: str
     revision: str | None = None

@@ -22,7 +22,10 @@ class SourceOptions(Frozen):
         description="text: each record is a document; else conversations: messages as OpenAI writes them, sharegpt "
         "(conversations of from and value), alpaca (instruction, input, output), question-answer",
     )
-    text_column: str = Field("text", min_length=1, description="text: column, or key of a JSON line, that holds the text")
+    text_column: str | tuple[str, ...] = Field(
+        "text", min_length=1,
+        description="text: column, or key of a JSON line, that holds the text; of a list of them each is a document, in turn",
+    )  # fmt: skip
     columns: dict[str, str] = Field(
         {}, description="conversations: columns that are named otherwise, e.g. {question: prompt, answer: response}"
     )
@@ -36,6 +39,16 @@ class SourceOptions(Frozen):
         elif self.columns:
             raise ValueError("columns is for conversations; where the text has another name, set text_column")
         return self
+
+    @model_validator(mode="after")
+    def _text_columns_differ(self) -> Self:
+        if "" in self.text_columns or len(set(self.text_columns)) < len(self.text_columns):
+            raise ValueError(f"text_column names {list(self.text_columns)}; they must differ, and none may be empty")
+        return self
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        return (self.text_column,) if isinstance(self.text_column, str) else self.text_column
 
     @property
     def content(self) -> Literal["text", "conversations"]:
@@ -65,7 +78,7 @@ class DataSettings(SourceOptions):
 
     source: str | None = Field(
         None, min_length=1,
-        description="Hub dataset id; a local .jsonl, .jsonl.gz, .jsonl.zst or .parquet file; a folder or glob of these; "
+        description="Hub dataset id; a local .jsonl, .json or .parquet file (.gz, .zst); a folder or glob of these; "
         "a folder of source files; or a folder that `datasets` saved",
     )  # fmt: skip
     blend: tuple[SourceSettings, ...] = Field((), description="instead of source: several, each with a weight")

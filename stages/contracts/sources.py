@@ -12,10 +12,20 @@ def list_files(root: Path, include: tuple[str, ...], exclude: tuple[str, ...] = 
     """The files below a folder whose path matches a pattern of `include` and none of `exclude`, sorted by path.
 
     Patterns are matched against the path relative to the folder, with `/`: `*` matches anything, `/` too, and a leading
-    `**/` also nothing. A folder that is excluded as a whole (`name/**`) is not entered. Links to folders are not followed.
+    `**/` also nothing. A folder that is excluded as a whole (`name/**`) is not entered. Links to files are files, even where
+    they lead nowhere; links to folders are not followed.
     """
     wanted, unwanted = _patterns(include), _patterns(exclude)
-    return sorted(file for file, name in _walk(root, unwanted) if any(p.match(name) for p in wanted))
+    return sorted(file for file, name in _walk(root, unwanted) if any(p.match(name) for p in wanted) and _is_file(file))
+
+
+def linked_folders(root: Path, exclude: tuple[str, ...] = ()) -> list[Path]:
+    """The links to folders that `list_files` does not follow."""
+    return sorted(path for path, _ in _walk(root, _patterns(exclude)) if path.is_dir())
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def is_glob(source: str) -> bool:
@@ -26,12 +36,14 @@ def is_glob(source: str) -> bool:
 def expand(source: str) -> tuple[Path, list[Path]]:
     """The folder that a pattern of paths begins with, and the files below it that match, sorted by path.
 
-    `*` stays within a folder's level, `**` goes to any below. Hidden files are left out unless the pattern names one.
+    `*` stays within a folder's level, `**` goes to any below. Hidden files are left out unless the pattern names one. A folder
+    that is there is meant, even if its name holds a bracket.
     """
     pattern = Path(source).expanduser()
-    root = next(parent for parent in pattern.parents if not _has_magic(str(parent)))
+    root = next(parent for parent in pattern.parents if parent.exists() or not _has_magic(str(parent)))
     rest = pattern.relative_to(root)
-    found = sorted(path for path in root.glob(str(rest)) if path.is_file())
+    below = rest / "*" if rest.name == "**" else rest  # else folders only, before Python 3.13
+    found = sorted(path for path in root.glob(str(below)) if _is_file(path))
     return root, found if _is_hidden(rest) else [path for path in found if not _is_hidden(path.relative_to(root))]
 
 
@@ -54,7 +66,7 @@ def stamp(source: str, include: tuple[str, ...] = ("**/*",), exclude: tuple[str,
         return None
     digest = hashlib.sha256()
     for file in files:
-        stat = file.stat()
+        stat = file.stat() if file.exists() else file.lstat()  # a link that leads nowhere is download's to refuse
         name = file.relative_to(root).as_posix()
         digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
@@ -69,6 +81,7 @@ def _walk(root: Path, unwanted: list[Pattern[str]]) -> Iterator[tuple[Path, str]
         here = Path(folder)
         prefix = "" if here == root else here.relative_to(root).as_posix() + "/"
         folders[:] = [name for name in folders if not any(p.match(f"{prefix}{name}/") for p in unwanted)]
-        for name in files:
-            if not any(p.match(prefix + name) for p in unwanted) and (here / name).is_file():
-                yield here / name, prefix + name
+        links = [name for name in folders if (here / name).is_symlink()]
+        yield from (
+            (here / name, prefix + name) for name in (*files, *links) if not any(p.match(prefix + name) for p in unwanted)
+        )

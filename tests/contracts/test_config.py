@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from megatron_core_impl.train_config import TrainConfig
 from stages.contracts.config import PipelineConfig
-from stages.contracts.sources import list_files, stamp
+from stages.contracts.data_settings import DataSettings
+from stages.contracts.sources import expand, list_files, stamp
 from stages.contracts.train_settings import TrainSettings
 
 
@@ -158,6 +159,27 @@ def test_list_files(tmp_path: Path) -> None:
     assert names("**/*.py", exclude=("site-packages/**",)) == ["a.py", "x/c.py", "x/site-packages/f.py", "x/y/d.py"]
     assert names("**/*.py", exclude=("**/site-packages/**",)) == ["a.py", "x/c.py", "x/y/d.py"]
     assert names("*.txt", "x/*.py", exclude=("**/site-packages/**",)) == ["b.txt", "x/c.py", "x/y/d.py"]
+
+
+def test_patterns_of_paths(tmp_path: Path) -> None:
+    for name in ("run[1]/a.jsonl", "run[1]/x/b.jsonl", "run1/c.jsonl", ".h.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+
+    def found(pattern: str) -> list[str]:
+        return [file.relative_to(tmp_path).as_posix() for file in expand(f"{tmp_path}/{pattern}")[1]]
+
+    assert found("run[1]/*.jsonl") == ["run[1]/a.jsonl"], "a folder that is there is meant"
+    assert found("run[1]/**") == ["run[1]/a.jsonl", "run[1]/x/b.jsonl"], "files, whatever this version of Python takes ** for"
+    assert found("run[12]/*") == ["run1/c.jsonl"]
+
+
+def test_text_columns() -> None:
+    assert DataSettings(source="a").text_columns == ("text",)
+    assert DataSettings(source="a", text_column=["title", "body"]).text_columns == ("title", "body")
+    for wrong in ((), ("a", "a"), ("a", ""), ""):
+        with pytest.raises(ValidationError):
+            DataSettings(source="a", text_column=wrong)
 
 
 def test_stamp_notices_change(tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ import re
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 from tiny_tokenizers import CODE, train_huggingface, train_sentencepiece
 from workers_of_preprocessing import workers
 
@@ -56,18 +58,21 @@ def prepare(tmp_path: Path, tokenizers: Path) -> Callable[..., PreprocessSpec]:
         files: tuple[str, ...] = ("tokenizer.model",),
         names: tuple[str, ...] = ("data.jsonl",),
         form: str = "text",
+        columns: tuple[str, ...] = ("text",),
         added_tokens: tuple[str, ...] = (),
+        replaced: dict[str, bytes] | None = None,
         **settings: object,
     ) -> PreprocessSpec:
         contents = [content if isinstance(content, bytes) else content.encode() for content in raw]
 
         def make_data(spec: DownloadDataSpec, ctx: runtime.Context) -> a.RawDataArtifact:
             sets = []
-            for name, content in zip(names, contents, strict=True):
+            for number, (name, content) in enumerate(zip(names, contents, strict=True)):
                 (ctx.scratch / name).write_bytes(content)
                 sets.append(a.RawSet(
-                    name=name.split(".")[0], files=(name,), format=form, text_column="text", columns={}, source=name,
-                    role="all", documents=None, text_bytes=len(content),
+                    name=name.split(".")[0], key=f"data[{number}]" if len(names) > 1 else "data", role="all", files=(name,),
+                    origins=(f"my/{name}",), format=form, text_columns=columns, columns={}, source=name, documents=None,
+                    text_bytes=len(content),
                 ))  # fmt: skip
             return ctx.artifact(
                 a.RawDataArtifact, figure="", source="texts", revision=None, documents=None, text_bytes=1, sets=tuple(sets)
@@ -76,12 +81,16 @@ def prepare(tmp_path: Path, tokenizers: Path) -> Callable[..., PreprocessSpec]:
         def make_model(spec: DownloadModelSpec, ctx: runtime.Context) -> a.ModelArtifact:
             (ctx.scratch / "files").mkdir()
             for name in files:
-                (ctx.scratch / "files" / name).write_bytes((tokenizers / name).read_bytes())
+                content = (replaced or {}).get(name) or (tokenizers / name).read_bytes()
+                (ctx.scratch / "files" / name).write_bytes(content)
             facts = FACTS.model_copy(update={"vocab_size": vocab_size})
             return ctx.artifact(a.ModelArtifact, figure="", model=facts, tokenizer_files=files, source="m", revision=None)
 
         ws = str(tmp_path / "ws")
-        data = runtime.execute(DownloadDataSpec(workspace=ws, data=DataSettings(source="d")), make_data)
+        data = runtime.execute(
+            DownloadDataSpec(workspace=ws, data=DataSettings(source=f"d{zlib.crc32(repr((raw, names, columns)).encode())}")),
+            make_data,
+        )
         model = runtime.execute(DownloadModelSpec(workspace=ws, model=ModelSettings(source="m")), make_model)
         inputs = {name: Ref(path=i.path, fingerprint=i.fingerprint) for name, i in (("data", data), ("model", model))}
         return PreprocessSpec(
@@ -162,29 +171,89 @@ def malformed(texts: list[str]) -> bytes:
     return b"".join(lines)
 
 
+LISTED = [
+    {"source": "data", "file": "my/data.jsonl", "line": line, "reason": reason}
+    for line, reason in (
+        (3, "not UTF-8: byte 0xff at column 11"),
+        (50, 'no key "text"; it has: id'),
+        (51, "not JSON: Expecting value at column 1"),
+    )
+]  # of `malformed`
+
+
 def test_malformed_lines_fail_the_stage(prepare: Callable[..., PreprocessSpec]) -> None:
     spec = prepare(malformed(TEXTS))
     with pytest.raises(runtime.BadInput) as error:
         execute(spec)
-    file = Path(spec.workspace) / spec.inputs["data"].path / "data.jsonl"
+    kept = spec.folder.parent / f".{spec.key}.malformed.jsonl"
     assert str(error.value) == (
-        f"3 of the 120 lines are malformed, more than preprocess.max_malformed=0 allows:\n"
-        f"  {file}:3: not UTF-8: byte 0xff at column 11\n"
-        f'  {file}:50: no key "text"; it has: id\n'
-        f"  {file}:51: not JSON: Expecting value at column 1\n"
-        "Mend them, or set preprocess.max_malformed to the share of lines that may be left out"
+        f"data.source: 3 of the 120 lines of data.jsonl are malformed, more than preprocess.max_malformed=0 allows:\n"
+        f"  my/data.jsonl:3: not UTF-8: byte 0xff at column 11\n"
+        f'  my/data.jsonl:50: no key "text"; it has: id\n'
+        f"  my/data.jsonl:51: not JSON: Expecting value at column 1\n"
+        f"All are listed in {kept}. Mend them, or set preprocess.max_malformed to the share of lines that may be left out"
     )
-    assert list(spec.folder.parent.glob("[!.]*")) == []
-    with pytest.raises(runtime.BadInput, match=r"3 of the 120 lines are malformed, more than preprocess.max_malformed=0.024"):
-        execute(prepare(malformed(TEXTS), max_malformed=0.024))
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == LISTED
+    assert list(spec.folder.parent.glob("[!.]*")) == list(spec.folder.parent.glob(".*.partial")) == []
+
+
+def test_above_the_share_all_is_read_and_listed(prepare: Callable[..., PreprocessSpec], small_parts: None) -> None:
+    spec = prepare(malformed(TEXTS), max_malformed=0.024)
+    with pytest.raises(
+        runtime.BadInput, match=r"3 of the 120 lines of data.jsonl are malformed, more than .*max_malformed=0.024"
+    ):
+        execute(spec)
+    kept = spec.folder.parent / f".{spec.key}.malformed.jsonl"
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == LISTED
 
 
 def test_first_malformed_line_ends_the_stage_where_none_is_allowed(
     prepare: Callable[..., PreprocessSpec], small_parts: None
 ) -> None:
-    with pytest.raises(runtime.BadInput, match=r"\d of the first \d+ lines are malformed"):
-        execute(prepare(malformed(TEXTS)))
+    spec = prepare(malformed(TEXTS))
+    with pytest.raises(runtime.BadInput, match=r"1 of the first \d lines of data.jsonl are malformed"):
+        execute(spec)
     assert not workers()
+    kept = spec.folder.parent / f".{spec.key}.malformed.jsonl"
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == LISTED[:1]
+
+
+def test_share_of_malformed_lines_is_that_of_each_set(prepare: Callable[..., PreprocessSpec]) -> None:
+    good, bad = lines_of(TEXTS * 10), '{"text": 1}\n' * 9
+    message = r"data\[1\]\.source: 9 of the 9 lines of bad\.jsonl are malformed, .*max_malformed=0.5 .*\n  my/bad\.jsonl:1: "
+    with pytest.raises(runtime.BadInput, match=f"(?s){message}"):
+        execute(prepare(good, bad, names=("good.jsonl", "bad.jsonl"), max_malformed=0.5))
+    with pytest.raises(runtime.BadInput, match=r"data\[0\]\.source: 9 of the 9 lines of bad\.jsonl are malformed"):
+        execute(prepare(bad, good, names=("bad.jsonl", "good.jsonl")))  # not "the first": all its lines were read
+
+
+def test_a_set_without_a_document_is_an_error(prepare: Callable[..., PreprocessSpec]) -> None:
+    names, counts = ("good.jsonl", "bad.jsonl"), r"\(0 empty, 0 malformed, 2 blank\)"
+    message = rf"data\[1\]\.source: no document with text in 2 lines of bad\.jsonl {counts}\. Check data\[1\]\.source, "
+    with pytest.raises(runtime.BadInput, match=message):
+        execute(prepare(lines_of(TEXTS), "\n \n", names=names))
+    with pytest.raises(
+        runtime.BadInput, match=r"(?s)\(0 empty, 1 malformed, 0 blank\)\n  my/bad.jsonl:1: an array, .*All are listed"
+    ):
+        execute(prepare(lines_of(TEXTS), "[]", names=names, max_malformed=1.0))
+
+
+def test_blank_lines_are_told(prepare: Callable[..., PreprocessSpec]) -> None:
+    assert execute(prepare(lines_of(TEXTS) + "\n\n")).figure.endswith("120 documents, 20 empty, 2 blank lines")
+
+
+def test_each_key_is_a_document(prepare: Callable[..., PreprocessSpec]) -> None:
+    """The reference's --json_keys, whose datasets are here one: their documents in turn."""
+    records = [{"title": text, "text": text[::-1]} for text in TEXTS]
+    spec = prepare("".join(json.dumps(record) + "\n" for record in records), columns=("title", "text"), bos_eos="none")
+    artifact = execute(spec)
+    data = IndexedDataset(spec.folder / "data")
+    tokenizer = load_tokenizer(spec.folder.parents[1] / spec.inputs["model"].path / "files")
+    texts = [text for record in records for text in (record["title"], record["text"]) if text]
+    assert [data[i].tolist() for i in range(len(data))] == [tokenizer.encode(text) for text in texts]
+    assert (artifact.documents, artifact.empty_documents) == (200, 40)
+    with pytest.raises(runtime.BadInput, match=r'my/data.jsonl:1: no key "title"; it has: id, text'):
+        execute(prepare(lines_of(TEXTS), columns=("text", "title")))
 
 
 def test_malformed_lines_within_the_share_are_left_out(
@@ -196,11 +265,7 @@ def test_malformed_lines_within_the_share_are_left_out(
     assert artifact.figure.endswith(
         f"{artifact.documents + artifact.empty_documents} documents, 20 empty, 3 malformed lines left out"
     )
-    assert [json.loads(line) for line in (spec.folder / "malformed.jsonl").read_text().splitlines()] == [
-        {"file": "data.jsonl", "line": 3, "reason": "not UTF-8: byte 0xff at column 11"},
-        {"file": "data.jsonl", "line": 50, "reason": 'no key "text"; it has: id'},
-        {"file": "data.jsonl", "line": 51, "reason": "not JSON: Expecting value at column 1"},
-    ]
+    assert [json.loads(line) for line in (spec.folder / "malformed.jsonl").read_text().splitlines()] == LISTED
     assert "warning: 3 malformed lines left out, listed in malformed.jsonl" in capsys.readouterr().out
     data = IndexedDataset(spec.folder / "data")
     tokenizer = load_tokenizer(Path(spec.workspace) / spec.inputs["model"].path / "files")
@@ -209,7 +274,7 @@ def test_malformed_lines_within_the_share_are_left_out(
 
 
 def test_many_malformed_lines_are_not_all_named(prepare: Callable[..., PreprocessSpec]) -> None:
-    with pytest.raises(runtime.BadInput, match=r"(?s)7 of the 7 lines.*data.jsonl:5: an array.*\n  and 2 more\nMend them"):
+    with pytest.raises(runtime.BadInput, match=r"(?s)7 of the 7 lines.*data.jsonl:5: an array.*\n  and 2 more\nAll are listed"):
         execute(prepare("[]\n" * 7))
 
 
@@ -217,7 +282,7 @@ def test_many_malformed_lines_are_not_all_named(prepare: Callable[..., Preproces
 def test_no_text_is_an_error(prepare: Callable[..., PreprocessSpec], raw: str) -> None:
     count, empty = raw.count("\n"), raw.count('""')
     counts = rf"{empty} empty, 0 malformed, {count - empty} blank"
-    message = rf"data\.jsonl: no document with text in {count} lines \({counts}\)\. Check data\.source"
+    message = rf"data\.source: no document with text in {count} lines of data\.jsonl \({counts}\)\. Check data\.source"
     with pytest.raises(runtime.BadInput, match=message):
         execute(prepare(raw))
 
@@ -230,8 +295,35 @@ def test_tokenizer_must_fit_the_model(prepare: Callable[..., PreprocessSpec]) ->
 
 
 def test_ends_need_a_token(prepare: Callable[..., PreprocessSpec]) -> None:
-    with pytest.raises(runtime.BadInput, match=r"preprocess\.bos_eos=eos: the tokenizer names no end-of-text token"):
+    with pytest.raises(runtime.BadInput) as error:
         execute(prepare(lines_of(TEXTS), files=("tokenizer.json",)))
+    assert str(error.value) == (
+        "preprocess.bos_eos=eos: the tokenizer names no end-of-text token. Name its eos_token in tokenizer_config.json, or set "
+        "preprocess.bos_eos: none"
+    )
+
+
+@pytest.mark.parametrize(
+    ("others", "advice"),
+    [
+        ((), "set preprocess.bos_eos: none"),
+        (("tokenizer.json", "tokenizer_config.json"), "Set preprocess.tokenizer: huggingface, "),
+    ],
+)
+def test_advice_for_a_sentencepiece_model_without_an_end(
+    prepare: Callable[..., PreprocessSpec], tokenizers: Path, others: tuple[str, ...], advice: str
+) -> None:
+    """Nothing but its own file says what its tokens are."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString((tokenizers / "tokenizer.model").read_bytes())
+    proto.trainer_spec.eos_id = -1
+    proto.pieces[2].piece = "<other>"
+    no_eos = proto.SerializeToString()
+    spec = prepare(lines_of(TEXTS), files=("tokenizer.model", *others), replaced={"tokenizer.model": no_eos})
+    with pytest.raises(runtime.BadInput) as error:
+        execute(spec)
+    assert f"names no end-of-text token. {advice}" in str(error.value)
+    settings = spec.settings.model_copy(update={"tokenizer": "huggingface"} if others else {"bos_eos": "none"})
+    assert execute(spec.model_copy(update={"settings": settings})).documents == 100
 
 
 def test_added_tokens_are_facts_and_their_text_is_text(prepare: Callable[..., PreprocessSpec]) -> None:
@@ -257,14 +349,16 @@ def test_each_set_becomes_a_dataset(prepare: Callable[..., PreprocessSpec], tmp_
     assert artifact.files["web.idx"].sha256 == artifact.files["code.idx"].sha256
     lines = [json.loads(line) for line in (spec.folder / "malformed.jsonl").read_text().splitlines()]
     assert [(line["file"], line["line"]) for line in lines] == [
-        (n, k) for n in ("web.jsonl", "code.jsonl.gz") for k in (3, 50, 51)
+        (n, k) for n in ("my/web.jsonl", "my/code.jsonl.gz") for k in (3, 50, 51)
     ]
 
 
 def test_files_that_cannot_be_read(prepare: Callable[..., PreprocessSpec]) -> None:
     whole = gzip.compress(lines_of(TEXTS).encode())
     spec = prepare(whole[:-9], names=("data.jsonl.gz",), max_malformed=1.0)
-    with pytest.raises(runtime.BadInput, match=r"/data\.jsonl\.gz: ends early, in the middle of its compressed data"):
+    with pytest.raises(
+        runtime.BadInput, match=r"data\.source: my/data\.jsonl\.gz: ends early, in the middle of its compressed data"
+    ):
         execute(spec)
     assert list(spec.folder.parent.glob(".*.partial")) == []
 
@@ -292,10 +386,30 @@ def test_killed_worker_can_be_run_again(
     assert finished > 0
     old = []
     monkeypatch.setattr(
-        preprocess.Counts, "add", lambda self, p, add=preprocess.Counts.add: (old.append(not p.is_new), add(self, p))
+        preprocess.Counts,
+        "add",
+        lambda self, p, share, add=preprocess.Counts.add: (old.append(not p.is_new), add(self, p, share)),
     )
     assert execute(spec).documents == 100
     assert sum(old) >= finished
+
+
+def test_time_left_is_told_once_it_is_known(
+    prepare: Callable[..., PreprocessSpec], small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, told = prepare(lines_of(TEXTS)), list[str]()
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.Context, "progress", lambda *_: [os.kill(child, signal.SIGKILL) for child in workers()])
+        with pytest.raises(runtime.Interrupted):
+            execute(spec)
+    monkeypatch.setattr(runtime.Context, "progress", lambda self, done, total, text: told.append(text))
+    execute(spec)
+    checks = [text for text in told if "checking" in text]
+    assert re.fullmatch(r"0 tokens · checking 1 of \d+ finished parts", checks[0])
+    old = [text for text in told if " · 0 documents/s" in text and text not in checks]
+    assert old, "parts from before come first"
+    assert not any("left" in text for text in old + checks)
+    assert all(re.search(r" · \d+s left$", text) for text in told[len(checks) + len(old) :])
 
 
 def start(spec: PreprocessSpec, tmp_path: Path) -> subprocess.Popen[str]:
