@@ -300,7 +300,7 @@ def _tokenize(sets: list[tuple[a.RawSet, Job]], workers: int, max_malformed: flo
             raise _no_text(current, ctx)
     _kept_listing(ctx).unlink(missing_ok=True)
     if counts.seen.malformed:
-        first = next(line for current in counts.sets for line in current.first_malformed)
+        first = next(f"{current.key}: {line}" for current in counts.sets for line in current.first_malformed)
         ctx.warn(f"{counts.seen.malformed:,} malformed lines left out, listed in {MALFORMED_FILE}; {first}")
     else:
         listing.unlink()

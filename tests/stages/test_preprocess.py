@@ -266,7 +266,10 @@ def test_malformed_lines_within_the_share_are_left_out(
         f"{artifact.documents + artifact.empty_documents} documents, 20 empty, 3 malformed lines left out"
     )
     assert [json.loads(line) for line in (spec.folder / "malformed.jsonl").read_text().splitlines()] == LISTED
-    assert "warning: 3 malformed lines left out, listed in malformed.jsonl" in capsys.readouterr().out
+    assert (
+        "warning: 3 malformed lines left out, listed in malformed.jsonl; data: my/data.jsonl:3: not UTF-8: "
+        in capsys.readouterr().out
+    )
     data = IndexedDataset(spec.folder / "data")
     tokenizer = load_tokenizer(Path(spec.workspace) / spec.inputs["model"].path / "files")
     kept = [text for number, text in enumerate(TEXTS, 1) if text and number not in (3, 50, 51)]
