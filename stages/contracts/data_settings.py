@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_core_impl.data.conversations import keys_of
 from stages.contracts.settings import NOT_IN_KEY, Frozen
@@ -23,7 +23,7 @@ class SourceOptions(Frozen):
         "(conversations of from and value), alpaca (instruction, input, output), question-answer",
     )
     text_column: str | tuple[str, ...] = Field(
-        "text", min_length=1,
+        "text",
         description="text: column, or key of a JSON line, that holds the text; of a list of them each is a document, in turn",
     )  # fmt: skip
     columns: dict[str, str] = Field(
@@ -40,11 +40,13 @@ class SourceOptions(Frozen):
             raise ValueError("columns is for conversations; where the text has another name, set text_column")
         return self
 
-    @model_validator(mode="after")
-    def _text_columns_differ(self) -> Self:
-        if "" in self.text_columns or len(set(self.text_columns)) < len(self.text_columns):
-            raise ValueError(f"text_column names {list(self.text_columns)}; they must differ, and none may be empty")
-        return self
+    @field_validator("text_column", mode="before")
+    @classmethod
+    def _names_columns(cls, value: object) -> object:
+        names = value if isinstance(value, list | tuple) else [value]
+        if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+            raise ValueError("must be a name, or a list of names that differ")
+        return value
 
     @property
     def text_columns(self) -> tuple[str, ...]:

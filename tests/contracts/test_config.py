@@ -177,9 +177,10 @@ def test_patterns_of_paths(tmp_path: Path) -> None:
 def test_text_columns() -> None:
     assert DataSettings(source="a").text_columns == ("text",)
     assert DataSettings(source="a", text_column=["title", "body"]).text_columns == ("title", "body")
-    for wrong in ((), ("a", "a"), ("a", ""), ""):
-        with pytest.raises(ValidationError):
+    for wrong in ([], ["a", "a"], ["a", ""], ["a", 3], "", 5):
+        with pytest.raises(ValidationError, match="must be a name, or a list of names that differ") as caught:
             DataSettings(source="a", text_column=wrong)
+        assert [error["loc"] for error in caught.value.errors()] == [("text_column",)]
 
 
 def test_stamp_notices_change(tmp_path: Path) -> None:
