@@ -43,10 +43,10 @@ class SourceOptions(Frozen):
     @field_validator("text_column", mode="before")
     @classmethod
     def _names_columns(cls, value: object) -> object:
-        names = value if isinstance(value, list | tuple) else [value]
+        names = tuple(value) if isinstance(value, list | tuple) else (value,)
         if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
             raise ValueError("must be a name, or a list of names that differ")
-        return value
+        return value if isinstance(value, str) else names  # a tuple even where a list is none, in strict mode
 
     @property
     def text_columns(self) -> tuple[str, ...]:

@@ -177,6 +177,8 @@ def test_patterns_of_paths(tmp_path: Path) -> None:
 def test_text_columns() -> None:
     assert DataSettings(source="a").text_columns == ("text",)
     assert DataSettings(source="a", text_column=["title", "body"]).text_columns == ("title", "body")
+    written = DataSettings.model_validate_json('{"source": "a", "text_column": ["title", "body"]}', strict=True)
+    assert written.text_columns == ("title", "body")
     for wrong in ([], ["a", "a"], ["a", ""], ["a", 3], "", 5):
         with pytest.raises(ValidationError, match="must be a name, or a list of names that differ") as caught:
             DataSettings(source="a", text_column=wrong)
