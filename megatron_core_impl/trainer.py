@@ -145,8 +145,8 @@ def _evaluation_plan(data: TrainingData, config: TrainConfig, dp: int) -> str:
         f" (every {config.eval_interval:,} would cost over {float(EVAL_SHARE):.0%})" if interval != config.eval_interval else ""
     )
     return (
-        f"evaluation: {count:,} sample{'s' if count > 1 else ''} ({most}), before the first step, every {interval:,}{wished} and after the last: about "
-        f"{float(computed * FORWARD_SHARE / config.samples):.1%} of the training's time"
+        f"evaluation: {count:,} sample{'s' if count > 1 else ''} ({most}), before the first step, every {interval:,}{wished} "
+        f"and after the last: about {float(computed * FORWARD_SHARE / config.samples):.1%} of the training's time"
     )
 
 

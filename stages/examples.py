@@ -81,11 +81,12 @@ def _examples(job: Job, controls: Sequence[str]) -> Iterator[Example]:
 
 
 def _of_text(job: Job, recipe: TextRecipe) -> Iterator[tuple[str, Example]]:
-    encoder = replace(recipe, bos_eos="none").encoder()
+    key = recipe.keys[0]
+    encoder = replace(recipe, bos_eos="none", keys=(key,)).encoder()
     for record in _records(job, encoder):
         with suppress(MalformedRecord):
-            if text := text_of(record, recipe.key)[:LONGEST]:
-                yield text, Example(text=text, ids=encoder.encode([{recipe.key: text}]).streams[""].tolist())
+            if text := text_of(record, key)[:LONGEST]:
+                yield text, Example(text=text, ids=encoder.encode([{key: text}]).streams[""].tolist())
 
 
 def _of_conversations(job: Job) -> Iterator[tuple[str, Example]]:

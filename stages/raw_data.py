@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_core_impl.data.indexed_dataset import bin_path
+from megatron_core_impl.data.streams import bin_path
 from megatron_core_impl.data.text_files import SUFFIXES
 from stages import hub_rows
 from stages.contracts import artifacts as a

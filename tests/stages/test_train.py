@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from indexed_writer import IndexedDatasetWriter
 from tiny_training import MODEL, write_dataset, write_weights
 
 from megatron_core_impl import metrics, trainer
 from megatron_core_impl.checkpoint.training import finished_steps
 from megatron_core_impl.config import ModelConfig
-from megatron_core_impl.data.indexed_dataset import IndexedDatasetWriter
 from megatron_core_impl.mesh import Mesh
 from stages import runtime, torchrun, train
 from stages.contracts import artifacts as a
@@ -354,7 +354,8 @@ def test_conversations_of_which_nothing_is_left(tmp_path: Path) -> None:
     dataset = put_conversations(tmp_path, [40] * 10)
     assert refusal(spec_of(tmp_path, dataset=dataset, too_long="drop")) == (
         "train: no dataset has a conversation left for train: of the 8 that data has for it, all are too long and left out "
-        '(the longest of the set has 40 tokens, sequence_length + 1 is 17): raise sequence_length, or set too_long to "truncate"'
+        "(the longest of the set has 40 tokens, sequence_length + 1 is 17): raise sequence_length, or set "
+        'too_long to "truncate"'
     )
 
 
