@@ -144,9 +144,11 @@ def _evaluation_plan(data: TrainingData, config: TrainConfig, dp: int) -> str:
     wished = (
         f" (every {config.eval_interval:,} would cost over {float(EVAL_SHARE):.0%})" if interval != config.eval_interval else ""
     )
+    which = f"{count:,} sample{'s' if count > 1 else ''} ({most})"
+    share = float(computed * FORWARD_SHARE / config.samples)
     return (
-        f"evaluation: {count:,} sample{'s' if count > 1 else ''} ({most}), before the first step, every {interval:,}{wished} "
-        f"and after the last: about {float(computed * FORWARD_SHARE / config.samples):.1%} of the training's time"
+        f"evaluation: {which}, before the first step, every {interval:,}{wished} and after the last: about {share:.1%} of the "
+        "training's time"
     )
 
 

@@ -143,7 +143,8 @@ class Conversations:
 
     def _labels_of(self, stream: IndexedDataset, numbers: range) -> npt.NDArray[Any]:
         """What a stream says of the labels of some conversations, one after another."""
-        return np.concatenate([stream[i][1 : 1 + self.lengths[i]] for i in numbers])
+        ends = (1 + self.lengths[numbers.start : numbers.stop]).tolist()
+        return np.concatenate([stream[i][1:end] for i, end in zip(numbers, ends, strict=True)])
 
     def _unknown_role(self, i: int) -> ValueError:
         return ValueError(f"{self._role.prefix}: conversation {i:,} has role {self._role[i].max()}; known are 0, 1 and 2")

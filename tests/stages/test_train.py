@@ -354,8 +354,8 @@ def test_conversations_of_which_nothing_is_left(tmp_path: Path) -> None:
     dataset = put_conversations(tmp_path, [40] * 10)
     assert refusal(spec_of(tmp_path, dataset=dataset, too_long="drop")) == (
         "train: no dataset has a conversation left for train: of the 8 that data has for it, all are too long and left out "
-        "(the longest of the set has 40 tokens, sequence_length + 1 is 17): raise sequence_length, or set "
-        'too_long to "truncate"'
+        "(the longest of the set has 40 tokens, sequence_length + 1 is 17): raise sequence_length, or set too_long to "
+        '"truncate"'
     )
 
 
