@@ -139,7 +139,7 @@ Looks only; starts nothing."""
 
 DATASET_HELP = """\
 finetune dataset inspect RESULT|PREFIX [--document N]     its documents, tokens and lengths; or the text of a document
-finetune dataset merge --output PREFIX PREFIX PREFIX …    datasets one after the other, in one"""
+finetune dataset merge --output PREFIX RESULT|PREFIX …    datasets one after the other, in one"""
 
 
 def _takes_config(parser: argparse.ArgumentParser) -> None:

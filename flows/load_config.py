@@ -61,7 +61,8 @@ def check_ready(config: PipelineConfig, where: str) -> None:
     """
     problems = []
     sources = [("model.source", config.model.source)]
-    sources += [(f"{named.key}.source", named.settings.source) for named in config.data.sources()]
+    files = [named for named in config.data.sources() if named.settings.format != "tokenized"]  # that is preflight's
+    sources += [(f"{named.key}.source", named.settings.source) for named in files]
     for key, source in sources:
         if _looks_local(source) and not _exists(source):
             problems.append(f"{key}: {source}: no such file or folder (seen from {Path.cwd()})")

@@ -134,6 +134,7 @@ def _open_split(source: SourceSettings, key: str, splits: Any, name: str) -> tup
                 raise BadInput(f"{key}.text_column: column {column!r} of {name} holds {kind}, no text. Name another one")
         wanted = set(source.text_columns)
     else:
+        assert source.format != "tokenized", "these are files"
         keys, required = keys_of(source.format, source.columns)
         if missing := set(required) - set(columns):
             raise BadInput(

@@ -128,7 +128,7 @@ def _data_rows(lineage: Lineage) -> list[tuple[str, ...]]:
         rows.append(("part", settings))
     return [
         *rows,
-        ("documents", f"{dataset.documents:,}, {words.size(data.text_bytes)} of text"),
+        ("documents", f"{dataset.documents:,}, {words.size(data.text_bytes)} of {a.units(data.sets)}"),
         ("tokens", f"{dataset.tokens:,}"),
         ("tokenizer", f"{dataset.tokenizer.kind}, vocabulary {dataset.tokenizer.vocab_size:,}"),
         _marks(dataset),

@@ -3,7 +3,8 @@
 Each set of the raw data becomes a dataset, each record one document, in the files' order, whatever the number of workers.
 Documents without tokens are left out and counted. Lines that cannot be read are counted and listed in malformed.jsonl (source,
 file, line, reason); above the share of a set's lines that settings.max_malformed allows, the stage fails, names the first ones,
-and leaves the list beside its results. Stopped in the middle, it goes on from the parts that are finished.
+and leaves the list beside its results. Stopped in the middle, it goes on from the parts that are finished. Data that came
+tokenized are checked, and taken as they are.
 """
 
 import json
@@ -21,7 +22,7 @@ from megatron_core_impl.data.statistics import Statistics
 from megatron_core_impl.data.text_encoder import TextRecipe
 from megatron_core_impl.data.text_files import SourceFile, UnreadableFile
 from megatron_core_impl.data.tokenizer import Tokenizer, load_tokenizer
-from stages import runtime
+from stages import runtime, tokenized_data
 from stages.contracts import artifacts as a
 from stages.contracts.specs import PreprocessSpec
 from stages.examples import write_examples
@@ -43,20 +44,26 @@ def run(spec: PreprocessSpec, ctx: Context) -> a.DatasetArtifact:
     settings = spec.settings
     data, data_folder = ctx.input("data", a.RawDataArtifact)
     model, model_folder = ctx.input("model", a.ModelArtifact)
-    tokenizer = _tokenizer(spec, model_folder / "files", model.model.vocab_size, is_text=data.sets[0].format == "text")
-    jobs = [
-        Job(
+    tokenizer = _tokenizer(spec, model_folder / "files", model.model.vocab_size, is_text=data.sets[0].content == "text")
+    recipes = {raw.name: _recipe(spec, raw, tokenizer, model_folder / "files") for raw in data.sets}
+    jobs = {
+        raw.name: Job(
             tuple(SourceFile(data_folder / name, origin) for name, origin in zip(raw.files, raw.origins, strict=True)),
-            _recipe(spec, raw, tokenizer, model_folder / "files"),
+            recipes[raw.name],
             ctx.scratch / raw.name,
         )
         for raw in data.sets
-    ]
-    encoder = _encoder(jobs[0].recipe)  # all sets have one tokenizer and one template
-    size = sum(file.size for job in jobs for file in job.files)
-    ctx.log(f"tokenizing {size / 1e6:,.1f} MB with {settings.workers} workers, {tokenizer.kind} tokenizer")
+        if raw.format != "tokenized"
+    }
+    encoder = _encoder(recipes[data.sets[0].name])  # all sets have one tokenizer and one template
+    tokenized = [raw for raw in data.sets if raw.name not in jobs]
+    seen_in = {raw.name: tokenized_data.check(raw, data_folder, tokenizer, settings.bos_eos, ctx) for raw in tokenized}
+    if jobs:
+        size = sum(file.size for job in jobs.values() for file in job.files)
+        ctx.log(f"tokenizing {size / 1e6:,.1f} MB with {settings.workers} workers, {tokenizer.kind} tokenizer")
     try:
-        counts = _tokenize(list(zip(data.sets, jobs, strict=True)), settings.workers, settings.max_malformed, ctx)
+        to_do = [(raw, jobs[raw.name]) for raw in data.sets if raw.name in jobs]
+        counts = _tokenize(to_do, settings.workers, settings.max_malformed, ctx)
     except WorkerDied as error:
         raise Interrupted(
             f"{error}. If that was the kernel, for lack of memory, lower preprocess.workers (now {settings.workers}); "
@@ -64,15 +71,20 @@ def run(spec: PreprocessSpec, ctx: Context) -> a.DatasetArtifact:
         ) from error
     except BadInput:
         # Nothing will go on from here: what mends it makes another result.
-        for job in jobs:
+        for job in jobs.values():
             remove_parts(job)
         (ctx.scratch / MALFORMED_FILE).unlink(missing_ok=True)
         raise
-    write_examples(ctx.scratch, jobs, tokenizer)
-    sets = tuple(_set(raw, join(job)) for raw, job in zip(data.sets, jobs, strict=True))
-    for job in jobs:
+    write_examples(ctx.scratch, list(jobs.values()), tokenizer)
+    for statistics in seen_in.values():
+        counts.seen.add(statistics)
+    seen_in |= {name: join(job) for name, job in jobs.items()}
+    sets = tuple(_set(raw, seen_in[raw.name]) for raw in data.sets)
+    for job in jobs.values():
         remove_parts(job)
         drop_plain_weights(job.prefix)
+    for raw in tokenized:
+        tokenized_data.put(raw, data_folder, ctx)
     seen = counts.seen
     return ctx.artifact(
         a.DatasetArtifact,
@@ -90,7 +102,7 @@ def run(spec: PreprocessSpec, ctx: Context) -> a.DatasetArtifact:
             fingerprint=tokenizer.fingerprint,
             added_tokens=tokenizer.added_tokens,
         ),
-        content="text" if data.sets[0].format == "text" else "conversations",
+        content=data.sets[0].content,
         header_tokens=encoder.header_tokens if isinstance(encoder, ConversationEncoder) else 0,
         end_of_answer=encoder.end_of_answer if isinstance(encoder, ConversationEncoder) else None,
         sets=sets,
@@ -104,16 +116,16 @@ def run(spec: PreprocessSpec, ctx: Context) -> a.DatasetArtifact:
 
 
 def _recipe(spec: PreprocessSpec, raw: a.RawSet, tokenizer: Tokenizer, folder: Path) -> Recipe:
-    """How the records of a set are encoded."""
+    """How the records of a set are encoded, or were, where it came tokenized."""
     settings = spec.settings
-    if raw.format == "text":
+    if raw.content == "text":
         return TextRecipe(
             folder, tokenizer.kind, raw.text_columns, settings.bos_eos, settings.reference_special_text, spec.added_tokens
         )
     return ConversationRecipe(
         folder,
         tokenizer.kind,
-        raw.format,
+        "messages" if raw.format == "text" or raw.format == "tokenized" else raw.format,  # no record of these is read
         settings.chat_template,
         columns=tuple(sorted(raw.columns.items())),
         added_tokens=spec.added_tokens,
@@ -243,7 +255,7 @@ class Counts:
     def speed(self) -> str:
         """Tokens and tokens per second, as a person reads them."""
         rate = f"{self.rate / 1e6:.1f} M" if self.rate >= 1e6 else f"{self.rate:,.0f}"
-        return f"{self.seen.tokens:,} tokens · {rate} tokens/s"
+        return f"{self.seen.tokens:,} tokens" + (f" · {rate} tokens/s" if self.new_tokens else "")
 
     def documents_per_second(self) -> str:
         """Documents per second, as a person reads them."""

@@ -13,7 +13,7 @@ from megatron_core_impl.data.streams import bin_path
 from megatron_core_impl.data.text_files import SUFFIXES
 from stages import hub_rows
 from stages.contracts import artifacts as a
-from stages.contracts import words
+from stages.contracts import tokenized, words
 from stages.contracts.data_settings import NamedSource
 from stages.contracts.sources import expand, is_glob
 from stages.contracts.specs import DownloadDataSpec
@@ -21,6 +21,7 @@ from stages.local_source import local_name, local_source
 from stages.model_files import copy_file, listed
 from stages.runtime import BadInput, Context
 from stages.text_sources import Line, SourceFiles, check_links
+from stages.tokenized_data import take
 
 # What often lies beside files of records; so do names that begin with _ or a dot.
 BESIDE = re.compile(
@@ -35,13 +36,15 @@ def collect(spec: DownloadDataSpec, ctx: Context) -> a.RawDataArtifact:
     Raises:
         BadInput: a source does not exist, may not be read, or is empty; the message says what to do.
     """
+    if problems := tokenized.problems(spec.data):
+        raise BadInput("\n  ".join(problems))
     counts = Counter[str]()  # of files that were left out, by reason
     sets = [_collect(named, spec, ctx, counts) for named in spec.data.sources()]
     files, size = sum(len(each.files) for each in sets), sum(each.text_bytes for each in sets)
     known = [each.documents for each in sets if each.documents is not None]
     documents = sum(known) if len(known) == len(sets) else None
     what = f"{documents:,} documents" if documents is not None else f"{files:,} file{'s' if files > 1 else ''}"
-    parts = [f"{len(sets)} sources" if len(sets) > 1 else "", what, f"{words.size(size)} of text"]
+    parts = [f"{len(sets)} sources" if len(sets) > 1 else "", what, f"{words.size(size)} of {a.units(sets)}"]
     note = f" (left out: {', '.join(f'{count:,} {why}' for why, count in counts.items() if count)})" if counts.total() else ""
     return ctx.artifact(
         a.RawDataArtifact,
@@ -57,6 +60,8 @@ def collect(spec: DownloadDataSpec, ctx: Context) -> a.RawDataArtifact:
 
 def _collect(named: NamedSource, spec: DownloadDataSpec, ctx: Context, counts: Counter[str]) -> a.RawSet:
     source, key = named.settings, named.key
+    if source.format == "tokenized":
+        return take(named, ctx)
     path = local_source(source.source, f"{key}.source")
     if path is None:
         cache = ctx.workspace / ".cache" / "datasets"

@@ -1,6 +1,6 @@
 """Whether a dataset that was made elsewhere is what it is taken for: whole, in one piece, of the ids of a vocabulary."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,11 +23,13 @@ LEGAL = {
 }
 
 
-def check_dataset(streams: Streams, vocab_size: int, told: Callable[[int], None] = lambda tokens: None) -> IndexedDataset:
+def check_dataset(
+    streams: Streams, vocab_size: int, told: Callable[[int, int], None] = lambda done, total: None
+) -> IndexedDataset:
     """Read a dataset from its beginning to its end, a block at a time.
 
     Args:
-        told: how many tokens have been read since it was told last; those of all streams.
+        told: how many tokens of all streams have been read, and how many there are.
 
     Returns:
         Its tokens.
@@ -46,11 +48,14 @@ def check_dataset(streams: Streams, vocab_size: int, told: Callable[[int], None]
     for dataset in datasets:
         check_layout(dataset)
     check_lengths(datasets)
+    done, total = 0, sum(len(dataset.tokens) for dataset in datasets)
     for suffix, dataset in zip(streams.suffixes, datasets, strict=True):
         if (suffix == WEIGHT) != (dataset.dtype.kind == "f"):
             raise ValueError(f"{dataset.prefix} holds {dataset.dtype.name}; weights are float64, all else are whole numbers")
         of_ids = Legal(vocab_size, "id", f"the tokenizer has vocab_size={vocab_size:,}: it is not the one this was made with")
-        _check_values(dataset, LEGAL.get(suffix, of_ids), told)
+        for checked in _check_values(dataset, LEGAL.get(suffix, of_ids)):
+            done += checked
+            told(done, total)
     return first
 
 
@@ -86,12 +91,28 @@ def check_lengths(streams: Sequence[IndexedDataset]) -> None:
             raise ValueError(f"{other.prefix} and {first.prefix} have conversations of other lengths. Make both again")
 
 
+def count_unended(dataset: IndexedDataset, token: int) -> int:
+    """How many documents end with another token than this; the empty ones do not count. For a dataset in one piece."""
+    count = 0
+    for start in range(0, len(dataset), BLOCK):
+        sequences = np.arange(start, min(start + BLOCK, len(dataset)))
+        if len(dataset.doc_idx) > 1:
+            first, last = np.searchsorted(dataset.doc_idx[1:], [start, start + BLOCK], "right")
+            documents = dataset.doc_idx[first : 1 + last]
+            sequences = documents[1:][np.diff(documents) > 0] - 1
+        sequences = sequences[dataset.sizes[sequences] > 0]
+        ends = dataset.pointers[sequences] // dataset.dtype.itemsize + dataset.sizes[sequences] - 1
+        count += int((dataset.tokens[ends] != token).sum())
+    return count
+
+
 def document_of(dataset: IndexedDataset, sequence: int) -> int:
     """The document that a sequence is part of. Without documents (doc_idx is [0]) each sequence is one."""
     return int(np.searchsorted(dataset.doc_idx[1:], sequence, "right")) if len(dataset.doc_idx) > 1 else sequence
 
 
-def _check_values(dataset: IndexedDataset, legal: Legal, told: Callable[[int], None]) -> None:
+def _check_values(dataset: IndexedDataset, legal: Legal) -> Iterator[int]:
+    """How many were checked, block by block."""
     for start in range(0, len(dataset.tokens), BLOCK):
         block: Tokens = dataset.tokens[start : start + BLOCK]
         is_legal = (block >= 0) & (block < legal.limit)
@@ -100,4 +121,4 @@ def _check_values(dataset: IndexedDataset, legal: Legal, told: Callable[[int], N
             sequence = int(np.searchsorted(dataset.pointers, (start + place) * dataset.dtype.itemsize, "right")) - 1
             where = f"{dataset.prefix}: document {document_of(dataset, sequence):,}"
             raise ValueError(f"{where} has {legal.name} {block[place]:,}; {legal.hint}")
-        told(len(block))
+        yield len(block)

@@ -6,12 +6,14 @@ never given a second time as a flag. Paths are relative, so an artifact is valid
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter
 
 from megatron_core_impl.config import Activation, NormKind, RopeScaling
+from megatron_core_impl.data.streams import TEXT
 from stages.contracts.config import BosEos
 from stages.contracts.data_settings import Format
 from stages.contracts.settings import Frozen
@@ -130,16 +132,24 @@ class RawSet(Frozen):
     key: str = "data"  # of the source in the configuration
     role: Literal["all", "train", "valid", "test"]  # all: split by train.split
     files: tuple[str, ...]  # relative to the artifact's folder
-    origins: tuple[
-        str, ...
-    ]  # what a person calls each of them: the file it is a copy of, or the dataset whose rows are its lines
+    origins: tuple[str, ...]  # what a person calls each: the file it is a copy of, or the dataset whose rows are its lines
     format: Format
     text_columns: tuple[str, ...]  # text: the keys of a record that hold text, each a document
     columns: dict[str, str]  # conversations: keys that differ from the format's own
     source: str
     revision: str | None = None
     documents: int | None  # None: not counted yet
-    text_bytes: int
+    text_bytes: int  # tokenized: of its files
+
+    @property
+    def content(self) -> Literal["text", "conversations"]:
+        is_text = f"{self.name}{TEXT}.bin" not in self.files if self.format == "tokenized" else self.format == "text"
+        return "text" if is_text else "conversations"
+
+
+def units(sets: Sequence[RawSet]) -> str:
+    """What the bytes of some sets are."""
+    return " and ".join(dict.fromkeys("tokens" if each.format == "tokenized" else "text" for each in sets))
 
 
 class RawDataArtifact(Artifact):

@@ -142,16 +142,16 @@ class PipelineConfig(Frozen):
     @model_validator(mode="after")
     def _settings_mean_something(self) -> Self:
         """What is set and would be without effect is a misunderstanding."""
-        content = self.data.sources()[0].settings.content
+        contents = {named.settings.content for named in self.data.sources()}
         for other, fields in ONLY_FOR.items():
-            if other == content:
+            if other in contents or None in contents:
                 continue
             for section, name in fields:
                 settings = getattr(self, section)
                 if (value := getattr(settings, name)) != type(settings).model_fields[name].default:
                     raise ValueError(
-                        f"{section}.{name}={value} is for {other}, and data.format={self.data.sources()[0].settings.format} "
-                        f"makes {content}: leave it out"
+                        f"{section}.{name}={value} is for {other}, and data.format={self.data.sources()[0].settings.format} is "
+                        "not: leave it out"
                     )
         return self
 

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from megatron_core_impl.data.conversations import keys_of
 from stages.contracts.settings import NOT_IN_KEY, Frozen
 
-Format = Literal["text", "messages", "sharegpt", "alpaca", "question-answer"]
+Format = Literal["text", "messages", "sharegpt", "alpaca", "question-answer", "tokenized"]
 
 
 class SourceOptions(Frozen):
@@ -20,7 +20,8 @@ class SourceOptions(Frozen):
     format: Format = Field(
         "text",
         description="text: each record is a document; else conversations: messages as OpenAI writes them, sharegpt "
-        "(conversations of from and value), alpaca (instruction, input, output), question-answer",
+        "(conversations of from and value), alpaca (instruction, input, output), question-answer; or tokenized: Megatron's "
+        "files of either, taken as they are",
     )
     text_column: str | tuple[str, ...] = Field(
         "text",
@@ -34,7 +35,7 @@ class SourceOptions(Frozen):
 
     @model_validator(mode="after")
     def _columns_fit_format(self) -> Self:
-        if self.format != "text":
+        if self.format != "text" and self.format != "tokenized":
             keys_of(self.format, self.columns)
         elif self.columns:
             raise ValueError("columns is for conversations; where the text has another name, set text_column")
@@ -53,8 +54,9 @@ class SourceOptions(Frozen):
         return (self.text_column,) if isinstance(self.text_column, str) else self.text_column
 
     @property
-    def content(self) -> Literal["text", "conversations"]:
-        return "text" if self.format == "text" else "conversations"
+    def content(self) -> Literal["text", "conversations"] | None:
+        """None: tokenized, and only the files say it."""
+        return None if self.format == "tokenized" else "text" if self.format == "text" else "conversations"
 
 
 class SourceSettings(SourceOptions):
@@ -81,7 +83,7 @@ class DataSettings(SourceOptions):
     source: str | None = Field(
         None, min_length=1,
         description="Hub dataset id; a local .jsonl, .json or .parquet file (.gz, .zst); a folder or glob of these; "
-        "a folder of source files; or a folder that `datasets` saved",
+        "a folder of source files; a folder that `datasets` saved; tokenized: the path of .bin and .idx, without these",
     )  # fmt: skip
     blend: tuple[SourceSettings, ...] = Field((), description="instead of source: several, each with a weight")
     valid: tuple[SourceSettings, ...] = Field(
@@ -95,7 +97,7 @@ class DataSettings(SourceOptions):
             raise ValueError("data needs either source, for one, or blend, for several")
         if self.test and not self.valid:
             raise ValueError("test needs valid: without it, train.split cuts all three out of the same data")
-        contents = {named.settings.content for named in self.sources()}
+        contents = {named.settings.content for named in self.sources()} - {None}
         if len(contents) > 1:
             raise ValueError("the sources hold text and conversations; a model is trained on one of them. See format")
         return self

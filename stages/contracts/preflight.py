@@ -8,7 +8,7 @@ from typing import Any
 from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.models import families
 from stages.contracts import artifacts as a
-from stages.contracts import memory, publishing
+from stages.contracts import memory, publishing, tokenized
 from stages.contracts.config import ModelSettings, PipelineConfig
 from stages.contracts.train_settings import LayoutSettings
 
@@ -16,9 +16,10 @@ from stages.contracts.train_settings import LayoutSettings
 def check(config: PipelineConfig) -> list[str]:
     """Problems of a configuration, one line each, with the key's path. Empty when nothing is known to be wrong.
 
-    Only local models are looked at: what the Hub holds is known once it is downloaded.
+    Only what is local is looked at: what the Hub holds is known once it is downloaded.
     """
-    problems = [f"push.{problem}" for problem in [publishing.in_the_way(config.push)] if problem]
+    problems = [*tokenized.problems(config.data)]
+    problems += [f"push.{problem}" for problem in [publishing.in_the_way(config.push)] if problem]
     folder = Path(config.model.source).expanduser()
     if not folder.is_dir():
         return problems  # a Hub id

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import translate
 from pathlib import Path
 from re import Pattern, compile
@@ -64,6 +64,11 @@ def stamp(source: str, include: tuple[str, ...] = ("**/*",), exclude: tuple[str,
         root, files = (path.parent, [path]) if path.is_file() else (path, list_files(path, include, exclude))
     else:
         return None
+    return stamp_files(root, files)
+
+
+def stamp_files(root: Path, files: Sequence[Path]) -> str:
+    """Identity of some files below a folder."""
     digest = hashlib.sha256()
     for file in files:
         stat = file.stat() if file.exists() else file.lstat()  # a link that leads nowhere is download's to refuse

@@ -23,6 +23,7 @@ from stages.contracts.config import (
 from stages.contracts.data_settings import DataSettings
 from stages.contracts.settings import Frozen
 from stages.contracts.sources import stamp
+from stages.contracts.tokenized import stamp_tokenized
 from stages.contracts.train_settings import LayoutSettings, TrainSettings, check_batches
 
 # Raise a stage's number when its code changes what it writes for the same spec.
@@ -78,6 +79,8 @@ class Spec(Frozen):
 
         def without_paths(value: Any, name: str = "") -> Any:
             if isinstance(value, dict):
+                if value.get("format") == "tokenized" and value.get("source"):
+                    value = {**value, "source": Path(value["source"]).name}  # a prefix, which no file has as its name
                 return {key: without_paths(inner, key) for key, inner in value.items()}
             if isinstance(value, list):
                 return [without_paths(inner, name) for inner in value]
@@ -137,7 +140,12 @@ class DownloadDataSpec(Spec):
 
     @classmethod
     def settings_of(cls, config: PipelineConfig) -> dict[str, Any]:
-        stamps = [stamp(settings.source, settings.include, settings.exclude) for _, _, _, settings in config.data.sources()]
+        stamps = [
+            stamp_tokenized(settings.source)
+            if settings.format == "tokenized"
+            else stamp(settings.source, settings.include, settings.exclude)
+            for _, _, _, settings in config.data.sources()
+        ]
         return {"data": config.data, "stamp": " ".join(filter(None, stamps)) or None}
 
 

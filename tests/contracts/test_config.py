@@ -11,6 +11,7 @@ from megatron_core_impl.train_config import TrainConfig
 from stages.contracts.config import PipelineConfig
 from stages.contracts.data_settings import DataSettings
 from stages.contracts.sources import expand, list_files, stamp
+from stages.contracts.tokenized import stamp_tokenized
 from stages.contracts.train_settings import TrainSettings
 
 
@@ -39,12 +40,12 @@ def config(**changes: Any) -> PipelineConfig:
         (
             {"export": {"answers": 3}},
             (),
-            "export.answers=3 is for conversations, and data.format=text makes text: leave it out",
+            "export.answers=3 is for conversations, and data.format=text is not: leave it out",
         ),
         (
             {"data": {"source": "c/d", "format": "alpaca"}, "train": {"steps": 10, "eod_mask_loss": True}},
             (),
-            "train.eod_mask_loss=True is for text, and data.format=alpaca makes conversations: leave it out",
+            "train.eod_mask_loss=True is for text, and data.format=alpaca is not: leave it out",
         ),
         (
             {"data": {"source": "c/d", "format": "alpaca"}, "preprocess": {"bos_eos": "both"}},
@@ -194,3 +195,16 @@ def test_stamp_notices_change(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("22")
     assert stamp(str(tmp_path), ("**/*.py",)) != before
     assert stamp("some/hub-id") is None
+
+
+def test_stamp_of_tokenized_data_notices_change(tmp_path: Path) -> None:
+    for name in ("code.bin", "code.idx", "codec.bin"):
+        (tmp_path / name).write_text("1")
+    before = stamp_tokenized(str(tmp_path / "code"))
+    assert stamp_tokenized(str(tmp_path / "code.bin")) == before
+    (tmp_path / "codec.bin").write_text("22")
+    assert stamp_tokenized(str(tmp_path / "code")) == before
+    (tmp_path / "code.idx").write_text("22")
+    assert stamp_tokenized(str(tmp_path / "code")) not in (None, before)
+    (tmp_path / "code.idx").unlink()
+    assert stamp_tokenized(str(tmp_path / "code")) is None

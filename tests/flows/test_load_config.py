@@ -201,6 +201,38 @@ def test_what_is_known_before_any_stage(tmp_path: Path, monkeypatch: pytest.Monk
     ]
 
 
+def test_tokenized_data_are_known_by_their_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus" / "old").mkdir(parents=True)
+    for name in ("code", "talks-text", "talks-role"):
+        for end in (".bin", ".idx"):
+            (tmp_path / "corpus" / f"{name}{end}").touch()
+    (tmp_path / "corpus" / "old" / "half.bin").touch()
+    file = tmp_path / "mine.yaml"
+
+    def told(*sources: str) -> list[str]:
+        blend = ", ".join(f"{{source: {source}, format: tokenized}}" for source in sources)
+        file.write_text(GOOD.replace("source: somebody/data", f"blend: [{blend}]"))
+        try:
+            check_ready(load_config(file), "mine.yaml")
+        except BadConfig as error:
+            return error.problems
+        return []
+
+    assert told("corpus/code", f"{tmp_path}/corpus/code.idx", "./corpus/old/../code.bin") == []
+    assert told("corpus/talks") == []
+    assert told("corpus/cod", "corpus/old/half", "corpus/talks-role") == [
+        "mine.yaml: data.blend[0].source: there is no dataset corpus/cod, neither .bin and .idx nor -text and -role. "
+        "Name one of: corpus/code, corpus/talks-role, corpus/talks-text",
+        "mine.yaml: data.blend[1].source: corpus/old/half lacks half.idx: it needs .bin and .idx",
+        "mine.yaml: data.blend[2].source: corpus/talks-role is a stream of conversations, of -text and -role: name their "
+        "prefix, corpus/talks",
+    ]
+    assert told("corpus/code", "corpus/talks") == [
+        "mine.yaml: data: data.blend[0] is text and data.blend[1] is conversations; a model is trained on one"
+    ]
+
+
 def test_a_local_model_that_the_layout_does_not_fit(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
