@@ -22,6 +22,7 @@ from megatron_core_impl.data.statistics import Statistics
 from megatron_core_impl.data.text_encoder import TextRecipe
 from megatron_core_impl.data.text_files import SourceFile, UnreadableFile
 from megatron_core_impl.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_core_impl.metrics import duration
 from stages import runtime, tokenized_data
 from stages.contracts import artifacts as a
 from stages.contracts.specs import PreprocessSpec
@@ -63,7 +64,7 @@ def run(spec: PreprocessSpec, ctx: Context) -> a.DatasetArtifact:
         ctx.log(f"tokenizing {size / 1e6:,.1f} MB with {settings.workers} workers, {tokenizer.kind} tokenizer")
     try:
         to_do = [(raw, jobs[raw.name]) for raw in data.sets if raw.name in jobs]
-        counts = _tokenize(to_do, settings.workers, settings.max_malformed, ctx)
+        counts = _tokenize(to_do, settings.workers, settings.max_malformed, ctx) if to_do else Counts()
     except WorkerDied as error:
         raise Interrupted(
             f"{error}. If that was the kernel, for lack of memory, lower preprocess.workers (now {settings.workers}); "
@@ -250,7 +251,7 @@ class Counts:
 
     def left(self) -> str:
         """The time that is left, as a person reads it; nothing while nothing was measured."""
-        return f" · {_duration(self.seconds / self.new_share * (1 - self.share))} left" if self.new_share else ""
+        return f" · {duration(self.seconds / self.new_share * (1 - self.share))} left" if self.new_share else ""
 
     def speed(self) -> str:
         """Tokens and tokens per second, as a person reads them."""
@@ -357,13 +358,6 @@ def _no_text(current: SetCounts, ctx: Context) -> BadInput:
         f"{seen.malformed:,} malformed, {seen.blank:,} blank){_first_lines(current, ctx) if seen.malformed else '. '}"
         f"Check {current.key}.source, {current.key}.text_column and {current.key}.include"
     )
-
-
-def _duration(seconds: float) -> str:
-    """Time as a person reads it: 12s, 3m 12s, 2h 05m."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h {minutes:02}m" if hours else f"{minutes}m {rest:02}s" if minutes else f"{rest}s"
 
 
 if __name__ == "__main__":

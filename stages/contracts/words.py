@@ -2,17 +2,12 @@
 
 from datetime import datetime
 
+from megatron_core_impl.metrics import duration
+
 
 def seconds(value: float) -> str:
     """A duration: 0.4s, 12s, 3m 12s, 2h 05m."""
-    if value < 9.95:
-        return f"{value:.1f}s"
-    whole = round(value)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return f"{value:.1f}s" if value < 9.95 else duration(value)
 
 
 def ago(moment: datetime, now: datetime) -> str:

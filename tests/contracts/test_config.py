@@ -35,7 +35,7 @@ def config(**changes: Any) -> PipelineConfig:
         (
             {"train": {"steps": 10, "packing": False}},
             (),
-            "train.packing=False is for conversations, and data.format=text makes",
+            "train.packing=False is for conversations, and data.format=text is not",
         ),
         (
             {"export": {"answers": 3}},

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from conversation_files import write
+from indexed_writer import IndexedDatasetWriter
 from tiny_job import CONFIG, changed, make_job
 from tiny_training import MODEL
 
 from megatron_core_impl.batches import evaluation_batches, micro_batches, on_device, training_batches, width_of
 from megatron_core_impl.config import Layout
 from megatron_core_impl.data.blend import Blend
-from megatron_core_impl.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_core_impl.data.indexed_dataset import IndexedDataset
 from megatron_core_impl.data.samples import EMPTY_ROW, Row, collate
 from megatron_core_impl.mesh import Mesh
 from megatron_core_impl.prefetch import Prefetched

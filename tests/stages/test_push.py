@@ -87,7 +87,9 @@ def inputs(tmp_path: Path) -> dict[str, Ref]:
         ),
         "data": publish(
             workspace, a.RawDataArtifact, {}, {"data": {"source": "/home/ada/Lib", "text_column": "text"}}, documents=2214,
-            source="Lib", revision=None, text_bytes=31_400_000, sets=(),
+            source="Lib", revision=None, text_bytes=31_400_000,
+            sets=(a.RawSet(name="data", role="all", files=("a.jsonl",), origins=("a.jsonl",), format="text",
+                           text_columns=("text",), columns={}, source="Lib", documents=None, text_bytes=31_400_000),),
         ),
         "verification": publish(
             workspace, a.VerificationArtifact, {}, {}, mean_error=2.2e-7, max_error=1e-6, loss_difference=1e-8,

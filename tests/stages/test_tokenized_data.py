@@ -108,6 +108,11 @@ def check_same(artifact: a.DatasetArtifact, workspace: Path, source: Path, name:
         assert digest(artifact.folder(workspace) / here) == digest(source.parent / there)
 
 
+def _digests(artifact: a.DatasetArtifact) -> dict[str, str]:
+    """Of the data; the examples are of texts, which are gone."""
+    return {name: record.sha256 for name, record in artifact.files.items() if name != "examples.json"}
+
+
 def test_what_is_tokenized_here_can_be_read_again(read: Read, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [json.dumps({"text": text}) for text in CODE * 10]
     (tmp_path / "code.jsonl").write_text("\n".join(lines))
@@ -119,9 +124,7 @@ def test_what_is_tokenized_here_can_be_read_again(read: Read, tmp_path: Path, ca
         assert (again.documents, again.tokens, again.dtype, again.tokenizer, again.content) == (
             first.documents, first.tokens, first.dtype, first.tokenizer, first.content,
         )  # fmt: skip
-        assert {name: record.sha256 for name, record in again.files.items()} == {
-            name: record.sha256 for name, record in first.files.items()
-        }
+        assert _digests(again) == _digests(first)
     assert again.figure == f"{first.tokens:,} tokens · 40 documents, 0 empty"
     raw = a.load_artifact(tmp_path / "ws" / again.spec["inputs"]["data"]["path"])
     assert re.fullmatch(r"2 files, [\d.]+ kB of tokens", raw.figure)
