@@ -14,9 +14,12 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from flows.config_errors import KeyPath, explain, key_of
+from flows.plan import plan
+from stages.contracts import artifacts as a
 from stages.contracts import preflight
 from stages.contracts.config import PipelineConfig
 from stages.contracts.sources import expand, is_glob
+from stages.contracts.training_job import planned_job
 
 
 class BadConfig(ValueError):
@@ -73,10 +76,24 @@ def check_ready(config: PipelineConfig, where: str) -> None:
         )
     try:
         problems += preflight.check(config)
+        problems += _of_made_data(config)
     except Exception as error:  # a broken config.json may do anything to what reads it
         problems.append(f"model.source or push: cannot be checked ({type(error).__name__}: {error})")
     if problems:
         raise BadConfig([f"{where}: {problem}" for problem in problems])
+
+
+def _of_made_data(config: PipelineConfig) -> list[str]:
+    """What training would find wrong with the data, where they are tokenized already."""
+    made = {node.node: node.artifact for node in plan(config)}
+    dataset, model = made["preprocess"], made["download-model"]
+    if not isinstance(dataset, a.DatasetArtifact) or not isinstance(model, a.ModelArtifact):
+        return []
+    try:
+        planned_job(config, dataset, model.model)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _exists(source: str) -> bool:
@@ -88,7 +105,7 @@ def _exists(source: str) -> bool:
 
 def _looks_local(source: str) -> bool:
     """Whether a source can only be a path: a Hub id is `name` or `owner/name`."""
-    is_file = source.endswith((".jsonl", ".ndjson", ".gz", ".zst", ".parquet", "/"))
+    is_file = source.endswith((".jsonl", ".ndjson", ".json", ".gz", ".zst", ".parquet", "/"))
     return is_glob(source) or source.startswith((".", "/", "~")) or is_file or source.count("/") > 1
 
 

@@ -13,7 +13,7 @@ from stages.contracts import length, preflight
 from stages.contracts.config import PipelineConfig
 from stages.contracts.settings import Frozen
 from stages.contracts.specs import SOURCES, SPECS, Spec
-from stages.contracts.train_settings import TrainSettings
+from stages.contracts.training_job import planned_epoch
 from stages.contracts.words import count, short
 
 MOST_COMPARED = 200  # earlier results of a stage that are looked at
@@ -155,21 +155,19 @@ def describe(config: PipelineConfig, plans: list[NodePlan]) -> list[tuple[str, s
             f" ({count(train.global_batch_size // replicas)} micro batches)",
         ),
         *([("memory", f"each GPU {memory}")] if memory else []),
-        ("length", _length(train, dataset)),
+        ("length", _length(config, dataset, model)),
         ("push", {"dry-run": "dry run", "folder": f"to {config.push.folder}", "hub": f"to {config.push.repo}"}[config.push.to]),
         ("workspace", str(config.workspace_path)),
     ]
 
 
-def _length(train: TrainSettings, dataset: a.Artifact | None) -> str:
-    """How long training is going to be. A split is one of documents, so the tokens of an epoch of text are nearly known."""
-    shares = [float(share) for share in train.split.split(",")]
-    of_role = {"all": shares[0] / sum(shares), "train": 1.0, "valid": 0.0, "test": 0.0}
+def _length(config: PipelineConfig, dataset: a.Artifact | None, model: a.Artifact | None) -> str:
+    """How long training is going to be."""
     tokens = None
-    if isinstance(dataset, a.DatasetArtifact) and dataset.content == "text":
-        tokens = round(sum(each.tokens * of_role[each.role] for each in dataset.sets))
     try:
-        return length.described(train, tokens)
+        if isinstance(dataset, a.DatasetArtifact) and isinstance(model, a.ModelArtifact):
+            tokens = planned_epoch(config, dataset, model.model)
+        return length.described(config.train, tokens)
     except ValueError as error:
         return f"cannot be: {error}"
 

@@ -16,7 +16,8 @@ from flows.launch.protocol import ExitCode, Progress, StageFailed, StageJob
 from flows.run import Run
 from flows.run_record import now
 from stages.contracts import artifacts as a
-from stages.contracts.specs import Spec
+from stages.contracts.specs import SPECS, Spec
+from stages.contracts.training_job import planned_job
 
 A = TypeVar("A", bound=a.Artifact)
 
@@ -52,6 +53,23 @@ def run_stage(run: Run, kind: type[A], spec_type: type[Spec], **inputs: a.Artifa
         raise
     run.record.node(node, wall_seconds=round(time.monotonic() - started, 1))
     return artifact
+
+
+def check_training(run: Run, dataset: a.DatasetArtifact, model: a.ModelArtifact) -> None:
+    """Refuse data that training could not begin with.
+
+    Raises:
+        StageFailed: in the name of train.
+    """
+    try:
+        planned_job(run.config, dataset, model.model)
+    except ValueError as error:
+        failed = StageFailed(
+            "train", "bad input", str(error), log_file=run.folder.log(SPECS["preprocess"].NODE), code=ExitCode.BAD_INPUT
+        )
+        run.failures.append(failed)
+        run.record.node("train", state="failed", error=failed.message, done=None)
+        raise failed from None
 
 
 def _launch(run: Run, kind: type[A], spec: Spec) -> A:

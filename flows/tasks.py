@@ -13,7 +13,7 @@ from prefect.context import TaskRunContext
 
 from flows.pages import stage_page
 from flows.run import Run
-from flows.run_stage import run_stage
+from flows.run_stage import check_training, run_stage
 from stages.contracts import artifacts as a
 from stages.contracts import specs as s
 
@@ -71,8 +71,10 @@ def download_data(run: Run) -> a.RawDataArtifact:
 
 @task(**_node(s.PreprocessSpec))
 def preprocess(run: Run, data: a.RawDataArtifact, model: a.ModelArtifact) -> a.DatasetArtifact:
-    """Text to token ids, in Megatron's format."""
-    return run_stage(run, a.DatasetArtifact, s.PreprocessSpec, data=data, model=model)
+    """Text to token ids, in Megatron's format. What training could not begin with is refused before other work is done."""
+    done = run_stage(run, a.DatasetArtifact, s.PreprocessSpec, data=data, model=model)
+    check_training(run, done.data if isinstance(done, State) else done, model)
+    return done
 
 
 @task(**_node(s.ConvertSpec))

@@ -23,12 +23,12 @@ from megatron_core_impl import metrics
 from megatron_core_impl.checkpoint import training as checkpoints
 from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.memory import Device
+from megatron_core_impl.train_config import Job
 from megatron_core_impl.training_data import conversation_figures, tokens_per_epoch
 from stages import runtime, torchrun
 from stages.contracts import artifacts as a
-from stages.contracts import length, memory
+from stages.contracts import length, memory, training_job
 from stages.contracts.specs import TrainSpec
-from stages.training_job import job_of
 
 if TYPE_CHECKING:
     import torch
@@ -308,6 +308,22 @@ def _told(error: BaseException) -> dict[str, str | int | None]:
         file = os.fspath(error.filename) if isinstance(error.filename, str | os.PathLike) else None
         return {"kind": "system", "errno": error.errno, "message": error.strerror, "file": file}
     return {"kind": "crash", "message": f"{type(error).__name__}: {message}"}
+
+
+def job_of(spec: TrainSpec, weights: a.WeightsArtifact, dataset: a.DatasetArtifact, scratch: Path) -> Job:
+    """What the spec asks for.
+
+    Raises:
+        BadInput: the data do not give it.
+    """
+    workspace = Path(spec.workspace)
+    folder = weights.folder(workspace)
+    try:
+        return training_job.job_of(
+            workspace, dataset, spec.settings, weights.model, blend=spec.blend, weights=folder, folder=scratch
+        )
+    except ValueError as error:
+        raise runtime.BadInput(str(error)) from None
 
 
 def _train(spec: TrainSpec, scratch: Path, should_stop: Callable[[], bool]) -> bool:

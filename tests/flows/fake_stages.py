@@ -14,9 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flows.launch.process import ProcessLauncher
 from flows.launch.protocol import ExitCode, Progress, StageFailed, StageJob
 from megatron_core_impl.config import ModelConfig
+from megatron_core_impl.data.indexed_dataset import IndexWriter
+from megatron_core_impl.data.streams import bin_path
 from stages import runtime
 from stages.contracts import artifacts as a
 from stages.contracts.config import PipelineConfig
@@ -32,11 +36,11 @@ WEIGHTS: dict[str, Any] = {"model": MODEL, "tp": 1, "pp": 1, "tensors": 3, "byte
 MAKES: dict[str, tuple[type[a.Artifact], dict[str, Any]]] = {
     "download-model": (a.ModelArtifact, {"model": MODEL, "tokenizer_files": (), "source": "m", "revision": None}),
     "download-data": (a.RawDataArtifact, {"documents": 3, "source": "d", "revision": None, "text_bytes": 9, "sets": ()}),
-    "preprocess": (a.DatasetArtifact, {"tokenizer": TOKENIZER, "dtype": "uint16", "documents": 3, "empty_documents": 0,
+    "preprocess": (a.DatasetArtifact, {"tokenizer": TOKENIZER, "dtype": "uint16", "documents": 64, "empty_documents": 0,
                                        "malformed_lines": 0, "tokens": 4096, "bos_eos": "eos", "content": "text",
-                                       "sets": ({"name": "data", "role": "all", "documents": 3, "tokens": 4096,
+                                       "sets": ({"name": "data", "role": "all", "documents": 64, "tokens": 4096,
                                                  "empty_documents": 0, "malformed_lines": 0, "blank_lines": 0,
-                                                 "longest": 4000, "lengths": {}, "left_out": {}},)}),
+                                                 "longest": 64, "lengths": {}, "left_out": {}},)}),
     "convert": (a.WeightsArtifact, WEIGHTS),
     "verify": (a.VerificationArtifact, {"mean_error": 1e-7, "max_error": 1e-6, "loss_difference": 0.0,
                                         "argmax_agreement": 1.0, "allowed_mean_error": 1e-4, "precision": "fp32"}),
@@ -69,10 +73,19 @@ def fake_run(spec: Spec, ctx: runtime.Context) -> a.Artifact:
     for name, kind in spec.INPUTS.items():
         ctx.input(name, kind)
     kind, facts = MAKES[spec.NODE]
+    if spec.NODE == "preprocess":
+        _write_dataset(ctx.scratch / "data", documents=64, of_tokens=64)
     metrics = (
         {"samples": [{"prompt": "def read(", "before": "??", "after": "self, size=-1):"}]} if spec.NODE == "export" else {}
     )
     return ctx.artifact(kind, figure=f"{spec.NODE} made", metrics=metrics, **facts)
+
+
+def _write_dataset(prefix: Path, *, documents: int, of_tokens: int) -> None:
+    np.zeros(documents * of_tokens, np.uint16).tofile(bin_path(prefix))
+    with IndexWriter(prefix, np.dtype(np.uint16), documents, documents + 1) as index:
+        index.add_sizes(np.full(documents, of_tokens, np.int32))
+        index.add_doc_idx(np.arange(1, documents + 1))
 
 
 def make_results(asked: PipelineConfig, until: str = "push") -> dict[str, a.Artifact]:

@@ -45,6 +45,10 @@ class World:
         finetune(config=config(self.workspace, **train), run_name=name, refresh=refresh or [])
         return self.record(name)
 
+    def folder_of_dataset(self) -> Path:
+        [folder] = (path for path in (self.workspace / "preprocess").iterdir() if path.is_dir())
+        return folder
+
     def record(self, name: str) -> RunRecord:
         record = RunFolder(self.workspace, name).read()
         assert record is not None
@@ -104,6 +108,18 @@ def test_run_then_all_cached_then_another_learning_rate(world: World) -> None:
     merged = world.run("missing")
     assert world.launcher.ran == ["merge"]
     assert states(merged)["export"] == "cached"  # the same bits again
+
+
+def test_data_that_training_could_not_begin_with(world: World) -> None:
+    with pytest.raises(
+        StageFailed, match=r"^train: train\.split=.* one sample needs 513\. Set train\.split to .80,20,0., or lower"
+    ):
+        world.run("one", sequence_length=512)
+    assert set(world.launcher.ran) <= {"download-model", "download-data", "preprocess", "convert"}
+    record = world.record("one")
+    assert (record.state, record.nodes["train"].state) == ("failed", "failed")
+    assert (world.folder_of_dataset() / a.ARTIFACT_FILE).exists(), "the data are not to blame"
+    assert states(world.run("two"))["preprocess"] == "cached"
 
 
 def test_order_and_pages(world: World) -> None:

@@ -9,6 +9,7 @@ import pytest
 from fake_stages import MAKES, config, make_results
 
 from flows import plan
+from flows.load_config import BadConfig, check_ready
 from stages.contracts.config import PipelineConfig
 from stages.contracts.specs import SPECS
 
@@ -88,6 +89,24 @@ def test_an_epoch_is_of_what_training_reads(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(MAKES, "preprocess", (kind, facts | {"sets": tuple(facts["sets"][0] | {"role": r} for r in roles)}))
     make_results(config(tmp_path))
     assert f"512 steps × 8 × 16 = 65.5 K tokens = {epochs} epochs" in plan.report(config(tmp_path, steps=512))
+
+
+def test_data_that_training_could_not_begin_with(tmp_path: Path) -> None:
+    """Known as soon as they are tokenized: nothing else is done first."""
+    make_results(config(tmp_path))
+    too_long, too_short = config(tmp_path, sequence_length=512), config(tmp_path, steps=None, epochs=1e-6)
+    told = (
+        'train.split="969,30,1" gives the valid split 2 of 64 documents with 128 tokens, and one sample needs 513. '
+        'Set train.split to "80,20,0", or lower train.sequence_length (now 512)'
+    )
+    with pytest.raises(BadConfig) as caught:
+        check_ready(too_long, "mine.yaml")
+    assert caught.value.problems == [f"mine.yaml: {told}"]
+    assert f"length     cannot be: {told}" in plan.report(too_long)
+    with pytest.raises(
+        BadConfig, match=r"^mine\.yaml: train: epochs=1e-06 of 3,968 tokens each is less than one step of 8 × 16"
+    ):
+        check_ready(too_short, "mine.yaml")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from stages import runtime, torchrun, train
 from stages.contracts import artifacts as a
 from stages.contracts.specs import PreprocessSpec, Ref, ShardSpec, Spec, TrainSpec
 from stages.contracts.train_settings import LayoutSettings, TrainSettings
-from stages.training_job import INDEX, job_of
+from stages.contracts.training_job import INDEX
 
 SETTINGS = {
     "steps": 40, "sequence_length": 16, "micro_batch_size": 2, "global_batch_size": 4, "lr": 1e-2, "precision": "fp32",
@@ -213,7 +213,7 @@ def test_the_figures_of_conversations(tmp_path: Path, monkeypatch: pytest.Monkey
     told: list[str] = []
 
     def run_workers(*arguments: object, on_event: Callable[[torchrun.Event], None], log: Path, **more: object) -> object:
-        job = job_of(spec, weights, dataset, log.parents[1])  # type: ignore[arg-type]
+        job = train.job_of(spec, weights, dataset, log.parents[1])  # type: ignore[arg-type]
         trainer.train(job, Mesh.single(), report=metrics.Report(log=told.append))
         on_event({"event": "done", "rank": 0})
         return torchrun.Outcome()
