@@ -14,7 +14,8 @@ What is compared:
     library-2  the same with two threads, so that it shares the machine with itself as our two workers do.
 
 Tokenizers: Llama-2's where it can be found (--llama, by default that of the golden files), else a BPE model like it, trained on
-the spot; a unigram model of sentencepiece; and a byte-level BPE of tokenizers, like Falcon's, trained on the spot.
+the spot; a unigram model of sentencepiece; and byte-level BPE of tokenizers, trained on the spot, with the words of Falcon and
+with those of Llama 3.
 
 The text is Python source: that of the golden files where there, and the files of this Python's library and packages, up to
 --megabytes.
@@ -40,6 +41,9 @@ WORKERS = 2
 TRAINED_ON = 4_000_000  # characters that a tokenizer is trained on
 REQUIRED = {"llama": 1.3}  # times the library's tokens per CPU second
 REQUIRED_OF_OTHERS = 0.9
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SIDES = ("ours", "library", "library-2")
 
 
@@ -89,7 +93,7 @@ def make_tokenizers(folder: Path, llama: Path) -> dict[str, Path]:
     import sentencepiece
     import tokenizers
 
-    folders = {name: folder / name for name in ("llama", "unigram", "byte-level")}
+    folders = {name: folder / name for name in ("llama", "unigram", "byte-level", "llama3")}
     for path in folders.values():
         path.mkdir(parents=True, exist_ok=True)
     # Lines, as sentencepiece wants them; for tokenizers whole texts.
@@ -104,16 +108,22 @@ def make_tokenizers(folder: Path, llama: Path) -> dict[str, Path]:
                 byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
                 allow_whitespace_only_pieces=True, minloglevel=3,
             )  # fmt: skip
-    if not (folders["byte-level"] / "tokenizer.json").is_file():
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), "isolated")
+    after = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    of_words = tokenizers.pre_tokenizers.Sequence([words, after])
+    for name, splitter in (("byte-level", byte_level), ("llama3", of_words)):
+        if (folders[name] / "tokenizer.json").is_file():
+            continue
         model = tokenizers.Tokenizer(tokenizers.models.BPE())
-        model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model.pre_tokenizer = splitter
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=32000, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
         )
         model.train_from_iterator(sample, trainer)
-        model.save(str(folders["byte-level"] / "tokenizer.json"))
-        (folders["byte-level"] / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+        model.save(str(folders[name] / "tokenizer.json"))
+        (folders[name] / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     return folders
 
 
@@ -214,7 +224,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="less text, once")
     parser.add_argument("--megabytes", type=int, help="size of the text [120; 12 with --quick]")
     parser.add_argument("--rounds", type=int, help="rounds of each side [3; 1 with --quick]")
-    parser.add_argument("--only", help="one tokenizer: llama, unigram or byte-level")
+    parser.add_argument("--only", help="one tokenizer: llama, unigram, byte-level or llama3")
     parser.add_argument("--llama", type=Path, default=GOLDEN / "tokenizer" / "llama2.model", help="Llama-2's tokenizer.model")
     parser.add_argument(
         "--output", type=Path, default=ROOT / "workspace" / "benchmarks" / "preprocess.json", help="the JSON file"

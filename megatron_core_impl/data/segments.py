@@ -7,7 +7,8 @@ character, a letter of ASCII beside its punctuation, a digit beside anything, or
 words, runs of punctuation and single digits, which repeat so much that a memory of bounded size holds nearly all of a text.
 
 A byte-level BPE model (GPT-2's, Falcon's) splits a text into words before it merges anything, by a pattern for which a word
-ends where the class of character changes. Text can be cut there too, if the white space before a word stays with it.
+ends where the class of character changes. Text can be cut there too, if the white space before a word stays with it. Llama 3
+and Qwen 2 have a pattern of their own, whose words are the segments.
 
 Whether this holds is read from the tokenizer's own definition; where it does not, the library does it all. So it does for a
 text that holds what the library looks for before anything else: a word mark, which sentencepiece takes for a space, or an
@@ -88,6 +89,29 @@ _WORDS = re.compile(
 _SPLITTERS = ("ByteLevel", "Punctuation", "Digits")  # at changes of class, whatever their options but one
 
 
+# The patterns of words of Llama 3 and of Qwen 2, which differ in how digits are cut.
+_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_DIGITS = {r"\p{N}{1,3}": "[0-9]{1,3}", r"\p{N}": "[0-9]"}
+
+
+def _words_of(digits: str) -> re.Pattern[str]:
+    """The words of such a pattern: exactly its matches, as long as all is ASCII that is no control character.
+
+    A word that ends before another character may go on there, and so does the white space before one. From there up to a line
+    that begins with printable ASCII, where every word ends, the text is one segment.
+    """
+    unsure, marks, space = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\U0010ffff", r"!-/:-@\[-`{-~", r"\t \r\n"
+    word = (
+        rf"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])|[\t {marks}]?[A-Za-z]+|{digits}| ?[{marks}]+[\r\n]*"
+        rf"|[{space}]*[\r\n]+|[{space}]+(?![^{space}])|[{space}]+"
+    )
+    rest = r"[^\n]*(?:\n(?![!-~])[^\n]*)*\n?"
+    return re.compile(rf"(?![{space}]++[{unsure}])(?>{word})(?![{unsure}])|{rest}")
+
+
+_WORDS_OF = {_PATTERN.replace("DIGITS", theirs): _words_of(ours) for theirs, ours in _DIGITS.items()}
+
+
 def byte_level_cuts(definition: dict[str, Any]) -> re.Pattern[str] | None:
     """The same for a tokenizer of Hugging Face. Its added tokens are the caller's matter.
 
@@ -96,11 +120,17 @@ def byte_level_cuts(definition: dict[str, Any]) -> re.Pattern[str] | None:
     """
     model, splitter = definition.get("model") or {}, definition.get("pre_tokenizer") or {}
     steps = splitter.get("pretokenizers", []) if splitter.get("type") == "Sequence" else [splitter]
+    if model.get("type") != "BPE" or model.get("dropout") or model.get("fuse_unk"):
+        return None
+    if len(steps) == 2 and steps[0].get("type") == "Split":
+        split, bytes_of = steps
+        # NFC changes nothing of ASCII, but for what follows it, and that is in one segment with it.
+        is_plain = definition.get("normalizer") in (None, {"type": "NFC"}) and bytes_of.get("type") == "ByteLevel"
+        is_plain &= not bytes_of.get("add_prefix_space") and not bytes_of.get("use_regex", True)
+        is_plain &= split.get("behavior") == "Isolated" and not split.get("invert")
+        return _WORDS_OF.get(split.get("pattern", {}).get("Regex")) if is_plain else None
     is_known = (
-        model.get("type") == "BPE"
-        and not model.get("dropout")
-        and not model.get("fuse_unk")
-        and definition.get("normalizer") is None
+        definition.get("normalizer") is None
         and all(step.get("type") in _SPLITTERS or _is_three_digits(step) for step in steps)
         and any(step.get("type") == "ByteLevel" and step.get("use_regex", True) for step in steps)
         and not any(step.get("add_prefix_space") for step in steps)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -207,18 +208,31 @@ FALCON = [
     {"type": "Punctuation", "behavior": "Contiguous"}, BYTE_LEVEL, {"type": "Digits", "individual_digits": False},
     {"type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated", "invert": False},
 ]  # fmt: skip
-LLAMA_3 = {"type": "Split", "pattern": {"Regex": "\\p{N}{1,3}|\\s+|."}, "behavior": "Isolated", "invert": False}
+OTHER = {"type": "Split", "pattern": {"Regex": "\\p{N}{1,3}|\\s+|."}, "behavior": "Isolated", "invert": False}
+LLAMA_3, QWEN_2 = (
+    OTHER | {"pattern": {"Regex": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits
+                                  + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}}
+    for digits in (r"\p{N}{1,3}", r"\p{N}")
+)  # fmt: skip
+
+
+def sequence(*steps: object) -> dict[str, object]:
+    return {"type": "Sequence", "pretokenizers": list(steps)}
 
 
 @pytest.mark.parametrize(
     ("splitter", "normalizer", "is_cut"),
     [
         (BYTE_LEVEL, None, True),
-        ({"type": "Sequence", "pretokenizers": FALCON}, None, True),
+        (sequence(*FALCON), None, True),
         (BYTE_LEVEL | {"add_prefix_space": True}, None, False),
         (BYTE_LEVEL | {"use_regex": False}, None, False),
         (BYTE_LEVEL, {"type": "NFC"}, False),
-        ({"type": "Sequence", "pretokenizers": [LLAMA_3, BYTE_LEVEL | {"use_regex": False}]}, None, False),
+        (sequence(OTHER, BYTE_LEVEL | {"use_regex": False}), None, False),
+        (sequence(LLAMA_3, BYTE_LEVEL | {"use_regex": False}), None, True),
+        (sequence(QWEN_2, BYTE_LEVEL | {"use_regex": False}), {"type": "NFC"}, True),
+        (sequence(LLAMA_3, BYTE_LEVEL), None, False),
+        (sequence(LLAMA_3 | {"behavior": "Removed"}, BYTE_LEVEL | {"use_regex": False}), None, False),
     ],
 )
 @pytest.mark.parametrize("parse_special", [False, True])
@@ -236,6 +250,29 @@ def test_byte_level_text_is_cut_where_words_end(
     expected = [tokenizer.encode(text) for text in texts]
     for _ in range(2):
         assert tokenizer.encode_flat(texts)[0].tolist() == [token for ids in expected for token in ids]
+
+
+@pytest.mark.parametrize(("splitter", "normalizer"), [(LLAMA_3, None), (QWEN_2, {"type": "NFC"})])
+def test_all_short_texts_have_the_words_of_the_pattern(
+    folder: Path, tmp_path: Path, splitter: object, normalizer: object
+) -> None:
+    """Cut, and each segment split by the library alone: the words of the whole text."""
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition |= {"pre_tokenizer": sequence(splitter, BYTE_LEVEL | {"use_regex": False}), "normalizer": normalizer}
+    write(tmp_path, "tokenizer.json", definition)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    cuts = segments.byte_level_cuts(definition)
+    assert cuts is not None
+
+    def words(text: str) -> list[str]:
+        split: tokenizers.pre_tokenizers.PreTokenizer = library.pre_tokenizer[0]  # type: ignore[index]
+        normal = library.normalizer.normalize_str(text) if library.normalizer is not None else text
+        return [word for word, _ in split.pre_tokenize_str(normal)]
+
+    letters = ["a", "'", "S", "7", " ", "\n", "\r", "\t", "!", "\u00e9", "\u0301", "\x0b", "\u00b3"]
+    for length in range(1, 5):
+        for text in map("".join, product(letters, repeat=length)):
+            assert [word for segment in cuts.findall(text) for word in words(segment)] == words(text), repr(text)
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
