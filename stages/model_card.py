@@ -145,10 +145,14 @@ def _marks(dataset: a.DatasetArtifact) -> tuple[str, str]:
 
 def _training_rows(checkpoint: a.CheckpointArtifact) -> list[tuple[str, ...]]:
     settings: dict[str, Any] = checkpoint.spec.get("settings", {})
-    processes = checkpoint.tp * checkpoint.pp * checkpoint.dp
+    world = checkpoint.tp * checkpoint.pp * checkpoint.dp
+    processes = f"{world} process{'es' if world > 1 else ''}"
     return [
-        ("length", f"{checkpoint.step:,} steps, {checkpoint.consumed_tokens:,} tokens"),
-        ("layout", f"{processes} processes = dp {checkpoint.dp} × tp {checkpoint.tp} × pp {checkpoint.pp}"),
+        ("length", f"{checkpoint.step:,} steps, {checkpoint.consumed_tokens:,} tokens that count in the loss"),
+        (
+            "layout",
+            f"{processes} = dp {checkpoint.dp} × tp {checkpoint.tp} × pp {checkpoint.pp}",
+        ),
         *(
             (key, f"{value}")
             for key, value in settings.items()

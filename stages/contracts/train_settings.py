@@ -138,7 +138,11 @@ class TrainSettings(Frozen):
         (), description="steps, counted from 1, that read their data and compute their loss, but change nothing"
     )
 
-    eval_interval: int = Field(100, ge=1, description="steps between evaluations on the valid split")
+    eval_interval: int = Field(
+        100,
+        ge=1,
+        description="steps between evaluations on the valid split; more, where they would take over 5 % of the time",
+    )
     eval_batches: int | None = Field(
         None, ge=1, le=10**6,
         description="most global batches per evaluation, the same ones each time; default: as many as keep all evaluations "

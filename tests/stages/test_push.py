@@ -169,7 +169,7 @@ def test_card(tmp_path: Path, inputs: dict[str, Ref]) -> None:
         "| perplexity | 4,105 | 22.42 |",
         "| documents | 2,211, 31.4 MB of text |",
         "| layout | 2 processes = dp 1 × tp 2 × pp 1 |",
-        "| length | 200 steps, 1,638,400 tokens |",
+        "| length | 200 steps, 1,638,400 tokens that count in the loss |",
         "| lr | 0.0003 |",
         "| base model, fp32 | 2.2e-07 | 1.0e-06 | 0.0001 | 100.00 % |",
         "| torch | 2.13.0 |",
