@@ -91,7 +91,7 @@ def _of_made_data(config: PipelineConfig) -> list[str]:
         return []
     try:
         planned_job(config, dataset, model.model)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return [str(error)]
     return []
 

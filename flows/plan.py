@@ -30,7 +30,7 @@ class NodePlan:
 
 
 def plan(config: PipelineConfig) -> list[NodePlan]:
-    """The pipeline's nodes in order, each with what a run would do. Looks at the workspace, changes nothing."""
+    """The pipeline's nodes in order, each with what a run would do. Looks at the workspace, changes nothing there."""
     plans: dict[str, NodePlan] = {}
     for node, spec_type in SPECS.items():
         inputs = {name: plans[source].artifact for name, source in SOURCES[node].items()}

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from megatron_core_impl.data.chat_template import ASSISTANT
@@ -61,13 +62,19 @@ def held_out(
 
 def _question(ids: Any, roles: Any, header_tokens: int, end: int | None) -> Question | None:
     """The last answer of a conversation, up to the token that ends it, and what precedes it."""
-    start = len(roles)
-    while start and roles[start - 1] == ASSISTANT:
+    is_answer = np.equal(roles, ASSISTANT)
+    if not is_answer.any():
+        return None
+    stop = len(roles) - int(np.argmax(is_answer[::-1]))
+    start = stop
+    while start and is_answer[start - 1]:
         start -= 1
     start += header_tokens
-    if not 0 < start < len(roles):
+    if not 0 < start < stop:
         return None
-    answer = ids[start:].tolist()
+    if end is not None and end not in ids[start:stop] and stop < len(ids) and ids[stop] == end:
+        stop += 1  # the template has the end outside of what it calls the answer
+    answer = ids[start:stop].tolist()
     if end in answer:
         answer = answer[: answer.index(end) + 1]
     return Question(ids[:start].tolist(), answer)

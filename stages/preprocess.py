@@ -76,7 +76,7 @@ def run(spec: PreprocessSpec, ctx: Context) -> a.DatasetArtifact:
             remove_parts(job)
         (ctx.scratch / MALFORMED_FILE).unlink(missing_ok=True)
         raise
-    write_examples(ctx.scratch, list(jobs.values()), tokenizer)
+    write_examples(ctx.scratch, recipes[data.sets[0].name], list(jobs.values()), tokenizer)
     for statistics in seen_in.values():
         counts.seen.add(statistics)
     seen_in |= {name: join(job) for name, job in jobs.items()}

@@ -42,14 +42,17 @@ def write_tokenizer(model: a.ModelArtifact, source: Path, dataset: a.DatasetArti
         write_chat_template(folder, dataset.spec["settings"]["chat_template"])
     examples = read_examples(data)
     tokenizer = _load(folder)
-    if (fault := difference(tokenizer, examples)) and _begin_texts_anew(folder):
-        tokenizer = _load(folder)
-        fault = difference(tokenizer, examples)
+    fault = difference(tokenizer, examples)
+    for change in (_begin_texts_anew, _be_plain_llama):
+        if fault and change(folder):
+            tokenizer = _load(folder)
+            fault = difference(tokenizer, examples)
     if fault:
         raise GateFailed(
-            f"who loads this model with transformers would not get the ids that it is trained with: {fault}. Set "
-            f"preprocess.tokenizer to the other kind (the data are made with {dataset.tokenizer.kind}), if the model has "
-            "one, or mend its tokenizer_config.json"
+            "who loads this model with transformers would not get the ids that it is trained with, not even with legacy: true "
+            f"in tokenizer_config.json: {fault}. transformers takes it for a {type(tokenizer).__name__}. If that is wrong, "
+            "name the right tokenizer_class in the model's tokenizer_config.json; or set preprocess.tokenizer to the other "
+            f"kind (the data are made with {dataset.tokenizer.kind}), if the model has one"
         )
     check_added_tokens(tokenizer, added)
 
@@ -72,10 +75,26 @@ def _begin_texts_anew(folder: Path) -> bool:
     return True
 
 
+def _be_plain_llama(folder: Path) -> bool:
+    """Let a tokenizer be Llama's that has no class named, or Code Llama's; False if it is another.
+
+    Code Llama's has the same ids for a text, but does not begin texts anew behind control tokens, whatever is configured. What
+    is lost is its way of writing prompts for infilling.
+    """
+    file = folder / "tokenizer_config.json"
+    config = read_json(file)
+    name = str(config.get("tokenizer_class", "CodeLlamaTokenizer"))
+    if not name.startswith("CodeLlama"):
+        return False
+    _write(file, {**config, "tokenizer_class": name.removeprefix("Code")})
+    return True
+
+
 def add_tokens(folder: Path, added: Mapping[str, int]) -> None:
     """Write special tokens, with their ids, into the files of a tokenizer. Those that are there already become special."""
     if not added:
         return
+    listed: list[dict[str, Any]] = []
     if (file := folder / "tokenizer.json").exists():
         content = read_json(file)
         listed = content.setdefault("added_tokens", [])
@@ -88,7 +107,9 @@ def add_tokens(folder: Path, added: Mapping[str, int]) -> None:
         if new or plain:
             _write(file, content)
     config = read_json(file) if (file := folder / "tokenizer_config.json").exists() else {}
-    decoder = config.setdefault("added_tokens_decoder", {})
+    # Where transformers finds a decoder it takes it for all of them, and gives the others new ids.
+    others = {str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in listed}
+    decoder = config.setdefault("added_tokens_decoder", others)
     for token, number in added.items():
         decoder.setdefault(str(number), {"content": token, **KIND})["special"] = True
     _name(config, added)

@@ -10,6 +10,7 @@ published with must give transformers the ids of the data. Nothing is trained on
 The result is verification.json: all figures, the gates, and a line for every module.
 """
 
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -33,6 +34,7 @@ def run(spec: VerifySpec, ctx: runtime.Context) -> a.VerificationArtifact:
     dataset, dataset_folder = ctx.input("dataset", a.DatasetArtifact)
     gate.check_model(weights.model, model.model)
     with TemporaryDirectory(dir=ctx.scratch) as published:  # as export will: what cannot be published need not be trained
+        shutil.copyfile(model_folder / "files" / "config.json", Path(published) / "config.json")  # it decides the class, too
         write_tokenizer(model, model_folder / "files", dataset, dataset_folder, Path(published))
     verdict = gate.check_gate(
         ctx,

@@ -62,7 +62,7 @@ class SourceOptions(Frozen):
 class SourceSettings(SourceOptions):
     """One of several sources."""
 
-    source: str = Field(min_length=1, description="as data.source")
+    source: str = Field(min_length=1, description="a Hub dataset id, a local file, folder or glob, as of data.source")
     weight: float = Field(
         1.0, gt=0, description="its share of the samples, in proportion to the other sources'", json_schema_extra=NOT_IN_KEY
     )

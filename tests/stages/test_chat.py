@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -12,7 +13,7 @@ from workspaces import STEP, publish, references, small, write_model, write_weig
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.data.instruction_dataset import Conversations, Reading
 from stages import convert, download, export, preprocess, runtime, verify
-from stages.answers import Question, answers, exact, held_out
+from stages.answers import Question, _question, answers, exact, held_out
 from stages.contracts import artifacts as a
 from stages.contracts import config as c
 from stages.contracts import specs
@@ -126,6 +127,25 @@ def test_answers_are_compared_token_by_token() -> None:
     assert exact([[3, 4], [4], [6, 7]], questions) == pytest.approx(2 / 3)
     assert exact([[3, 9], [4], [6]], questions) == 0
     assert exact([[3, 4, 2], [6], [6]], questions) == pytest.approx(1 / 3), "where nothing ends an answer, the model goes on"
+
+
+@pytest.mark.parametrize(
+    ("roles", "ids", "header", "answer"),
+    [
+        ([1, 1, 2, 2], [5, 6, 7, 9], 0, ([5, 6], [7, 9])),
+        ([1, 1, 2, 2, 1], [5, 6, 7, 9, 4], 0, ([5, 6], [7, 9])),  # a newline behind the answer
+        ([1, 1, 2, 1, 1], [5, 6, 7, 9, 4], 0, ([5, 6], [7, 9])),  # the end is not in what the template calls the answer
+        ([1, 2, 2, 2, 2], [5, 3, 7, 9, 4], 1, ([5, 3], [7, 9])),  # a header, and a newline behind the end
+        ([1, 2, 1, 2, 1], [5, 7, 6, 8, 4], 0, ([5, 7, 6], [8])),
+        ([1, 1], [5, 6], 0, None),
+        ([2, 2], [5, 6], 0, None),
+    ],
+)
+def test_the_last_answer_is_found(
+    roles: list[int], ids: list[int], header: int, answer: tuple[list[int], list[int]] | None
+) -> None:
+    found = _question(np.array(ids), np.array(roles), header, 9)
+    assert (None if found is None else tuple(found)) == answer
 
 
 def test_an_answer_may_end_with_the_end_of_text(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from megatron_core_impl.data.preprocessing import Job
 from megatron_core_impl.data.text_encoder import TextRecipe
 from megatron_core_impl.data.text_files import SourceFile
 from megatron_core_impl.data.tokenizer import load_tokenizer
-from stages.examples import LONGEST, OF_EACH_SET, Example, difference, read_examples, write_examples
+from stages.examples import LONGEST, OF_EACH_SET, SAMPLE, TRIED, Example, difference, read_examples, write_examples
 
 CHAT = {"messages": [{"role": "user", "content": "def?"}, {"role": "assistant", "content": "return  1"}]}
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
@@ -38,8 +38,11 @@ def examples(folder: Path, records: list[dict[str, Any]], *, chat: bool = False,
     kind = "sentencepiece" if (folder / "tokenizer.model").exists() else "huggingface"
     recipe = ConversationRecipe(folder, kind, "messages", "tokenizer") if chat else TextRecipe(folder, kind, **options)
     job = Job(tuple(SourceFile(folder / name, name) for name in names), recipe, folder / "data")
-    write_examples(folder, [job], load_tokenizer(folder, kind))
-    return read_examples(folder)
+    write_examples(folder, recipe, [job], load_tokenizer(folder, kind))
+    sample, *others = read_examples(folder)
+    assert SAMPLE in sample["text"], "there is one, whatever the data are"
+    assert chat or difference(AutoTokenizer.from_pretrained(folder), [sample]) is None
+    return others
 
 
 def test_text(folder: Path) -> None:
@@ -50,6 +53,16 @@ def test_text(folder: Path) -> None:
     assert [example["ids"] for example in found] == [tokenizer.encode(example["text"]) for example in found]
     assert difference(AutoTokenizer.from_pretrained(folder), found) is None
     assert len(examples(folder, [{"text": "def"}] * 9)) == OF_EACH_SET
+    assert examples(folder, [{"text": "</s>"}] * 2 * TRIED + [{"text": "def"}]) == [], "not looked for for long"
+
+
+def test_what_transformers_reads_otherwise_is_no_example(folder: Path) -> None:
+    """White space at the beginning (Llama's), and special tokens of transformers that a text spells."""
+    [example] = examples(folder, [{"text": "  def f(): pass"}])
+    assert example["text"] == "def f(): pass"
+    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs.add_special_tokens({"additional_special_tokens": ["pass"]})
+    assert difference(theirs, [Example(text=example["text"], ids=[0])]) is None
 
 
 def test_a_tokenizer_that_gives_other_ids_is_found(folder: Path) -> None:

@@ -25,6 +25,23 @@ def test_known_tokens_become_special_and_new_ones_are_added(tmp_path: Path) -> N
     assert all(token["special"] for token in listed if token["content"].startswith("<|im"))
 
 
+def test_a_decoder_names_all_added_tokens(tmp_path: Path) -> None:
+    """transformers gives those that it lacks new ids."""
+    write_tokenizer(tmp_path, "huggingface")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<a>", "<b>"]})
+    tokenizer.save_pretrained(tmp_path)
+    ids = tokenizer.convert_tokens_to_ids(["<a>", "<b>"])
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config.pop("added_tokens_decoder", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    add_tokens(tmp_path, {"<c>": len(tokenizer)})
+    decoder = json.loads((tmp_path / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    named = {token["content"]: int(number) for number, token in decoder.items()}
+    assert [named[token] for token in ("<a>", "<b>", "<c>")] == [*ids, len(tokenizer)]
+    assert AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids(["<a>", "<b>", "<c>"]) == [*ids, len(tokenizer)]
+
+
 def test_nothing_to_add_changes_no_file(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, "sentencepiece")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
