@@ -14,7 +14,7 @@ import torch
 
 from megatron_core_impl.data.chat_template import ASSISTANT
 from megatron_core_impl.data.instruction_dataset import Conversations, Reading, split_conversations
-from stages import gate
+from stages import both_models, gate
 from stages.contracts import artifacts as a
 from stages.contracts.specs import ExportSpec
 from stages.runtime import Context
@@ -109,11 +109,11 @@ def ask(
     said = {}
     for when, folder in models.items():
         ctx.log(f"asking the model {when} training {len(questions):,} questions")
-        model = gate.load_transformers(folder, spec.verify.precision, vocab_size=checkpoint.model.vocab_size).module
+        model = both_models.load_transformers(folder, spec.verify.precision, vocab_size=checkpoint.model.vocab_size).module
         said[when] = answers(model, questions, longest=longest)
         del model
         gc.collect()
-    tokenizer = gate.quiet_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = both_models.quiet_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     texts = [
         {
             "question": tokenizer.decode(question.prompt),

@@ -30,7 +30,7 @@ from megatron_core_impl.checkpoint.slicing import whole
 from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.data.tokenizer import load_tokenizer
 from megatron_core_impl.models import families
-from stages import gate, runtime
+from stages import both_models, gate, runtime
 from stages.answers import ask, told
 from stages.contracts import artifacts as a
 from stages.contracts import words
@@ -236,11 +236,11 @@ def make_samples(spec: ExportSpec, ctx: Context, *, before: Path, after: Path, v
     """
     if not spec.settings.prompts:
         return []
-    tokenizer = gate.quiet_transformers().AutoTokenizer.from_pretrained(after, local_files_only=True)
+    tokenizer = both_models.quiet_transformers().AutoTokenizer.from_pretrained(after, local_files_only=True)
     samples = [{"prompt": prompt, "before": "", "after": ""} for prompt in spec.settings.prompts]
     for when, folder in (("before", before), ("after", after)):
         ctx.log(f"sampling from the model {when} training")
-        model = gate.load_transformers(folder, spec.verify.precision, vocab_size=vocab_size).module
+        model = both_models.load_transformers(folder, spec.verify.precision, vocab_size=vocab_size).module
         for sample in samples:
             sample[when] = _continue(model, tokenizer, sample["prompt"], spec.settings.max_new_tokens)
         del model

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_core_impl.checkpoint.index import read_json
 from megatron_core_impl.data.chat_template import CHATML, REFERENCE_ROLES
-from stages import gate
+from stages import both_models
 from stages.contracts import artifacts as a
 from stages.examples import difference, read_examples
 from stages.runtime import GateFailed
@@ -58,7 +58,7 @@ def write_tokenizer(model: a.ModelArtifact, source: Path, dataset: a.DatasetArti
 
 
 def _load(folder: Path) -> Any:
-    return gate.quiet_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return both_models.quiet_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _begin_texts_anew(folder: Path) -> bool:

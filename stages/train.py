@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from stages import runtime, torchrun
 from stages.contracts import artifacts as a
 from stages.contracts import length, memory, training_job
 from stages.contracts.specs import TrainSpec
+from stages.training_figures import figures_of
 
 if TYPE_CHECKING:
     import torch
@@ -207,38 +208,17 @@ def publish(
         shutil.rmtree(checkpoints.step_folder(root, step))
     (ctx.scratch / SPEC_FILE).unlink()
     state = checkpoints.read_state(root, last)
-    before, after, test = state["loss_before"], state["loss_after"], state["loss_test"]
+    before, after = state["loss_before"], state["loss_after"]
     gone_through = length.length_of(spec.settings, epoch)
     assert gone_through is not None
-
-    lines = metrics.read_metrics(ctx.scratch)
-    trained = [line for line in lines if "loss" in line]
-    seconds = sum(line["seconds"] for line in trained)
-    waited = sum(line["data_wait_share"] * line["seconds"] for line in trained)
-    figures = {
-        "length": gone_through._asdict(),
-        "train_loss": trained[-1]["loss"],
-        "tokens_per_second": round(sum(line["tokens_read"] for line in trained) / seconds, 1) if seconds else None,
-        "training_seconds": round(seconds, 1),
-        "evaluation_seconds": round(sum(line.get("eval_seconds", 0.0) for line in lines), 3),
-        "data_wait_share": round(waited / seconds, 5) if seconds else None,
-        "skipped_steps": state["skipped_steps"],
-        "perplexity_before": metrics.perplexity(before),
-        "perplexity_after": metrics.perplexity(after),
-        "loss_test": test,
-        "perplexity_test": None if test is None else metrics.perplexity(test),
-        **_accuracies(lines, last),
-        **of_data,
-        "loss_curve": metrics.downsample([(line["step"], line["loss"]) for line in trained]),
-        "valid_curve": metrics.downsample([(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]),
-    }
+    figures = figures_of(metrics.read_metrics(ctx.scratch), state, last) | of_data
     return ctx.artifact(
         a.CheckpointArtifact,
         figure=(
             f"held-out loss {before:.2f} → {after:.2f} · perplexity {_readable(metrics.perplexity(before))} → "
             f"{_readable(metrics.perplexity(after))} · checkpoint at step {last}"
         ),
-        metrics=figures,
+        metrics={"length": gone_through._asdict(), **figures},
         volatile=(metrics.METRICS_FILE, metrics.TENSORBOARD_FOLDER + "/", "logs/"),
         model=weights.model,
         tokenizer=dataset.tokenizer,
@@ -253,17 +233,6 @@ def publish(
         loss_before=before,
         loss_after=after,
     )
-
-
-def _accuracies(lines: Sequence[Mapping[str, Any]], last: int) -> dict[str, float]:
-    """Of all tokens that count, and where there are some of those of answers: before and after training, and on the test."""
-    figures = {}
-    for when, step, split in (("before", 0, "valid"), ("after", last, "valid"), ("test", last, "test")):
-        line = next((line for line in lines if line["step"] == step and f"{split}_loss" in line), {})
-        for name in ("accuracy", "instruct_accuracy"):
-            if (value := line.get(f"{split}_{name}")) is not None:
-                figures[f"{name}_{when}"] = round(value, 5)
-    return figures
 
 
 def _readable(number: float) -> str:

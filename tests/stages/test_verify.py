@@ -16,7 +16,7 @@ from workspaces import HEAD_DIM, HIDDEN, Tensors, Workspace, make_workspace, rew
 
 from megatron_core_impl.data.gpt_dataset import GPTDataset
 from megatron_core_impl.data.indexed_dataset import IndexedDataset
-from stages import gate, runtime, verify
+from stages import both_models, gate, runtime, verify
 from stages.contracts import artifacts as a
 from stages.contracts import specs
 from stages.runtime import BadInput, ExitCode, GateFailed
@@ -93,9 +93,9 @@ def test_bf16(good: Workspace) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_both_models_are_in_the_precision(good: Workspace, precision: Any) -> None:
-    ours = gate.load_ours(good.weights.model, good.weights.folder(good.root), precision)
-    for side in (ours, gate.load_transformers(good.source, precision)):
-        assert {parameter.dtype for parameter in side.module.parameters()} == {gate.DTYPES[precision]}
+    ours = both_models.load_ours(good.weights.model, good.weights.folder(good.root), precision)
+    for side in (ours, both_models.load_transformers(good.source, precision)):
+        assert {parameter.dtype for parameter in side.module.parameters()} == {both_models.DTYPES[precision]}
 
 
 def test_loss_is_that_of_the_next_token(good: Workspace) -> None:
