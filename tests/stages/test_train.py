@@ -5,74 +5,22 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from indexed_writer import IndexedDatasetWriter
-from tiny_training import MODEL, write_dataset, write_weights
+from tiny_training import MODEL
+from train_inputs import put_conversations, put_weights, spec_of
 
 from megatron_core_impl import metrics, trainer
 from megatron_core_impl.checkpoint.training import finished_steps
-from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.mesh import Mesh
 from stages import runtime, torchrun, train
 from stages.contracts import artifacts as a
-from stages.contracts.specs import PreprocessSpec, Ref, ShardSpec, Spec, TrainSpec
-from stages.contracts.train_settings import LayoutSettings, TrainSettings
+from stages.contracts.specs import TrainSpec
 from stages.contracts.training_job import INDEX
-
-SETTINGS = {
-    "steps": 40, "sequence_length": 16, "micro_batch_size": 2, "global_batch_size": 4, "lr": 1e-2, "precision": "fp32",
-    "split": "80,20,0", "eval_interval": 1000, "eval_batches": 1, "checkpoint_interval": 1000, "log_interval": 1,
-}  # fmt: skip
-
-
-def put(spec: Spec, write: Callable[[Path], None], kind: type[a.Artifact], **facts: Any) -> a.Artifact:
-    """Publish an artifact of the test's own."""
-
-    def run(spec: Spec, ctx: runtime.Context) -> a.Artifact:
-        write(ctx.scratch)
-        return ctx.artifact(kind, figure="made by a test", **facts)
-
-    return runtime.execute(spec, run)
-
-
-def put_weights(workspace: Path, model: ModelConfig = MODEL, tp: int = 1, pp: int = 1) -> a.Artifact:
-    """The weights of `MODEL`, said to be those of another model where one is given."""
-    source = {"weights": Ref(path=f"convert/{hash(model)}")}
-    return put(
-        ShardSpec(workspace=str(workspace), inputs=source, tp=tp, pp=pp), write_weights, a.WeightsArtifact,
-        model=a.ModelFacts(**asdict(model), dtype="float32", parameters=5_000), tp=tp, pp=pp, tensors=21, bytes=1,
-    )  # fmt: skip
-
-
-def put_dataset(workspace: Path, documents: int = 40, vocab_size: int = MODEL.vocab_size, bos_eos: str = "none") -> a.Artifact:
-    source = {"data": Ref(path=f"download/{documents}-{vocab_size}-{bos_eos}")}
-    return put(
-        PreprocessSpec(workspace=str(workspace), inputs=source),
-        lambda scratch: write_dataset(scratch, documents), a.DatasetArtifact,
-        tokenizer=a.TokenizerFacts(kind="sentencepiece", vocab_size=vocab_size, eod_id=2, bos_id=1, fingerprint="f"),
-        dtype="uint16", documents=documents, empty_documents=0, malformed_lines=0, tokens=1, bos_eos=bos_eos, content="text",
-        sets=(a.DatasetSet(name="data", role="all", documents=documents, tokens=1, empty_documents=0, malformed_lines=0,
-                           blank_lines=0, longest=1, lengths={}, left_out={}),),
-    )  # fmt: skip
-
-
-def spec_of(
-    workspace: Path, *, tp: int = 1, pp: int = 1, dp: int = 1, vpp: int = 1,
-    weights: a.Artifact | None = None, dataset: a.Artifact | None = None, **settings: Any,
-) -> TrainSpec:  # fmt: skip
-    inputs = {"weights": weights or put_weights(workspace, tp=tp, pp=pp), "dataset": dataset or put_dataset(workspace)}
-    return TrainSpec(
-        workspace=str(workspace),
-        inputs={name: Ref(path=one.path, fingerprint=one.fingerprint) for name, one in inputs.items()},
-        layout=LayoutSettings(tp=tp, pp=pp, dp=dp, vpp=vpp),
-        settings=TrainSettings(**(SETTINGS | settings)),
-    )
 
 
 def scratch_of(spec: TrainSpec) -> Path:
@@ -181,30 +129,6 @@ def test_stops_when_asked_and_goes_on(tmp_path: Path, start: Callable[[TrainSpec
     assert not scratch_of(spec).exists()
 
 
-def put_conversations(workspace: Path, sizes: Sequence[int]) -> a.Artifact:
-    """Conversations whose second half is the answer."""
-    return put(
-        PreprocessSpec(workspace=str(workspace), inputs={"data": Ref(path="download/chat")}),
-        lambda scratch: write_conversations(scratch, sizes), a.DatasetArtifact,
-        tokenizer=a.TokenizerFacts(kind="sentencepiece", vocab_size=MODEL.vocab_size, eod_id=2, bos_id=1, fingerprint="f"),
-        dtype="uint16", documents=len(sizes), empty_documents=0, malformed_lines=0, tokens=1, bos_eos="none",
-        content="conversations",
-        sets=(a.DatasetSet(name="data", role="all", documents=len(sizes), tokens=1, empty_documents=0, malformed_lines=0,
-                           blank_lines=0, longest=1, lengths={}, left_out={}),),
-    )  # fmt: skip
-
-
-def write_conversations(folder: Path, sizes: Sequence[int]) -> None:
-    random = np.random.RandomState(0)
-    with (
-        IndexedDatasetWriter(folder / "data-text", np.uint16) as texts,
-        IndexedDatasetWriter(folder / "data-role", np.uint16) as roles,
-    ):
-        for size in sizes:
-            texts.add_sequence(random.randint(0, MODEL.vocab_size, size).astype(np.uint16))
-            roles.add_sequence(np.repeat(np.array([1, 2], np.uint16), [size // 2, size - size // 2]))
-
-
 def test_the_figures_of_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained in this process, as what is published is all that matters."""
     dataset = put_conversations(tmp_path, [8] * 60 + [20] * 3 + [40] * 2)
@@ -283,82 +207,6 @@ def test_a_full_disk(small_disk: Path, start: Callable[[TrainSpec], Stage]) -> N
 # Inputs that do not fit: refused before anything is started
 
 
-def refusal(spec: TrainSpec) -> str:
-    with pytest.raises(runtime.BadInput) as error:
-        runtime.execute(spec, train.run, resumable=True)
-    return str(error.value)
-
-
-@pytest.fixture(autouse=True)
-def no_workers_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object, **more: object) -> None:
-        raise AssertionError("workers were started")
-
-    monkeypatch.setattr(torchrun, "run_workers", refuse)
-
-
-def test_tokenizer_of_another_model(tmp_path: Path) -> None:
-    text = refusal(spec_of(tmp_path, dataset=put_dataset(tmp_path, vocab_size=64)))
-    assert "dataset.tokenizer.vocab_size=64, but weights.model.vocab_size=61" in text
-    assert "Preprocess the text with the tokenizer of this model" in text
-
-
-def test_weights_cut_for_another_layout(tmp_path: Path) -> None:
-    text = refusal(spec_of(tmp_path, tp=2, weights=put_weights(tmp_path, tp=1)))
-    assert text == "layout.tp=2, but weights.tp=1: run the shard stage with tp=2, or set layout.tp to 1"
-
-    text = refusal(spec_of(tmp_path, pp=2, vpp=2, weights=put_weights(tmp_path, pp=2)))
-    assert text == "layout.vpp=2, but weights.vpp=1: run the shard stage with vpp=2, or set layout.vpp to 1"
-
-
-def test_layout_that_cannot_hold_the_model(tmp_path: Path) -> None:
-    text = refusal(spec_of(tmp_path, tp=8))
-    assert "layout: tp=8 cannot share out num_attention_heads=4 with num_key_value_heads=2" in text
-    assert text.endswith("Legal here: 1, 2, 4")
-    assert refusal(spec_of(tmp_path, pp=3)) == "layout: pp=3 exceeds num_hidden_layers=2. Legal here: 1 to 2"
-
-
-def test_documents_without_an_end(tmp_path: Path) -> None:
-    text = refusal(spec_of(tmp_path, reset_attention_mask=True, eod_mask_loss=True))
-    assert text == (
-        "train.reset_attention_mask and train.eod_mask_loss need a token at the end of each document, but "
-        "dataset.bos_eos=none: preprocess the text with preprocess.bos_eos=eos, or leave them out"
-    )
-    assert train.check(*inputs_of(tmp_path, reset_attention_mask=True)) is None
-
-
-def inputs_of(workspace: Path, **settings: Any) -> tuple[TrainSpec, Any, Any]:
-    """A spec whose documents have ends, and its inputs."""
-    weights, dataset = put_weights(workspace), put_dataset(workspace, bos_eos="eos")
-    return spec_of(workspace, weights=weights, dataset=dataset, **settings), weights, dataset
-
-
-@pytest.mark.parametrize(
-    ("settings", "text"),
-    [
-        ({"sequence_length": 64}, "train.sequence_length=64 exceeds weights.model.max_position_embeddings=32"),
-        ({"split": "100,0.001,0"}, 'train.split="100,0.001,0" gives the valid split 0 of 40 documents with 0 tokens, and one '
-         'sample needs 17. Set train.split to "95,5,0", or lower train.sequence_length (now 16)'),
-    ],
-)  # fmt: skip
-def test_settings_that_do_not_fit(tmp_path: Path, settings: dict[str, Any], text: str) -> None:
-    assert text in refusal(spec_of(tmp_path, **settings))
-
-
-def test_too_little_text(tmp_path: Path) -> None:
-    text = refusal(spec_of(tmp_path, dataset=put_dataset(tmp_path, documents=1), split="1,1,0"))
-    assert "one sample needs 17. Give more text, or lower train.sequence_length" in text
-
-
-def test_conversations_of_which_nothing_is_left(tmp_path: Path) -> None:
-    dataset = put_conversations(tmp_path, [40] * 10)
-    assert refusal(spec_of(tmp_path, dataset=dataset, too_long="drop")) == (
-        "train: no dataset has a conversation left for train: of the 8 that data has for it, all are too long and left out "
-        "(the longest of the set has 40 tokens, sequence_length + 1 is 17): raise sequence_length, or set too_long to "
-        '"truncate"'
-    )
-
-
 def test_a_changed_byte(tmp_path: Path, start: Callable[[TrainSpec], Stage]) -> None:
     spec = spec_of(tmp_path)
     file = tmp_path / spec.inputs["dataset"].path / "data.bin"
@@ -368,13 +216,6 @@ def test_a_changed_byte(tmp_path: Path, start: Callable[[TrainSpec], Stage]) -> 
     code, _, err = start(spec).end()
     assert code == runtime.ExitCode.BAD_INPUT
     assert err.startswith(f"error: train: inputs.dataset: {file}: its SHA-256 is not the one its artifact records")
-
-
-def test_a_missing_file(tmp_path: Path) -> None:
-    spec = spec_of(tmp_path)
-    file = tmp_path / spec.inputs["weights"].path / "rank-0000.safetensors"
-    file.unlink()
-    assert f"inputs.weights: {file}: missing" in refusal(spec)
 
 
 # What is said of an end
