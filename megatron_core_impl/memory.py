@@ -311,7 +311,7 @@ def _loss(sizes: _Sizes) -> int:
     gathered = sizes.seen * sizes.hidden * sizes.item  # by tp; dx is as large
     matrix, is_narrow = sizes.vocabulary * sizes.hidden, sizes.item < sizes.wide
     product = matrix * sizes.item * (is_narrow and sizes.device == "cpu")  # GPUs add it up as they compute it
-    blocks = count_logits_blocks(sizes.seen, sizes.vocabulary)
+    blocks = count_logits_blocks(sizes.seen, sizes.vocabulary, on_gpu=sizes.device == "cuda")
     rows = -(-sizes.seen // blocks)
     rows_in_wide = rows if sizes.device == "cuda" else max(1, CACHED // sizes.vocabulary)
     return sum((

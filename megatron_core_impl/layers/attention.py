@@ -9,7 +9,9 @@ values for their query heads nor keep S × S numbers; PyTorch without one, as on
 import importlib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from inspect import signature
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -153,10 +155,12 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window: int |
         sequences = replace(sequences, document_lengths=(q.shape[1],) * q.shape[0])
     bounds, longest = sequences.boundaries, max(sequences.document_lengths or ())
     before = (-1 if window is None else window - 1, 0)
+    # PyTorch 2.12 wants to be told that heads share keys and values, 2.11 just lets them and has no such word.
+    has_word = "enable_gqa" in signature(varlen_attn).parameters
+    grouped: dict[str, Any] = {"enable_gqa": q.shape[2] != k.shape[2]} if has_word else {}
     packed = varlen_attn(
-        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bounds, bounds, longest, longest,
-        window_size=before, enable_gqa=q.shape[2] != k.shape[2],
-    )  # fmt: skip
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bounds, bounds, longest, longest, window_size=before, **grouped
+    )
     assert isinstance(packed, Tensor)
     return packed.view_as(q)
 

@@ -138,7 +138,7 @@ def loss_and_hits(
 
 def _blocks(x: Tensor, vocabulary: int) -> Iterator[slice]:
     """Cut tokens [S, H] into blocks."""
-    size = -(-len(x) // count_logits_blocks(len(x), vocabulary))
+    size = -(-len(x) // count_logits_blocks(len(x), vocabulary, on_gpu=x.is_cuda))
     return (slice(start, start + size) for start in range(0, len(x), size))
 
 

@@ -216,19 +216,22 @@ class PretendFlashAttention(ModuleType):
         return torch.cat([self.flash_attn_func(*(x[None] for x in part), dropout_p, causal, window_size)[0] for part in parts])
 
 
-@pytest.mark.parametrize("kernel", ["flash-attn", "varlen"])
+@pytest.mark.parametrize(("kernel", "version"), [("flash-attn", ""), ("varlen", "2.11"), ("varlen", "2.12")])
 @pytest.mark.parametrize(("lengths", "window"), [(None, None), (None, 3), ((4, 6, 7, 3), None), ((4, 6, 7, 3), 3)])
 def test_kernels_for_cuda_get_windows_and_documents_in_their_own_terms(
-    kernel: attention.Kernel, lengths: tuple[int, ...] | None, window: int | None, monkeypatch: pytest.MonkeyPatch
+    kernel: attention.Kernel, version: str, lengths: tuple[int, ...] | None, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend = PretendFlashAttention()
     monkeypatch.setitem(sys.modules, "flash_attn", pretend)
-    monkeypatch.setattr(
-        "torch.nn.attention.varlen.varlen_attn",
-        lambda *args, window_size, enable_gqa: (
-            enable_gqa is True and pretend.flash_attn_varlen_func(*args, dropout_p=0, causal=True, window_size=window_size)
-        ),
-    )
+
+    def of_2_11(*args: Any, window_size: tuple[int, int]) -> Tensor:
+        return pretend.flash_attn_varlen_func(*args, dropout_p=0, causal=True, window_size=window_size)
+
+    def of_2_12(*args: Any, window_size: tuple[int, int], enable_gqa: bool = False) -> Tensor:
+        assert enable_gqa, "there are fewer key/value heads"
+        return of_2_11(*args, window_size=window_size)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", of_2_12 if version == "2.12" else of_2_11)
     monkeypatch.setattr(attention, "choose_kernel", lambda *args, **kwargs: kernel)
     q, k, v = random(2, 10, 4, 6), random(2, 10, 2, 6), random(2, 10, 2, 6)
     got = attend(q, k, v, replace(sequences(2, 10), document_lengths=lengths), window=window)
