@@ -7,10 +7,11 @@ answer came. The Hub's status and its header `X-Error-Code` say what is wrong
 
 import errno
 import os
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from stages.model_files import listed
@@ -24,11 +25,20 @@ UNREACHABLE = {
     "TimeoutError",
     "gaierror",
 }  # of the clients, and Python's
+PASSING = {408, 429, 500, 502, 503, 504}  # statuses of a server that may answer otherwise a little later
+OF_STORAGE = re.compile(r"HTTP status client error \((\d{3}) ([\w ]+)\)")  # hf_xet's words for a refusal
+# An address: who asks, where, and a signature.
+SIGNED = re.compile(r"(https?://)(?:[^\s/@]+@)?([^\s?()'\"]+)(?:\?[^\s()'\"]*[^\s()'\".,:;])?")
 
 
 def endpoint() -> str:
-    """Address of the Hub: HF_ENDPOINT, or the public one."""
+    """Address of the Hub: HF_ENDPOINT, or the public one. For people: `address`."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def address() -> str:
+    """The same without a password that may stand in it."""
+    return redacted(endpoint())
 
 
 def hub_token() -> str | Literal[False]:
@@ -44,8 +54,9 @@ def hub_token() -> str | Literal[False]:
 
 
 def redacted(text: str) -> str:
-    """The text without the token."""
+    """The text without the token, and without what lets anybody in who has an address: a password, a signature."""
     token = os.environ.get("HF_TOKEN", "").strip()
+    text = SIGNED.sub(r"\1\2", text)
     return text.replace(token, "***") if token else text
 
 
@@ -59,10 +70,20 @@ class Repo:
     instead: str  # what the person can do without the Hub
     revision: str | None = None
     revisions: Callable[[], str] = lambda: ""  # names of those that exist, asked for when the one named does not
+    kept: str = "files that are complete are not fetched twice"  # what is not lost when a call failed
 
     @property
     def page(self) -> str:
-        return f"{endpoint()}/{'datasets/' if self.kind == 'dataset' else ''}{self.id}"
+        return f"{address()}/{'datasets/' if self.kind == 'dataset' else ''}{self.id}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the Hub's storage answered, as far as its client tells."""
+
+    status_code: int
+    reason_phrase: str
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -105,8 +126,7 @@ def explained(chain: list[BaseException], repo: Repo) -> str | None:
                 "HF_HUB_OFFLINE forbids it: unset it" if offline else f"{_first_line(error)}. Check the network and the proxy"
             )
             return (
-                f"cannot reach the Hub at {endpoint()} for {repo.id}: {reason}, then run again: files that are complete are "
-                f"not fetched twice. Or {repo.instead}"
+                f"cannot reach the Hub at {address()} for {repo.id}: {reason}, then run again: {repo.kept}. Or {repo.instead}"
             )
     return None
 
@@ -114,6 +134,12 @@ def explained(chain: list[BaseException], repo: Repo) -> str | None:
 def is_unreachable(error: BaseException) -> bool:
     """Whether a call failed for lack of a connection."""
     return _answer(list(_chain(error))) is None and any(_no_answer(link) for link in _chain(error))
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether a call that failed may succeed a little later."""
+    answer = _answer(list(_chain(error)))
+    return is_unreachable(error) if answer is None else int(answer.status_code) in PASSING
 
 
 def is_of_hub(error: BaseException) -> bool:
@@ -124,7 +150,11 @@ def is_of_hub(error: BaseException) -> bool:
 def _answer(chain: list[BaseException]) -> Any:
     """The server's answer that made a call fail, None where there was none."""
     answers = (getattr(error, "response", None) for error in chain)
-    return next((answer for answer in answers if hasattr(answer, "status_code")), None)
+    answer = next((answer for answer in answers if hasattr(answer, "status_code")), None)
+    if answer is None:
+        refusals = (OF_STORAGE.search(str(error)) for error in chain if _no_answer(error))
+        answer = next((Answer(int(refusal[1]), refusal[2]) for refusal in refusals if refusal), None)
+    return answer
 
 
 def _no_answer(error: BaseException) -> bool:
@@ -133,7 +163,7 @@ def _no_answer(error: BaseException) -> bool:
 
 def _refused(response: Any, repo: Repo) -> str:
     status, code = int(response.status_code), response.headers.get("X-Error-Code")
-    login = f"set the environment variable HF_TOKEN to a token from {endpoint()}/settings/tokens"
+    login = f"set the environment variable HF_TOKEN to a token from {address()}/settings/tokens"
     has_token = bool(hub_token())
     if code == "GatedRepo":
         account = f"the account of this token{'' if has_token else f', after you {login}'}"
@@ -169,7 +199,11 @@ def _refused(response: Any, repo: Repo) -> str:
     if status == 429:
         faster = "" if has_token else f", or {login}"
         return f"the Hub asks for patience (429, too many requests). Run again in a few minutes{faster}"
-    return f"the Hub answers {repo.id} with status {status}: {_message(response)}. Run again later, or {repo.instead}"
+    if status == 412:
+        return f"somebody else has changed {repo.id} in the meantime (412): look at {repo.page}, then run again: {repo.kept}"
+    return (
+        f"the Hub answers {repo.id} with status {status}: {_message(response)}. Run again later: {repo.kept}. Or {repo.instead}"
+    )
 
 
 def _message(response: Any) -> str:

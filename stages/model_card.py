@@ -1,18 +1,23 @@
 """The model card: README.md of a published model, made from the artifacts of the run that made it.
 
-Every figure is one that a stage measured and recorded. No path of this machine gets in: what was read from this disk is
-called by its base name.
+What stands in it, in this order: how to use the model, its figures before and after training with the curve, the data and their
+statistics, every setting, the proof of its computation, what it was made with, its licence. No path of this machine gets in:
+what was read from this disk is called by its base name.
 """
 
 import json
-import math
-import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_core_impl.metrics import perplexity
+from stages import card_tables as tables
+from stages.card_metadata import front_matter
+from stages.card_tables import details, table
 from stages.contracts import artifacts as a
 from stages.contracts import words
-from stages.contracts.publishing import TAG
+from stages.contracts.publishing import CHART
+from stages.licence import Terms, licence_section
 
 CHAT = (
     "",
@@ -21,7 +26,11 @@ CHAT = (
     "answer = model.generate(**question, max_new_tokens=200)[0, question.input_ids.shape[1] :]",
     "print(tokenizer.decode(answer, skip_special_tokens=True))",
 )
-NOT_SHOWN = {"checkpoint_interval", "keep_checkpoints", "log_interval", "eval_interval", "eval_batches"}
+TEXT = (
+    "",
+    'beginning = tokenizer("…", return_tensors="pt")',
+    "print(tokenizer.decode(model.generate(**beginning, max_new_tokens=200)[0], skip_special_tokens=True))",
+)
 
 
 @dataclass(frozen=True)
@@ -33,105 +42,99 @@ class Lineage:
     dataset: a.DatasetArtifact
     data: a.RawDataArtifact
     verification: a.VerificationArtifact
+    base_report: Mapping[str, Any] = field(default_factory=dict)  # verification.json
+    export_report: Mapping[str, Any] = field(default_factory=dict)  # the same comparison of what is published
+    terms: Terms = field(default_factory=Terms)
 
 
-def model_card(lineage: Lineage, name: str) -> str:
-    """The card as Markdown with YAML front matter. `name` is what `from_pretrained` is given, a repo or a folder."""
-    export = lineage.export
-    base = export.source + (f" at `{export.source_revision[:12]}`" if export.source_revision else "")
+def model_card(lineage: Lineage, name: str, *, revision: str | None = None, has_chart: bool = False) -> str:
+    """The card as Markdown with YAML front matter.
+
+    Args:
+        name: what `from_pretrained` is given, a repo or a folder.
+        revision: its tag or branch, where it is not the main one.
+        has_chart: there is a picture of the loss.
+    """
     title = name.rstrip("/").rsplit("/", 1)[-1]
-    return "\n".join(
+    export, data, checkpoint = lineage.export, lineage.data, lineage.checkpoint
+    figures = {"loss": round(checkpoint.loss_after, 4), "perplexity": round(perplexity(checkpoint.loss_after), 4)}
+    if (accuracy := checkpoint.metrics.get("accuracy_after")) is not None:
+        figures["accuracy"] = accuracy
+    chart = [f"![Loss while training, on held-out data, and the learning rate]({CHART})", ""] if has_chart else []
+    return front_matter(title, export, data, figures, lineage.terms) + "\n".join(
         [
-            *_front_matter(lineage),
+            "",
             f"# {title}",
             "",
-            f"{words.short(export.model.parameters)} parameters, `{export.model.dtype}`, fine-tuned from {base} on "
-            f"{lineage.data.source} with megatron-flows.",
+            f"{words.short(export.model.parameters)} parameters, `{export.model.dtype}`, fine-tuned from {_base(export)} on "
+            f"{data.source} with megatron-flows.",
             "",
             "## Use",
             "",
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name, ensure_ascii=False)})",
-            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name, ensure_ascii=False)})",
-            *(CHAT if lineage.dataset.content == "conversations" else ()),
-            "```",
-            "",
-            "## Result",
+            *_use(name, revision, is_chat=lineage.dataset.content == "conversations"),
+            "## Evaluation",
             "",
             "On held-out data of the same kind:",
             "",
-            *_table(("", "before", "after"), *_results(lineage)),
+            *_without_empty(("", "before", "after", "test"), tables.evaluation_rows(checkpoint, export)),
+            *chart,
             "## Data",
             "",
-            *_table(("", ""), *_data_rows(lineage)),
+            *_data(lineage),
             "## Training",
             "",
-            *_table(("", ""), *_training_rows(lineage.checkpoint)),
+            *_training(lineage),
             "## Verification",
             "",
-            "Logits of this project's model against those of `transformers`, on the same tokens of the data:",
-            "",
-            *_table(("", "mean difference", "largest", "allowed mean", "same best token"), *_verification_rows(lineage)),
+            *_verification(lineage),
             "## Made with",
             "",
-            *_table(("", ""), *_version_rows(lineage)),
+            *table(("", ""), *tables.version_rows(checkpoint, _made(lineage))),
             "## Licence",
             "",
-            f"That of the base model: {export.license}."
-            if export.license
-            else "The base model names none; its terms apply, whatever they are.",
+            *licence_section(export.license, lineage.terms),
             "",
         ]
     )
 
 
-def _front_matter(lineage: Lineage) -> list[str]:
-    """What the Hub reads. A JSON string is a YAML string."""
-    export, data = lineage.export, lineage.data
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if (other := re.fullmatch(r"other \((.+)\)", export.license or "")) is not None:
-        lines += ["license: other", f"license_name: {_yaml(other[1])}"]
-    elif export.license:
-        several = export.license.split(", ")
-        lines += (
-            ["license:", *(f"- {_yaml(one)}" for one in several)] if len(several) > 1 else [f"license: {_yaml(several[0])}"]
-        )
-    if export.source_revision is not None:  # only a name on the Hub may stand here
-        lines += [f"base_model: {_yaml(export.source)}", "base_model_relation: finetune"]
-    if data.revision is not None:
-        lines += ["datasets:", f"- {_yaml(data.source)}"]
-    return [*lines, "tags:", f"- {TAG}", f"- {export.model.family}", "---", ""]
+def _base(export: a.ExportArtifact) -> str:
+    if export.source_revision is None:  # a folder
+        return export.source
+    return f"[{export.source}](https://huggingface.co/{export.source}) at `{export.source_revision[:12]}`"
 
 
-def _results(lineage: Lineage) -> list[tuple[str, ...]]:
-    before, after = lineage.checkpoint.loss_before, lineage.checkpoint.loss_after
-    rows: list[tuple[str, ...]] = [
-        ("loss", f"{before:.4f}", f"{after:.4f}"),
-        ("perplexity", _perplexity(before), _perplexity(after)),
-    ]
-    if right := lineage.export.metrics.get("answers"):
-        shares = (f"{100 * right[when]:.2f} %" for when in ("before", "after"))
-        rows.append((f"right answers to {right['questions']:,} questions", *shares))
-    return rows
-
-
-def _data_rows(lineage: Lineage) -> list[tuple[str, ...]]:
-    data, dataset = lineage.data, lineage.dataset
-    asked: dict[str, Any] = data.spec.get("data", {})
-    on_hub = data.revision is not None
-    shown = ("subset", "data_dir", "split", "text_column") if on_hub else ("text_column",)
-    settings = ", ".join(f"{key} `{asked[key]}`" for key in shown if asked.get(key))
-    rows = [("source", data.source + (f" at `{data.revision[:12]}`" if data.revision else ""))]
-    if on_hub and settings:
-        rows.append(("part", settings))
+def _use(name: str, revision: str | None, *, is_chat: bool) -> list[str]:
+    given = json.dumps(name, ensure_ascii=False) + (f", revision={json.dumps(revision)}" if revision else "")
     return [
-        *rows,
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({given})",
+        f"tokenizer = AutoTokenizer.from_pretrained({given})",
+        *(CHAT if is_chat else TEXT),
+        "```",
+        "",
+    ]
+
+
+def _data(lineage: Lineage) -> list[str]:
+    data, dataset = lineage.data, lineage.dataset
+    totals = [
         ("documents", f"{dataset.documents:,}, {words.size(data.text_bytes)} of {a.units(data.sets)}"),
         ("tokens", f"{dataset.tokens:,}"),
+        ("longest document", f"{max((each.longest for each in dataset.sets), default=0):,} tokens"),
         ("tokenizer", f"{dataset.tokenizer.kind}, vocabulary {dataset.tokenizer.vocab_size:,}"),
         _marks(dataset),
+    ]
+    settings: Mapping[str, Any] = dataset.spec.get("settings", {})
+    lengths = tables.length_rows(dataset)
+    return [
+        *table(("", ""), *totals),
+        *_without_empty(("source", "from", "for", "size", "settings"), tables.source_rows(data)),
+        *_without_empty(("set", "for", "documents", "tokens", "longest", "left out"), tables.dataset_rows(dataset)),
+        *(details("Documents by length", table(("tokens", "documents", ""), *lengths)) if lengths else []),
+        *details("Preprocessing", table(("", ""), *tables.settings_rows(settings, leave_out={"workers"}))),
     ]
 
 
@@ -143,51 +146,42 @@ def _marks(dataset: a.DatasetArtifact) -> tuple[str, str]:
     return "end of a document", "marked by the end-of-text token" if dataset.bos_eos != "none" else "not marked"
 
 
-def _training_rows(checkpoint: a.CheckpointArtifact) -> list[tuple[str, ...]]:
-    settings: dict[str, Any] = checkpoint.spec.get("settings", {})
-    world = checkpoint.tp * checkpoint.pp * checkpoint.dp
-    processes = f"{world} process{'es' if world > 1 else ''}"
+def _training(lineage: Lineage) -> list[str]:
+    settings: Mapping[str, Any] = lineage.checkpoint.spec.get("settings", {})
     return [
-        ("length", f"{checkpoint.step:,} steps, {checkpoint.consumed_tokens:,} tokens that count in the loss"),
-        (
-            "layout",
-            f"{processes} = dp {checkpoint.dp} × tp {checkpoint.tp} × pp {checkpoint.pp}",
-        ),
-        *(
-            (key, f"{value}")
-            for key, value in settings.items()
-            if key not in NOT_SHOWN | {"steps", "epochs", "tokens"} and value is not None
-        ),
+        *table(("", ""), *tables.training_rows(lineage.checkpoint)),
+        *details("All settings", table(("", ""), *tables.settings_rows(settings, leave_out=tables.NOT_SHOWN))),
+        *details("The model", table(("", ""), *tables.model_rows(lineage.export, lineage.dataset.tokenizer))),
     ]
 
 
-def _verification_rows(lineage: Lineage) -> list[tuple[str, ...]]:
+def _verification(lineage: Lineage) -> list[str]:
+    """Rows of the reports; without reports what the artifacts themselves say."""
     base, export = lineage.verification, lineage.export
-    first = (
-        f"base model, {base.precision}", f"{base.mean_error:.1e}", f"{base.max_error:.1e}", f"{base.allowed_mean_error:g}",
-        f"{100 * base.argmax_agreement:.2f} %",
-    )  # fmt: skip
-    return [first, ("this model", f"{export.mean_error:.1e}", "", "", "")]
+    in_artifact = base.model_dump() | {"gates": [{"name": tables.MEAN_ERROR, "allowed": base.allowed_mean_error}]}
+    reports = lineage.base_report or in_artifact, lineage.export_report or {"mean_error": export.mean_error}
+    head = ("", "mean difference", "largest", "allowed mean", "of the loss", "same best token", "tokens")
+    layers = tables.module_rows(lineage.base_report), tables.module_rows(lineage.export_report)
+    points = ("after", "mean difference", "largest", "relative")
+    told = " ".join(
+        filter(None, (tables.circumstances(*each) for each in zip(("Base model", "This model"), reports, strict=True)))
+    )
+    return [
+        "Logits of the model that was trained against those of `transformers`, on the same tokens of the data: of the base "
+        "model before training, and of this one as it is published. The run ends where they differ by more than is allowed.",
+        "",
+        *([told, ""] if told else []),
+        *_without_empty(head, tables.verification_rows(*reports)),
+        *(details("Base model, layer by layer", table(points, *layers[0])) if layers[0] else []),
+        *(details("This model, layer by layer", table(points, *layers[1])) if layers[1] else []),
+    ]
 
 
-def _version_rows(lineage: Lineage) -> list[tuple[str, ...]]:
-    versions = lineage.checkpoint.versions
-    rows = [("megatron-flows", versions.package), ("python", versions.python), ("torch", versions.torch or "")]
-    if versions.image:
-        rows.append(("container image", f"`{versions.image}`"))
-    made = ("export", lineage.export), ("checkpoint", lineage.checkpoint), ("dataset", lineage.dataset)
-    return [*rows, *((f"fingerprint of {name}", f"`{artifact.fingerprint[:16]}`") for name, artifact in made)]
+def _made(lineage: Lineage) -> dict[str, a.Artifact]:
+    return {"export": lineage.export, "checkpoint": lineage.checkpoint, "dataset": lineage.dataset, "data": lineage.data}
 
 
-def _table(head: tuple[str, ...], *rows: tuple[str, ...]) -> list[str]:
-    cells = [head, ("---",) * len(head), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells] + [""]
-
-
-def _perplexity(loss: float) -> str:
-    value = math.exp(min(loss, 700))
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
-
-
-def _yaml(text: str) -> str:
-    return text if re.fullmatch(r"[A-Za-z][\w./-]*", text) else json.dumps(text, ensure_ascii=False)
+def _without_empty(head: tables.Row, rows: list[tables.Row]) -> list[str]:
+    """A table without the columns that have nothing in them."""
+    kept = [k for k in range(len(head)) if k == 0 or any(row[k] for row in rows)]
+    return table(tuple(head[k] for k in kept), *(tuple(row[k] for k in kept) for row in rows)) if rows else []

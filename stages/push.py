@@ -1,48 +1,40 @@
 """Publish the exported model with a model card: to the Hugging Face Hub, to a folder, or nowhere (a dry run).
 
-The card, README.md, is made from the artifacts of the run. On the Hub the repo is private unless asked otherwise, and after
-the upload every file's digest there is compared with the one here. The token is read from the environment variable HF_TOKEN;
-HF_ENDPOINT names another Hub. A folder is replaced as a whole, and only if it is empty or an earlier push made it.
+The card, README.md, is made from the artifacts of the run; assets/loss.png is its curve. On the Hub the repo is private unless
+asked otherwise, all files appear in one commit, and every file's digest there is compared with the one here; an upload that is
+interrupted goes on where it was (see hub_upload). The token is read from the environment variable HF_TOKEN; HF_ENDPOINT names
+another Hub. A folder is replaced as a whole, and only if it is empty or an earlier push made it.
 
-The result holds the card and receipt.json, which names every file that was, or would be, published, with size and SHA-256.
+The result holds the card, what it shows, and receipt.json, which names every file that was, or would be, published, with size
+and SHA-256.
 """
 
-import hashlib
 import json
-import logging
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils.logging import set_verbosity
-
+from megatron_core_impl.checkpoint.digests import file_sha256
 from megatron_core_impl.checkpoint.durable import sync
+from megatron_core_impl.metrics import METRICS_FILE, read_metrics
 from stages import runtime
 from stages.contracts import artifacts as a
 from stages.contracts import publishing, words
 from stages.contracts.config import PushSettings
-from stages.contracts.publishing import CARD
+from stages.contracts.publishing import CARD, CHART
 from stages.contracts.specs import PushSpec
-from stages.hub_errors import Repo, endpoint, hub_token, told
+from stages.hub_errors import address
+from stages.hub_upload import Published, to_hub
+from stages.licence import NOTICE, Terms, read_terms
+from stages.loss_chart import draw_losses
 from stages.model_card import Lineage, model_card
-from stages.model_files import copy_file, listed
-from stages.runtime import BadInput, Context, GateFailed
+from stages.model_files import copy_file, read_json
+from stages.runtime import BadInput, Context
 
-# Weights of an earlier push that this one does not overwrite would be loaded in place of the new ones.
-STALE = [
-    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
-    "pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json",
-]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Published:
-    """Where the model is now."""
-
-    target: str
-    commit: str | None = None
+Sources = dict[str, Path]  # what is published: its name there -> the file here
+Records = dict[str, a.FileRecord]
 
 
 def run(spec: PushSpec, ctx: Context) -> a.PushArtifact:
@@ -53,48 +45,98 @@ def run(spec: PushSpec, ctx: Context) -> a.PushArtifact:
         GateFailed: what the Hub has after the upload is not what lies here.
     """
     export, folder = ctx.input("export", a.ExportArtifact)
-    checkpoint, _ = ctx.input("checkpoint", a.CheckpointArtifact)
-    dataset, _ = ctx.input("dataset", a.DatasetArtifact)
-    data, _ = ctx.input("data", a.RawDataArtifact)
-    verification, _ = ctx.input("verification", a.VerificationArtifact)
-    lineage = Lineage(export, checkpoint, dataset, data, verification)
+    verification, verified = ctx.input("verification", a.VerificationArtifact)
+    checkpoint = ctx.facts("checkpoint", a.CheckpointArtifact)
+    dataset, data = ctx.facts("dataset", a.DatasetArtifact), ctx.facts("data", a.RawDataArtifact)
 
     settings = spec.settings
-    files = {n.removeprefix("model/"): r for n, r in export.files.items() if n.startswith("model/")}
-    if not any(name.endswith(".safetensors") for name in files):
+    records = {n.removeprefix("model/"): r for n, r in export.files.items() if n.startswith("model/")}
+    if not any(name.endswith(".safetensors") for name in records):
         raise BadInput(f"inputs.export: {folder / 'model'} holds no weights")
-    card = ctx.scratch / CARD
-    card.write_text(model_card(lineage, settings.repo or settings.folder or "model"))
-    files[CARD] = a.FileRecord(size=card.stat().st_size, sha256=a.file_sha256(card))
+    sources = {name: folder / "model" / name for name in records if name != CARD}
 
-    upload = ctx.scratch / "upload"  # the folder as it shall be: the same files as the export's, and the card
-    for name in files:
-        (upload / name).parent.mkdir(parents=True, exist_ok=True)
-        (upload / name).hardlink_to(card if name == CARD else folder / "model" / name)
-    published = {"dry-run": _list, "folder": _to_folder, "hub": _to_hub}[settings.to](settings, upload, files, ctx)
-    shutil.rmtree(upload)
+    def publish(name: str) -> None:
+        sources[name] = ctx.scratch / name
+        records[name] = a.FileRecord(size=sources[name].stat().st_size, sha256=file_sha256(sources[name]))
 
+    terms = _terms(sources, settings, ctx)
+    if terms.notice is not None and NOTICE not in sources and (ctx.scratch / NOTICE).exists():
+        publish(NOTICE)
+    has_chart = draw_losses(_curve(ctx, checkpoint), ctx.scratch / CHART)
+    if has_chart:
+        publish(CHART)
+    lineage = Lineage(
+        export, checkpoint, dataset, data, verification, _report(verified / "verification.json"),
+        _report(folder / "comparison.json"), terms,
+    )  # fmt: skip
+    revision = None if settings.to == "folder" else settings.tag or (settings.branch if settings.branch != "main" else None)
+    name = settings.repo or settings.folder or "model"
+    (ctx.scratch / CARD).write_text(model_card(lineage, name, revision=revision, has_chart=has_chart))
+    publish(CARD)
+
+    published = {"dry-run": _list, "folder": _to_folder, "hub": to_hub}[settings.to](settings, sources, records, ctx)
+    on_hub = settings.to == "hub"
     receipt = {
-        "to": settings.to, "target": published.target, "commit": published.commit,
-        "files": {name: record.model_dump(include={"size", "sha256"}) for name, record in sorted(files.items())},
+        "to": settings.to, "target": published.target, "branch": settings.branch if on_hub else None,
+        "tag": settings.tag if on_hub else None, "commit": published.commit,
+        "files": {name: record.model_dump(include={"size", "sha256"}) for name, record in sorted(records.items())},
     }  # fmt: skip
     (ctx.scratch / "receipt.json").write_text(json.dumps(receipt, indent=1) + "\n")
     return ctx.artifact(
         a.PushArtifact,
-        figure=_figure(settings, published, files),
+        figure=_figure(settings, published, records),
         to=settings.to,
         target=published.target,
         commit=published.commit,
-        published=files,
+        branch=settings.branch if on_hub else None,
+        tag=settings.tag if on_hub else None,
+        published=records,
     )
 
 
-def _figure(settings: PushSettings, published: Published, files: dict[str, a.FileRecord]) -> str:
-    what = f"{len(files)} files, {words.size(sum(record.size for record in files.values()))}"
+def _terms(sources: Sources, settings: PushSettings, ctx: Context) -> Terms:
+    """The licence's terms. A notice that it asks for, and that did not come with the base model, is written."""
+    terms = read_terms(sources)
+    if terms.notice is not None and not terms.has_notice:
+        (ctx.scratch / NOTICE).write_text(terms.notice + "\n")
+        terms = replace(terms, files=(*terms.files, NOTICE))
+    title = (settings.repo or "").rsplit("/", 1)[-1]
+    if settings.repo and terms.name and not _letters(title).startswith(_letters(terms.name)):
+        ctx.warn(
+            f"{terms.source} of the base model asks for “{terms.name}” at the beginning of the name of a model made from it, "
+            f"and push.repo is {settings.repo}"
+        )
+    return terms
+
+
+def _curve(ctx: Context, checkpoint: a.CheckpointArtifact) -> list[dict[str, Any]]:
+    """What training wrote on its way. Of all that the checkpoint's folder holds it is the only file that push reads."""
+    folder = ctx.workspace / ctx.spec.inputs["checkpoint"].path
+    if METRICS_FILE in checkpoint.files:
+        try:
+            a.check_size(folder, checkpoint, METRICS_FILE)
+            a.check_content(folder, checkpoint, METRICS_FILE)
+        except a.DamagedArtifact as error:
+            raise BadInput(f"inputs.checkpoint: {error}") from None
+    return read_metrics(folder)
+
+
+def _letters(name: str) -> str:
+    return "".join(character for character in name.casefold() if character.isalnum())
+
+
+def _report(file: Path) -> Mapping[str, Any]:
+    """The figures of a comparison, none where it left no such file."""
+    return read_json(file) if file.exists() else {}
+
+
+def _figure(settings: PushSettings, published: Published, records: Records) -> str:
+    what = f"{len(records)} files, {words.size(sum(record.size for record in records.values()))}"
     if settings.to == "dry-run":
         return f"dry run: would upload {what} to {_repo_text(settings)}"
     if settings.to == "hub":
-        return f"{what} at {published.target} ({'private' if settings.private else 'public'}), digests equal"
+        tag = f", tag {settings.tag}" if settings.tag else ""
+        return f"{what} at {published.target}{tag} ({'private' if published.private else 'public'}), digests equal"
     return f"{what} in {published.target}"
 
 
@@ -102,18 +144,17 @@ def _repo_text(settings: PushSettings) -> str:
     return f"{'a private' if settings.private else 'a public'} repo{f' {settings.repo}' if settings.repo else ''}"
 
 
-def _list(settings: PushSettings, upload: Path, files: dict[str, a.FileRecord], ctx: Context) -> Published:
+def _list(settings: PushSettings, sources: Sources, records: Records, ctx: Context) -> Published:
     """Say what would be uploaded."""
-    ctx.log(f"would upload to {_repo_text(settings)}:")
-    for name, record in sorted(files.items()):
+    tag = f", tagged {settings.tag}" if settings.tag else ""
+    ctx.log(f"would upload to {_repo_text(settings)}, branch {settings.branch}{tag}, as “{settings.commit_message}”:")
+    for name, record in sorted(records.items()):
         ctx.log(f"  {words.size(record.size):>12}  {name}")
-    return Published(f"{endpoint()}/{settings.repo}" if settings.repo else "")
+    ctx.log(f"the model card: {ctx.spec.folder / CARD}")
+    return Published(f"{address()}/{settings.repo}" if settings.repo else "")
 
 
-# A folder
-
-
-def _to_folder(settings: PushSettings, upload: Path, files: dict[str, a.FileRecord], ctx: Context) -> Published:
+def _to_folder(settings: PushSettings, sources: Sources, records: Records, ctx: Context) -> Published:
     """Copy the model beside the target, then rename it into place.
 
     Raises:
@@ -126,13 +167,13 @@ def _to_folder(settings: PushSettings, upload: Path, files: dict[str, a.FileReco
     partial, old = (target.absolute().with_name(f".{target.name}.{word}") for word in ("partial", "old"))
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
-    total = sum(record.size for record in files.values())
+    total = sum(record.size for record in records.values())
     done = 0
     try:
-        for name, record in files.items():
+        for name, source in sources.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            copy_file(upload / name, partial / name)
-            done += record.size
+            copy_file(source, partial / name)
+            done += records[name].size
             ctx.progress(done, total, f"{words.size(done)} of {words.size(total)}")
         for path in [*partial.rglob("*"), partial]:
             sync(path)
@@ -144,57 +185,6 @@ def _to_folder(settings: PushSettings, upload: Path, files: dict[str, a.FileReco
         for left_over in (partial, old):
             shutil.rmtree(left_over, ignore_errors=True)
     return Published(str(target))
-
-
-# The Hub
-
-
-def _to_hub(settings: PushSettings, upload: Path, files: dict[str, a.FileRecord], ctx: Context) -> Published:
-    """Make the repo, upload, compare.
-
-    Raises:
-        BadInput: the Hub refuses, or has the repo as a public one.
-        GateFailed: a file on the Hub differs.
-    """
-    assert settings.repo is not None  # the settings saw to it
-    token = hub_token()
-    if not token:
-        raise BadInput(
-            f"push.to=hub needs a token: set the environment variable HF_TOKEN to one with the role write from "
-            f"{endpoint()}/settings/tokens"
-        )
-    set_verbosity(logging.INFO)  # a line every half a minute
-    api = HfApi(token=token)
-    repo_id = settings.repo
-    with told(Repo("model", repo_id, "push.repo", "publish to a folder (push.to: folder)")):
-        api.create_repo(repo_id, private=settings.private, exist_ok=True)
-        if settings.private and not api.model_info(repo_id).private:
-            raise BadInput(
-                f"push.private: {repo_id} exists and is public. Make it private at {endpoint()}/{repo_id}/settings, choose "
-                "another push.repo, or set push.private: false"
-            )
-        ctx.log(f"uploading {len(files)} files to {_repo_text(settings)}")
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=upload, commit_message=settings.commit_message, delete_patterns=STALE
-        ).oid
-        there = {f.path: f for f in api.list_repo_tree(repo_id, recursive=True, revision=commit) if isinstance(f, RepoFile)}
-    differing = [name for name, record in files.items() if not _same(there.get(name), record, upload / name)]
-    if differing:
-        raise GateFailed(
-            f"after the upload {len(differing)} of {len(files)} files of {endpoint()}/{repo_id} are missing or differ from "
-            f"those here: {listed(differing)}. Do not use commit {commit}; run again"
-        )
-    return Published(f"{endpoint()}/{repo_id}", commit)
-
-
-def _same(there: RepoFile | None, record: a.FileRecord, here: Path) -> bool:
-    """Whether a file of the Hub has the content of one here: by SHA-256 where it is a large file, else by git's hash."""
-    if there is None or there.size != record.size:
-        return False
-    if there.lfs is not None:
-        return bool(there.lfs.sha256 == record.sha256)
-    content = here.read_bytes()
-    return bool(there.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
 
 
 if __name__ == "__main__":

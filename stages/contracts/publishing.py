@@ -5,6 +5,7 @@ from pathlib import Path
 from stages.contracts.config import PushSettings
 
 CARD = "README.md"  # the model card
+CHART = "assets/loss.png"  # a picture in it
 TAG = "megatron-flows"  # among the card's tags: marks a folder as one that push made
 
 
