@@ -14,8 +14,8 @@ What is compared:
     library-2  the same with two threads, so that it shares the machine with itself as our two workers do.
 
 Tokenizers: Llama-2's where it can be found (--llama, by default that of the golden files), else a BPE model like it, trained on
-the spot; a unigram model of sentencepiece; and byte-level BPE of tokenizers, trained on the spot, with the words of Falcon and
-with those of Llama 3.
+the spot; a unigram model of sentencepiece; byte-level BPE of tokenizers, trained on the spot, with GPT-2's words, Llama 3's and
+GPT-4o's; and a list of words, for which the library has least to do.
 
 The text is Python source: that of the golden files where there, and the files of this Python's library and packages, up to
 --megabytes.
@@ -44,6 +44,12 @@ REQUIRED_OF_OTHERS = 0.9
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+OTHER_WORDS = (  # GPT-4o's
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+NAMES = ("llama", "unigram", "byte-level", "llama3", "other-words", "word-list")
 SIDES = ("ours", "library", "library-2")
 
 
@@ -93,7 +99,7 @@ def make_tokenizers(folder: Path, llama: Path) -> dict[str, Path]:
     import sentencepiece
     import tokenizers
 
-    folders = {name: folder / name for name in ("llama", "unigram", "byte-level", "llama3")}
+    folders = {name: folder / name for name in NAMES}
     for path in folders.values():
         path.mkdir(parents=True, exist_ok=True)
     # Lines, as sentencepiece wants them; for tokenizers whole texts.
@@ -108,21 +114,24 @@ def make_tokenizers(folder: Path, llama: Path) -> dict[str, Path]:
                 byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
                 allow_whitespace_only_pieces=True, minloglevel=3,
             )  # fmt: skip
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), "isolated")
-    after = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    of_words = tokenizers.pre_tokenizers.Sequence([words, after])
-    for name, splitter in (("byte-level", byte_level), ("llama3", of_words)):
+    splits, models, trainers = tokenizers.pre_tokenizers, tokenizers.models, tokenizers.trainers
+    settings = {"special_tokens": ["<|endoftext|>"], "show_progress": False}
+    after = splits.ByteLevel(add_prefix_space=False, use_regex=False)
+    splitters = {"byte-level": splits.ByteLevel(add_prefix_space=False), "word-list": splits.Whitespace()}
+    for name, words in (("llama3", LLAMA3_WORDS), ("other-words", OTHER_WORDS)):
+        splitters[name] = splits.Sequence([splits.Split(tokenizers.Regex(words), "isolated"), after])
+    for name, splitter in splitters.items():
         if (folders[name] / "tokenizer.json").is_file():
             continue
-        model = tokenizers.Tokenizer(tokenizers.models.BPE())
-        model.pre_tokenizer = splitter
-        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=32000, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-        )
-        model.train_from_iterator(sample, trainer)
-        model.save(str(folders[name] / "tokenizer.json"))
+        if name == "word-list":
+            library = tokenizers.Tokenizer(models.WordLevel(unk_token="<|endoftext|>"))
+            trainer = trainers.WordLevelTrainer(vocab_size=32000, **settings)
+        else:
+            library = tokenizers.Tokenizer(models.BPE())
+            trainer = trainers.BpeTrainer(vocab_size=32000, initial_alphabet=splits.ByteLevel.alphabet(), **settings)
+        library.pre_tokenizer = splitter
+        library.train_from_iterator(sample, trainer)
+        library.save(str(folders[name] / "tokenizer.json"))
         (folders[name] / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     return folders
 
@@ -160,6 +169,7 @@ def library(corpus: Path, tokenizer: Path, threads: int) -> dict[str, float]:
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         return {"tokens": sum(map(len, found)), "wall": wall, "cpu": cpu, "peak_bytes": 0}
     hf = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    hf.encode_special_tokens = True  # a text that spells one is text
     wall, cpu = time.perf_counter(), time.process_time()
     encodings = hf.encode_batch_fast(documents, add_special_tokens=False)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -224,7 +234,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="less text, once")
     parser.add_argument("--megabytes", type=int, help="size of the text [120; 12 with --quick]")
     parser.add_argument("--rounds", type=int, help="rounds of each side [3; 1 with --quick]")
-    parser.add_argument("--only", help="one tokenizer: llama, unigram, byte-level or llama3")
+    parser.add_argument("--only", choices=NAMES, help="one tokenizer")
     parser.add_argument("--llama", type=Path, default=GOLDEN / "tokenizer" / "llama2.model", help="Llama-2's tokenizer.model")
     parser.add_argument(
         "--output", type=Path, default=ROOT / "workspace" / "benchmarks" / "preprocess.json", help="the JSON file"

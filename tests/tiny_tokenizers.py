@@ -17,6 +17,12 @@ CODE = [
 ]
 
 
+AWKWARD = [
+    "", " ", "\n", "a", "</s>", "<s>hello</s>", "x</s></s>y", "<unk>", "  two", "trailing  ", "tabs\t\r\nCRLF\r",
+    "héllo", "你好", "😀👩\u200d🚀", "\x00nul", "\ufeffbom", "\u2028", "<0x0A><0x41>", "<|im_start|>user", *CODE,
+]  # fmt: skip
+
+
 def train_sentencepiece(folder: Path, vocab_size: int = 320) -> None:
     """Write `tokenizer.model`: BPE with byte fallback, <unk> 0, <s> 1, </s> 2, as Llama's."""
     model = io.BytesIO()
@@ -65,3 +71,23 @@ def fuzz(count: int, seed: int = 0) -> list[str]:
         lambda: rng.choice(["▁", "▁▁", "a▁", "ɪ", "’s", "“", "—", "…"]) if rng.random() < 0.1 else "a",
     ]
     return ["".join(rng.choice(kinds)() for _ in range(rng.randint(0, 30))) for _ in range(count)]
+
+
+def write(folder: Path, name: str, content: object) -> None:
+    (folder / name).write_text(json.dumps(content))
+
+
+def sentencepiece_model(**settings: object) -> bytes:
+    """A model that is trained, with other settings, on the same text."""
+    model = io.BytesIO()
+    defaults: dict[str, object] = {
+        "vocab_size": 320, "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    }  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in CODE for line in text.splitlines()),
+        model_writer=model,
+        minloglevel=3,
+        **(defaults | settings),
+    )
+    return model.getvalue()

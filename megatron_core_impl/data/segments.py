@@ -7,29 +7,33 @@ character, a letter of ASCII beside its punctuation, a digit beside anything, or
 words, runs of punctuation and single digits, which repeat so much that a memory of bounded size holds nearly all of a text.
 
 A byte-level BPE model (GPT-2's, Falcon's) splits a text into words before it merges anything, by a pattern for which a word
-ends where the class of character changes. Text can be cut there too, if the white space before a word stays with it. Llama 3
-and Qwen 2 have a pattern of their own, whose words are the segments.
+ends where the class of character changes. Text can be cut there too, if the white space before a word stays with it. Of other
+tokenizers that split a text into words, by patterns of their own or at white space, these are the segments (`words`).
 
 Whether this holds is read from the tokenizer's own definition; where it does not, the library does it all. So it does for a
 text that holds what the library looks for before anything else: a word mark, which sentencepiece takes for a space, or an
 added token.
 """
 
+import json
 import re
-from collections.abc import Callable, Sequence
-from itertools import islice, pairwise
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, islice, pairwise
 from string import ascii_letters, digits
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+from tokenizers import AddedToken, Tokenizer
 
 from megatron_core_impl.data.indexed_dataset import Tokens
+from megatron_core_impl.data.words import words_of
 
 WORD_MARK = "▁"
 MAX_SEGMENTS = 1 << 18  # that are remembered: some 50 MB
 MAX_CHARACTERS = 1 << 24  # of them together, where segments are long
+LONGEST = 256  # characters of a segment that is remembered
 AT_ONCE = 1 << 18  # segments that are listed at once, and characters of a text that is cut at once
 GUARD = "\n"  # stands in front of a segment that is encoded, so that the word mark of a text's beginning does not touch it
 
@@ -58,9 +62,14 @@ def sentencepiece_cuts(model: bytes) -> re.Pattern[str] | None:
     )
     merged = [p.piece for p in proto.pieces if p.type in (piece.NORMAL, piece.UNUSED)]
     pairs = {pair for text in merged for pair in pairwise(text)}
+    return _cuts_between(pairs) if is_known else None
+
+
+def _cuts_between(pairs: set[tuple[str, str]]) -> re.Pattern[str] | None:
+    """The same, of the characters that pieces have side by side; the word mark among them stands for a space."""
     crosses_newline = any("\n" in pair for pair in pairs)
     crosses_word = any(b == WORD_MARK != a for a, b in pairs)
-    if not is_known or crosses_newline or crosses_word:
+    if crosses_newline or crosses_word:
         return None
     # Classes of ASCII characters that no piece joins are cut apart, and a class that no piece has two of in a row, into single
     # characters.
@@ -80,6 +89,41 @@ def _is_ascii(character: str) -> bool:
     return character.isascii() and character != WORD_MARK
 
 
+def merge_cuts(definition: dict[str, Any]) -> Callable[[str], Iterable[str]] | None:
+    """What cuts a text for a tokenizer of Hugging Face that does not split it: BPE as sentencepiece's, as Llama 2 has it.
+
+    Args:
+        definition: the content of tokenizer.json.
+    """
+    model, normalizer, splitter = definition["model"], definition.get("normalizer"), definition.get("pre_tokenizer")
+    if normalizer is None and splitter is not None and splitter["type"] == "Metaspace":
+        is_plain = splitter["replacement"] == WORD_MARK and not splitter["split"]
+        prefix = ("", ()) if splitter["prepend_scheme"] == "never" else (" ", (" ",))
+    else:
+        steps = [
+            {"type": "Prepend", "prepend": WORD_MARK},
+            {"type": "Replace", "pattern": {"String": " "}, "content": WORD_MARK},
+        ]
+        is_plain = normalizer == {"type": "Sequence", "normalizers": steps} and splitter is None
+        prefix = (" ", ())
+    names = {f"<0x{byte:02X}>" for byte in range(256)}
+    is_known = (
+        is_plain
+        and model["type"] == "BPE"
+        and not model.get("dropout")
+        and not model.get("ignore_merges")
+        and not model.get("continuing_subword_prefix")
+        and not model.get("end_of_word_suffix")
+        and model.get("byte_fallback")  # else neighbours without a piece are one unknown
+        and names <= model["vocab"].keys()
+        and not any(a in names or b in names for a, b in model["merges"])  # no merge of what the fallback gives
+    )
+    if not is_known:
+        return None
+    cuts = _cuts_between({pair for a, b in model["merges"] for pair in pairwise(a + b)})
+    return None if cuts is None else cutter(cuts, *prefix)
+
+
 # The white space before a word; the word; and what follows from the first character of which more must be known on, up to white
 # space that follows an ASCII character that is none: an apostrophe may begin 's or 't, and Unicode has its own white space.
 _WORDS = re.compile(
@@ -87,29 +131,6 @@ _WORDS = re.compile(
     r"(?:['\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\U0010ffff][^ \n\t\r]*(?:(?<![!-~])[ \n\t\r]+[^ \n\t\r]*)*)?"
 )
 _SPLITTERS = ("ByteLevel", "Punctuation", "Digits")  # at changes of class, whatever their options but one
-
-
-# The patterns of words of Llama 3 and of Qwen 2, which differ in how digits are cut.
-_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_DIGITS = {r"\p{N}{1,3}": "[0-9]{1,3}", r"\p{N}": "[0-9]"}
-
-
-def _words_of(digits: str) -> re.Pattern[str]:
-    """The words of such a pattern: exactly its matches, as long as all is ASCII that is no control character.
-
-    A word that ends before another character may go on there, and so does the white space before one. From there up to a line
-    that begins with printable ASCII, where every word ends, the text is one segment.
-    """
-    unsure, marks, space = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\U0010ffff", r"!-/:-@\[-`{-~", r"\t \r\n"
-    word = (
-        rf"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])|[\t {marks}]?[A-Za-z]+|{digits}| ?[{marks}]+[\r\n]*"
-        rf"|[{space}]*[\r\n]+|[{space}]+(?![^{space}])|[{space}]+"
-    )
-    rest = r"[^\n]*(?:\n(?![!-~])[^\n]*)*\n?"
-    return re.compile(rf"(?![{space}]++[{unsure}])(?>{word})(?![{unsure}])|{rest}")
-
-
-_WORDS_OF = {_PATTERN.replace("DIGITS", theirs): _words_of(ours) for theirs, ours in _DIGITS.items()}
 
 
 def byte_level_cuts(definition: dict[str, Any]) -> re.Pattern[str] | None:
@@ -122,13 +143,6 @@ def byte_level_cuts(definition: dict[str, Any]) -> re.Pattern[str] | None:
     steps = splitter.get("pretokenizers", []) if splitter.get("type") == "Sequence" else [splitter]
     if model.get("type") != "BPE" or model.get("dropout") or model.get("fuse_unk"):
         return None
-    if len(steps) == 2 and steps[0].get("type") == "Split":
-        split, bytes_of = steps
-        # NFC changes nothing of ASCII, but for what follows it, and that is in one segment with it.
-        is_plain = definition.get("normalizer") in (None, {"type": "NFC"}) and bytes_of.get("type") == "ByteLevel"
-        is_plain &= not bytes_of.get("add_prefix_space") and not bytes_of.get("use_regex", True)
-        is_plain &= split.get("behavior") == "Isolated" and not split.get("invert")
-        return _WORDS_OF.get(split.get("pattern", {}).get("Regex")) if is_plain else None
     is_known = (
         definition.get("normalizer") is None
         and all(step.get("type") in _SPLITTERS or _is_three_digits(step) for step in steps)
@@ -144,31 +158,42 @@ def _is_three_digits(step: dict[str, Any]) -> bool:
     return step.get("type") == "Split" and step.get("pattern") == {"Regex": "[0-9][0-9][0-9]"}
 
 
+def cutter(cuts: re.Pattern[str], prefix: str = "", prefixed: tuple[str, ...] = ()) -> Callable[[str], Iterable[str]]:
+    """What cuts a text into the matches of a pattern.
+
+    Args:
+        prefix: what the library puts before a text, unless it begins with one of `prefixed`.
+    """
+
+    def cut(text: str) -> Iterable[str]:
+        if not text.startswith(prefixed):
+            text = prefix + text
+        return cuts.findall(text) if len(text) <= AT_ONCE else (match[0] for match in cuts.finditer(text))
+
+    return cut
+
+
 class SegmentMemory(dict[str, bytes]):
     """The ids of segments met before, as bytes.
 
     Args:
-        cuts: the pattern of segments.
-        prefix: what the library puts before a text.
+        cut: gives the segments of a text.
         uncut: a text in which this is found is encoded as a whole; None: no text is.
-        encode_segment: ids of a segment, which may begin with the prefix.
+        encode_segment: ids of a segment.
         encode_text: ids of a whole text.
         vocab_size: ids are below this.
     """
 
     def __init__(
         self,
-        cuts: re.Pattern[str],
-        prefix: str,
+        cut: Callable[[str], Iterable[str]],
         uncut: re.Pattern[str] | None,
         encode_segment: Callable[[str], list[int]],
         encode_text: Callable[[str], list[int]],
         vocab_size: int,
     ) -> None:
         super().__init__()
-        self._cuts = cuts
-        self._split: Callable[[str], list[str]] = cuts.findall
-        self._prefix, self._uncut = prefix, uncut
+        self._cut, self._uncut = cut, uncut
         self._encode_segment, self._encode_text = encode_segment, encode_text
         self._dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<i4")
         self._characters = 0
@@ -182,24 +207,24 @@ class SegmentMemory(dict[str, bytes]):
     def _encode(self, text: str) -> bytes:
         if self._uncut is not None and self._uncut.search(text):
             return self._bytes(self._encode_text(text))
-        if len(text) > AT_ONCE:
-            return self._encode_long(self._prefix + text)
-        return b"".join(map(self.__getitem__, self._split(self._prefix + text)))
-
-    def _encode_long(self, text: str) -> bytes:
-        """The same, some segments at a time: a list of all takes thirty times the memory of the text."""
-        ids, segments = bytearray(), (match[0] for match in self._cuts.finditer(text))
+        if len(text) <= AT_ONCE:
+            return b"".join(map(self.__getitem__, self._cut(text)))
+        # Some segments at a time: a list of all takes thirty times the memory of the text.
+        ids, segments = bytearray(), iter(self._cut(text))
         while some := list(islice(segments, AT_ONCE)):
             ids += b"".join(map(self.__getitem__, some))
         return bytes(ids)
 
     def __missing__(self, segment: str) -> bytes:
+        ids = self._bytes(self._encode_segment(segment))
+        if len(segment) > LONGEST:
+            return ids
         if len(self) >= MAX_SEGMENTS or self._characters >= MAX_CHARACTERS:
             self.clear()
             self._characters = 0
-        known = self[segment] = self._bytes(self._encode_segment(segment))
+        self[segment] = ids
         self._characters += len(segment)
-        return known
+        return ids
 
     def _bytes(self, ids: list[int]) -> bytes:
         return np.array(ids, self._dtype).tobytes()
@@ -216,4 +241,42 @@ def sentencepiece_memory(model: SentencePieceProcessor) -> SegmentMemory | None:
         ids: list[int] = model.encode(GUARD + segment)
         return ids[guard:]
 
-    return SegmentMemory(cuts, " ", re.compile(WORD_MARK), encode_segment, model.encode, model.vocab_size())
+    return SegmentMemory(cutter(cuts, " "), re.compile(WORD_MARK), encode_segment, model.encode, model.vocab_size())
+
+
+def huggingface_memory(
+    library: Tokenizer, found_first: list[AddedToken], encode: Callable[[str], list[int]], vocab_size: int
+) -> SegmentMemory | None:
+    """The memory for a tokenizer of Hugging Face; None where nothing is known that allows cuts.
+
+    Args:
+        library: the tokenizer.
+        found_first: its tokens that are found in a text before anything else.
+        encode: by it, ids of a text.
+        vocab_size: ids are below this.
+    """
+    definition, model = json.loads(library.to_str()), library.model
+    contents = [token.content for token in found_first]
+
+    def ids_of(word: str) -> list[int]:
+        return [token.id for token in model.tokenize(word)]
+
+    def memory(cut: Callable[[str], Iterable[str]], encode_segment: Callable[[str], list[int]]) -> SegmentMemory:
+        uncut = re.compile("|".join(map(re.escape, contents))) if contents else None
+        return SegmentMemory(cut, uncut, encode_segment, encode, vocab_size)
+
+    if (cuts := byte_level_cuts(definition)) is not None:
+        return memory(cutter(cuts), encode)
+    if (cut := merge_cuts(definition)) is not None:
+        contents.append(WORD_MARK)
+        return memory(cut, lambda segment: ids_of(segment.replace(" ", WORD_MARK)))
+    words = words_of(definition)
+    # An added token may be found in what the normalizer made of a text.
+    if words is None or (definition["normalizer"] is not None and any(token.normalized for token in found_first)):
+        return None
+    is_unsure = words.unsure.search
+
+    def encode_segment(segment: str) -> list[int]:
+        return encode(segment) if is_unsure(segment) else list(chain.from_iterable(map(ids_of, words.words(segment))))
+
+    return memory(words.segments, encode_segment)

@@ -23,7 +23,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_core_impl.data.indexed_dataset import Tokens
-from megatron_core_impl.data.segments import SegmentMemory, byte_level_cuts, sentencepiece_memory
+from megatron_core_impl.data.segments import SegmentMemory, huggingface_memory, sentencepiece_memory
 from megatron_core_impl.data.special_tokens import as_text
 
 Kind = Literal["sentencepiece", "huggingface"]
@@ -328,20 +328,15 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def _memory(self) -> SegmentMemory | None:
-        cuts = byte_level_cuts(json.loads(self.library.to_str()))
-        if cuts is None:
-            return None
         found_first = [
-            token.content
+            token
             for token in self.library.get_added_tokens_decoder().values()
             if not (token.special and self.library.encode_special_tokens)
         ]
-        uncut = re.compile("|".join(map(re.escape, found_first))) if found_first else None
-        return SegmentMemory(cuts, "", uncut, self._encode, self._encode, self.vocab_size)
+        return huggingface_memory(self.text_library, found_first, self._encode, self.vocab_size)
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.text_library.encode(text, add_special_tokens=False).ids
-        return ids
+        return self.encode_batch([text])[0]  # faster than the library's encode, which finds places too
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens written out."""

@@ -125,8 +125,8 @@ def main(connection: Connection) -> None:
             answer = Failed(traceback.format_exc(), is_defect=True)
         try:
             connection.send(answer)
-        except ConnectionError:
-            return  # the parent is gone
+        except OSError:  # the parent is gone, and the other thread, which may have seen it too, ends the process as well:
+            os._exit(0)  # an interpreter that is taken down meanwhile would say so
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ import errno
 import gzip
 import itertools
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tracemalloc
@@ -310,3 +312,22 @@ def test_workers_leave_when_their_parent_is_killed_and_another_goes_on(folder: P
     told, _, content = make(job(folder, tmp_path), 2)
     assert not any(progress.is_new for progress in told[:5])
     assert content == make_here(job(folder, tmp_path))[2]
+
+
+def test_a_worker_whose_answer_nobody_takes_leaves_without_a_word(folder: Path, tmp_path: Path) -> None:
+    """Its sending fails before it can see that nothing more will be asked: the other direction of the pipe is open."""
+    work = job(folder, tmp_path).work
+    work.folder.mkdir()
+    ours, theirs = multiprocessing.Pipe()
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "megatron_core_impl.data.worker", str(theirs.fileno())],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=(theirs.fileno(),),
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    theirs.close()
+    with ours, socket.socket(fileno=os.dup(ours.fileno())) as half:
+        half.shutdown(socket.SHUT_RD)
+        ours.send(work)
+        ours.send((0, 0))
+        assert worker.communicate(timeout=120)[0] == b""
+    assert worker.returncode == 0

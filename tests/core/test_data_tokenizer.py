@@ -1,25 +1,16 @@
 """Tokenizers of both kinds: ids as the libraries give them, special tokens in a text, what names them, what is refused."""
 
 import hashlib
-import io
 import json
 import re
-from itertools import product
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import tokenizers
-from tiny_tokenizers import CODE, fuzz, train_huggingface, train_sentencepiece
+from tiny_tokenizers import AWKWARD, CODE, fuzz, sentencepiece_model, train_huggingface, train_sentencepiece, write
 
-from megatron_core_impl.data import segments
-from megatron_core_impl.data.segments import sentencepiece_cuts, sentencepiece_memory
-from megatron_core_impl.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
-
-AWKWARD = [
-    "", " ", "\n", "a", "</s>", "<s>hello</s>", "x</s></s>y", "<unk>", "  two", "trailing  ", "tabs\t\r\nCRLF\r",
-    "héllo", "你好", "😀👩\u200d🚀", "\x00nul", "\ufeffbom", "\u2028", "<0x0A><0x41>", "<|im_start|>user", *CODE,
-]  # fmt: skip
+from megatron_core_impl.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +94,7 @@ def not_special(folder: Path, *tokens: str) -> Path:
 def test_an_added_token_that_is_known_becomes_special(tmp_path: Path, kind: str) -> None:
     """It keeps its id, and its letters in a text are text."""
     if kind == "sentencepiece":
-        (tmp_path / "tokenizer.model").write_bytes(make_model(user_defined_symbols=["<|user|>", "<|mine|>"]))
+        (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(user_defined_symbols=["<|user|>", "<|mine|>"]))
     else:
         not_special(tmp_path, "<|user|>", "<|mine|>")
     plain = load_tokenizer(tmp_path, kind)
@@ -142,137 +133,10 @@ def test_end_of_text_is_special_whatever_its_flag(tmp_path: Path) -> None:
 
 def test_sentencepiece_token_after_a_special_one_begins_anew(tmp_path: Path) -> None:
     """Golden fact G17, of Megatron-LLM's own splitting."""
-    (tmp_path / "tokenizer.model").write_bytes(make_model())
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     parsing = load_tokenizer(tmp_path, added_tokens=("<|im_end|>",), parse_special=True)
     library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert parsing.encode("<|im_end|>\n") == [320, library.piece_to_id("▁"), library.piece_to_id("<0x0A>")]
-
-
-def make_model(**settings: object) -> bytes:
-    """A model that is trained, with other settings, on the same text."""
-    model = io.BytesIO()
-    defaults: dict[str, object] = {
-        "vocab_size": 320, "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-    }  # fmt: skip
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line for text in CODE for line in text.splitlines()),
-        model_writer=model,
-        minloglevel=3,
-        **(defaults | settings),
-    )
-    return model.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("settings", "is_cut"),
-    [
-        ({}, True),
-        ({"split_by_number": False}, True),
-        ({"split_digits": True}, True),
-        ({"split_by_unicode_script": False, "vocab_size": 400}, True),
-        ({"model_type": "unigram", "vocab_size": 305}, False),
-        ({"byte_fallback": False, "vocab_size": 64}, False),
-        ({"normalization_rule_name": "nmt_nfkc"}, False),
-        ({"add_dummy_prefix": False}, False),
-        ({"remove_extra_whitespaces": True}, False),
-        ({"treat_whitespace_as_suffix": True}, False),
-        ({"split_by_whitespace": False, "vocab_size": 400}, False),
-        ({"user_defined_symbols": ["for"]}, False),
-        ({"allow_whitespace_only_pieces": True}, True),
-    ],
-)
-def test_text_is_cut_only_where_the_vocabulary_allows_it(tmp_path: Path, settings: dict[str, object], is_cut: bool) -> None:
-    model = make_model(**settings)
-    assert (sentencepiece_cuts(model) is not None) == is_cut
-    (tmp_path / "tokenizer.model").write_bytes(model)
-    tokenizer = load_tokenizer(tmp_path)
-    texts = AWKWARD + fuzz(300, seed=1)
-    expected = tokenizer.encode_batch(texts)
-    for _ in range(2):  # the second time from memory
-        assert tokenizer.encode_flat(texts)[0].tolist() == [token for ids in expected for token in ids]
-
-
-def test_memory_of_segments_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "MAX_SEGMENTS", 20)
-    model = sentencepiece.SentencePieceProcessor(model_proto=make_model())
-    memory = sentencepiece_memory(model)
-    assert memory is not None
-    for text in [*CODE, *fuzz(50)]:
-        assert memory.encode([text])[0].tolist() == model.encode(text)
-        assert len(memory) <= 20
-
-
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-FALCON = [
-    {"type": "Punctuation", "behavior": "Contiguous"}, BYTE_LEVEL, {"type": "Digits", "individual_digits": False},
-    {"type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated", "invert": False},
-]  # fmt: skip
-OTHER = {"type": "Split", "pattern": {"Regex": "\\p{N}{1,3}|\\s+|."}, "behavior": "Isolated", "invert": False}
-LLAMA_3, QWEN_2 = (
-    OTHER | {"pattern": {"Regex": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits
-                                  + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}}
-    for digits in (r"\p{N}{1,3}", r"\p{N}")
-)  # fmt: skip
-
-
-def sequence(*steps: object) -> dict[str, object]:
-    return {"type": "Sequence", "pretokenizers": list(steps)}
-
-
-@pytest.mark.parametrize(
-    ("splitter", "normalizer", "is_cut"),
-    [
-        (BYTE_LEVEL, None, True),
-        (sequence(*FALCON), None, True),
-        (BYTE_LEVEL | {"add_prefix_space": True}, None, False),
-        (BYTE_LEVEL | {"use_regex": False}, None, False),
-        (BYTE_LEVEL, {"type": "NFC"}, False),
-        (sequence(OTHER, BYTE_LEVEL | {"use_regex": False}), None, False),
-        (sequence(LLAMA_3, BYTE_LEVEL | {"use_regex": False}), None, True),
-        (sequence(QWEN_2, BYTE_LEVEL | {"use_regex": False}), {"type": "NFC"}, True),
-        (sequence(LLAMA_3, BYTE_LEVEL), None, False),
-        (sequence(LLAMA_3 | {"behavior": "Removed"}, BYTE_LEVEL | {"use_regex": False}), None, False),
-    ],
-)
-@pytest.mark.parametrize("parse_special", [False, True])
-def test_byte_level_text_is_cut_where_words_end(
-    folder: Path, tmp_path: Path, splitter: object, normalizer: object, is_cut: bool, parse_special: bool
-) -> None:
-    definition = json.loads((folder / "tokenizer.json").read_text())
-    definition |= {"pre_tokenizer": splitter, "normalizer": normalizer}
-    definition["added_tokens"].append(definition["added_tokens"][-1] | {"id": 301, "content": "self ", "special": False})
-    write(tmp_path, "tokenizer.json", definition)
-    tokenizer = load_tokenizer(tmp_path, parse_special=parse_special)
-    assert isinstance(tokenizer, HuggingFaceTokenizer)
-    assert (tokenizer._memory is not None) == is_cut
-    texts = [*AWKWARD, *fuzz(1500, seed=2), "don't 's self x", "a' t", "it's'll '", "1234567 12 3", "x \u3000 \u00a0 y\x1c z"]
-    expected = [tokenizer.encode(text) for text in texts]
-    for _ in range(2):
-        assert tokenizer.encode_flat(texts)[0].tolist() == [token for ids in expected for token in ids]
-
-
-@pytest.mark.parametrize(("splitter", "normalizer"), [(LLAMA_3, None), (QWEN_2, {"type": "NFC"})])
-def test_all_short_texts_have_the_words_of_the_pattern(
-    folder: Path, tmp_path: Path, splitter: object, normalizer: object
-) -> None:
-    """Cut, and each segment split by the library alone: the words of the whole text."""
-    definition = json.loads((folder / "tokenizer.json").read_text())
-    definition |= {"pre_tokenizer": sequence(splitter, BYTE_LEVEL | {"use_regex": False}), "normalizer": normalizer}
-    write(tmp_path, "tokenizer.json", definition)
-    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    cuts = segments.byte_level_cuts(definition)
-    assert cuts is not None
-
-    def words(text: str) -> list[str]:
-        split: tokenizers.pre_tokenizers.PreTokenizer = library.pre_tokenizer[0]  # type: ignore[index]
-        normal = library.normalizer.normalize_str(text) if library.normalizer is not None else text
-        return [word for word, _ in split.pre_tokenize_str(normal)]
-
-    letters = ["a", "'", "S", "7", " ", "\n", "\r", "\t", "!", "\u00e9", "\u0301", "\x0b", "\u00b3"]
-    for length in range(1, 5):
-        for text in map("".join, product(letters, repeat=length)):
-            assert [word for segment in cuts.findall(text) for word in words(segment)] == words(text), repr(text)
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
@@ -296,10 +160,6 @@ def test_special_token_in_a_text_is_text(folder: Path, kind: str) -> None:
     assert parsing.encode("a</s>b") == [*a, parsing.eod_id, *b]  # G17
     assert parsing.encode("<s></s></s>") == [parsing.bos_id, parsing.eod_id, parsing.eod_id]
     assert parsing.encode("") == []
-
-
-def write(folder: Path, name: str, content: object) -> None:
-    (folder / name).write_text(json.dumps(content))
 
 
 def test_eos_is_named_by_the_configuration(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,228 @@
+"""The words that a tokenizer of Hugging Face splits a text into before its model sees them, found by Python's `re`.
+
+The model encodes each word alone, so a word that comes again has the ids it had. The steps of a pre-tokenizer are patterns
+(`word_patterns`) which are known for text of ASCII. Other characters are left to the library with what is around them, from a
+place where the text can be cut to the next: between two characters of ASCII that no pattern joins, whatever else is in the
+text, and behind the first of which no pattern looks at what follows.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from megatron_core_impl.data.word_patterns import ASCII, Part, characters, set_pattern, translated
+
+NEAR = 256  # characters between others than ASCII that are encoded with them, at most
+SHORT = 16  # characters, on average, of others than ASCII with what is around them that may come again
+LONG = 1 << 18  # characters of a text of which not all words are listed at once
+# Of this text, which has no longer words, a remembered segment is to hold few.
+SAMPLE = "def add(left, right):\n    return left + right  # the sum of both\n"
+SAMPLE_LONGEST = 12
+
+GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+PUNCTUATION = r"[!-/:-@\[-`{-~]"
+WITHOUT_SPACES = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer")  # whose words hold no white space
+CONTROLS = characters("".join(map(chr, [*range(9), 11, 12, *range(14, 32), 127])))
+# How a byte is written: printable ASCII as itself, the others by characters from U+0100 on.
+BYTE_NAMES = {byte: chr(256 + number) for number, byte in enumerate([*range(33), 127])}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that splits: pieces are what its pattern matches, and what lies between, or that is dropped."""
+
+    part: Part
+    drops: bool = False
+
+    def pattern(self) -> re.Pattern[str]:
+        """The pattern whose matches are the pieces of a text of ASCII."""
+        found, first = self.part.text, self.part.first
+        if self.drops or self.part.alone == ASCII:
+            return re.compile(found)
+        # From a character at which nothing begins up to one at which something does.
+        other = "(?s:.)" + (f"{set_pattern(ASCII & ~first)}*+" if first != ASCII else "")
+        return re.compile(f"{found}|{other}(?:(?!{found}){other})*")
+
+    def joins(self, a: str, b: str) -> bool:
+        """Whether a text that is cut between two characters may have other pieces, the cut apart."""
+        return bool(self.part.pairs >> (128 * ord(a) + ord(b)) & 1 or self.part.looked >> ord(a) & 1)
+
+    def parts(self, b: str) -> bool:
+        """Whether a piece always begins with this character, where it is not joined with the one before it."""
+        return self.drops or bool(self.part.alone >> ord(b) & 1)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """What a normalizer does to ASCII."""
+
+    unsure: int = 0  # characters of ASCII for which it is not followed
+    lowers: bool = False
+    makes_spaces: bool = False  # of other characters
+
+
+class Words:
+    """Cuts a text into segments, and segments into words.
+
+    Args:
+        normal: what is done before.
+        prefix: what is put before a text that does not begin with one of `prefixed`.
+        steps: the splits.
+        finish: how the model sees a word.
+    """
+
+    def __init__(self, normal: Normal, prefix: str, prefixed: str, steps: list[Step], finish: Callable[[str], str]) -> None:
+        self._normal, self._prefix, self._prefixed, self._finish = normal, prefix, tuple(prefixed), finish
+        sure = set_pattern(ASCII & ~normal.unsure)
+        self.unsure = re.compile(f"[^{sure[1:]}")
+        self._clusters = re.compile(f"[^{sure[1:]}++(?:{sure}{{1,{NEAR}}}+[^{sure[1:]}++)*+")
+        patterns = [step.pattern() for step in steps if step.part.first or step.drops]
+        # Segments are the pieces of the first steps that make short ones of text.
+        count = 1
+        while count < len(patterns) and max(map(len, _pieces(patterns[:count], SAMPLE))) > SAMPLE_LONGEST:
+            count += 1
+        self._cutting, self._within = patterns[:count], patterns[count:]
+        # Where the text can be cut: behind these, before a space or a newline.
+        before = {b: self._safe_before(steps, b) for b in (" " if prefix else " \n")}
+        self._cuts = {b: safe for b, safe in before.items() if safe}
+        self._cut = re.compile("|".join(f"(?<={set_pattern(safe)})(?={b})" for b, safe in self._cuts.items()))
+
+    @staticmethod
+    def _safe_before(steps: list[Step], b: str) -> int:
+        if not all(step.part.is_near for step in steps) or not any(step.parts(b) for step in steps):
+            return 0
+        safe = [a for a in map(chr, range(128)) if not any(step.joins(c, b) for step in steps for c in (a, a.lower()))]
+        return characters("".join(safe))
+
+    def segments(self, text: str) -> Iterable[str]:
+        """The segments of a text."""
+        if self._prefix and not text.startswith(self._prefixed):
+            text = self._prefix + text
+        if text.isascii() and not (self._normal.unsure and self.unsure.search(text)):
+            return self._sure(text)
+        return self._mixed(text) if self._cuts else [text]
+
+    def _sure(self, text: str) -> Iterable[str]:
+        if self._normal.lowers:
+            text = text.lower()
+        first, *others = self._cutting
+        pieces: Iterable[str] = first.findall(text) if len(text) <= LONG else (match[0] for match in first.finditer(text))
+        for pattern in others:
+            pieces = chain.from_iterable(map(pattern.findall, pieces))
+        return pieces
+
+    def _mixed(self, text: str) -> Iterator[str]:
+        done = 0
+        for match in self._clusters.finditer(text):
+            if match.end() <= done:
+                continue
+            start, found = self._cut_before(text, match.start(), done), self._cut.search(text, match.end())
+            yield from self._sure(text[done:start])
+            done = found.start() if found else len(text)
+            parts = self._cut.split(text[start:done])
+            if done - start > SHORT * len(parts):  # what is long rarely comes again, and is encoded faster at once
+                parts = [text[start:done]]
+            for part in parts:
+                yield from (part,) if self.unsure.search(part) else self._sure(part)
+        yield from self._sure(text[done:])
+
+    def _cut_before(self, text: str, place: int, least: int) -> int:
+        """The last place where the text can be cut, at most here."""
+        while place > least:
+            place = max(text.rfind(b, least, place) for b in self._cuts)
+            if place > least and text[place - 1].isascii() and self._cuts[text[place]] >> ord(text[place - 1]) & 1:
+                return place
+        return least
+
+    def words(self, segment: str) -> list[str]:
+        """The words of a segment that is sure, as the model sees them."""
+        return [self._finish(word) for word in _pieces(self._within, segment)]
+
+
+def _pieces(patterns: list[re.Pattern[str]], text: str) -> list[str]:
+    pieces = [text]
+    for pattern in patterns:
+        pieces = [word for piece in pieces for word in pattern.findall(piece)]
+    return pieces
+
+
+def words_of(definition: dict[str, Any]) -> Words | None:
+    """How a tokenizer finds its words; None where that is not known. Its added tokens are the caller's matter.
+
+    Args:
+        definition: the content of tokenizer.json.
+    """
+    model, splitter = definition["model"], definition.get("pre_tokenizer") or {}
+    normal = _normal(definition.get("normalizer"))
+    listed = splitter.get("pretokenizers", []) if splitter.get("type") == "Sequence" else [splitter]
+    if normal is None or model.get("dropout") or not listed:
+        return None
+    first, last = listed[0], listed[-1]
+    if first.get("type") == "Metaspace":
+        return _of_metaspace(first, normal) if len(listed) == 1 and not normal.makes_spaces else None
+    is_bytes = last.get("type") == "ByteLevel"
+    steps = [_step(step) for step in (listed[:-1] if is_bytes else listed)]
+    if is_bytes and last["use_regex"]:
+        steps.append(_split(GPT_2))
+    known = [step for step in steps if step is not None]
+    if len(known) < len(steps) or not any(step.part.first for step in known):
+        return None
+    is_prefixed = is_bytes and last["add_prefix_space"]
+    if is_prefixed and (normal.makes_spaces or len(listed) > 1):
+        return None
+    if normal.unsure and first["type"] not in WITHOUT_SPACES:
+        return None
+    return Words(normal, " " if is_prefixed else "", " ", known, _byte_names if is_bytes else str)
+
+
+def _byte_names(word: str) -> str:
+    return word.translate(BYTE_NAMES)
+
+
+def _of_metaspace(step: dict[str, Any], normal: Normal) -> Words | None:
+    """Words that begin with a mark, which stands for a space; a text begins with one."""
+    mark, pattern = step["replacement"], _split(" [^ ]*|[^ ]+")
+    if not step["split"] or mark.isascii() or pattern is None:  # a text of ASCII must not hold marks of its own
+        return None
+    prefix = "" if step["prepend_scheme"] == "never" else " "
+    return Words(normal, prefix, f" {mark}", [pattern], lambda word: word.replace(" ", mark))
+
+
+def _normal(normalizer: dict[str, Any] | None) -> Normal | None:
+    """What a normalizer does, if it is known. What it changes is no ASCII, or has something that is none behind it."""
+    kind = (normalizer or {}).get("type")
+    if normalizer is None:
+        return Normal()
+    if kind in ("NFC", "NFD", "NFKC", "NFKD"):
+        return Normal(makes_spaces=True)
+    if kind == "Lowercase":
+        return Normal(lowers=True)
+    if kind == "BertNormalizer":
+        return Normal(CONTROLS if normalizer["clean_text"] else 0, normalizer["lowercase"], makes_spaces=True)
+    return None
+
+
+def _split(pattern: str, *, drops: bool = False) -> Step | None:
+    part = translated(pattern)
+    return None if part is None else Step(part, drops)
+
+
+def _step(step: dict[str, Any]) -> Step | None:
+    """A step of a pre-tokenizer, if it is known."""
+    kind, behavior = step.get("type"), step.get("behavior")
+    if kind == "Split" and "Regex" in step["pattern"]:
+        if behavior == "Isolated" or (behavior == "Removed" and step["invert"]):
+            return _split(step["pattern"]["Regex"], drops=behavior == "Removed")
+    elif kind == "Digits":
+        return _split("[0-9]" if step["individual_digits"] else "[0-9]+")
+    elif kind == "Punctuation" and behavior in ("Isolated", "Contiguous"):
+        return _split(PUNCTUATION + ("+" if behavior == "Contiguous" else ""))
+    elif kind == "Whitespace":
+        return _split(r"\w+|[^\w\s]+", drops=True)
+    elif kind == "WhitespaceSplit":
+        return _split(r"\S+", drops=True)
+    elif kind == "BertPreTokenizer":
+        return _split(rf"{PUNCTUATION}|[^\s!-/:-@\[-`{{-~]+", drops=True)
+    return None

@@ -1,0 +1,174 @@
+"""Texts cut where a tokenizer's words end, and remembered: the ids of the library, for every vocabulary that allows it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from tiny_tokenizers import AWKWARD, CODE, fuzz, sentencepiece_model, train_huggingface, train_sentencepiece, write
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from megatron_core_impl.data import segments
+from megatron_core_impl.data.segments import byte_level_cuts, merge_cuts, sentencepiece_cuts, sentencepiece_memory
+from megatron_core_impl.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both kinds."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    train_sentencepiece(folder)
+    train_huggingface(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_cut"),
+    [
+        ({}, True),
+        ({"split_by_number": False}, True),
+        ({"split_digits": True}, True),
+        ({"split_by_unicode_script": False, "vocab_size": 400}, True),
+        ({"model_type": "unigram", "vocab_size": 305}, False),
+        ({"byte_fallback": False, "vocab_size": 64}, False),
+        ({"normalization_rule_name": "nmt_nfkc"}, False),
+        ({"add_dummy_prefix": False}, False),
+        ({"remove_extra_whitespaces": True}, False),
+        ({"treat_whitespace_as_suffix": True}, False),
+        ({"split_by_whitespace": False, "vocab_size": 400}, False),
+        ({"user_defined_symbols": ["for"]}, False),
+        ({"allow_whitespace_only_pieces": True}, True),
+    ],
+)
+def test_text_is_cut_only_where_the_vocabulary_allows_it(tmp_path: Path, settings: dict[str, object], is_cut: bool) -> None:
+    model = sentencepiece_model(**settings)
+    assert (sentencepiece_cuts(model) is not None) == is_cut
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    tokenizer = load_tokenizer(tmp_path)
+    texts = AWKWARD + fuzz(300, seed=1)
+    expected = tokenizer.encode_batch(texts)
+    for _ in range(2):  # the second time from memory
+        assert tokenizer.encode_flat(texts)[0].tolist() == [token for ids in expected for token in ids]
+
+
+def test_memory_of_segments_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "MAX_SEGMENTS", 20)
+    model = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    memory = sentencepiece_memory(model)
+    assert memory is not None
+    for text in [*CODE, *fuzz(50)]:
+        assert memory.encode([text])[0].tolist() == model.encode(text)
+        assert len(memory) <= 20
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+FALCON = [
+    {"type": "Punctuation", "behavior": "Contiguous"}, BYTE_LEVEL, {"type": "Digits", "individual_digits": False},
+    {"type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated", "invert": False},
+]  # fmt: skip
+OTHER = {"type": "Split", "pattern": {"Regex": "\\p{N}{1,3}|\\s+|."}, "behavior": "Isolated", "invert": False}
+
+
+def sequence(*steps: object) -> dict[str, object]:
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+@pytest.mark.parametrize(
+    ("splitter", "normalizer", "is_cut"),
+    [
+        (BYTE_LEVEL, None, True),
+        (sequence(*FALCON), None, True),
+        (BYTE_LEVEL | {"add_prefix_space": True}, None, False),
+        (BYTE_LEVEL | {"use_regex": False}, None, False),
+        (BYTE_LEVEL, {"type": "NFC"}, False),
+        (sequence(OTHER, BYTE_LEVEL | {"use_regex": False}), None, False),
+    ],
+)
+@pytest.mark.parametrize("parse_special", [False, True])
+def test_byte_level_text_is_cut_where_words_end(
+    folder: Path, tmp_path: Path, splitter: object, normalizer: object, is_cut: bool, parse_special: bool
+) -> None:
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition |= {"pre_tokenizer": splitter, "normalizer": normalizer}
+    definition["added_tokens"].append(definition["added_tokens"][-1] | {"id": 301, "content": "self ", "special": False})
+    write(tmp_path, "tokenizer.json", definition)
+    tokenizer = load_tokenizer(tmp_path, parse_special=parse_special)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    assert (byte_level_cuts(definition) is not None) == is_cut
+    texts = [*AWKWARD, *fuzz(1500, seed=2), "don't 's self x", "a' t", "it's'll '", "1234567 12 3", "x \u3000 \u00a0 y\x1c z"]
+    expected = [tokenizer.encode(text) for text in texts]
+    for _ in range(2):
+        assert tokenizer.encode_flat(texts)[0].tolist() == [token for ids in expected for token in ids]
+
+
+WHOLE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+MARKS = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def llama() -> dict[str, Any]:
+    """tokenizer.json as Llama 2's: BPE of a text that is not split."""
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    library = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "</s>", *names], show_progress=False)
+    library.train_from_iterator([line for text in CODE for line in text.splitlines()], trainer)
+    definition: dict[str, Any] = json.loads(library.to_str())
+    definition["added_tokens"] = definition["added_tokens"][:2]
+    return definition | {"pre_tokenizer": WHOLE}
+
+
+@pytest.mark.parametrize(
+    ("changes", "of_model", "is_cut"),
+    [
+        ({}, {}, True),
+        ({"pre_tokenizer": WHOLE | {"prepend_scheme": "first"}}, {}, True),
+        ({"pre_tokenizer": WHOLE | {"prepend_scheme": "never"}}, {}, True),
+        ({"pre_tokenizer": WHOLE | {"replacement": "_"}}, {}, False),
+        ({"pre_tokenizer": None, "normalizer": MARKS}, {}, True),
+        ({"pre_tokenizer": None}, {}, False),
+        ({"normalizer": {"type": "NFC"}}, {}, False),
+        ({}, {"byte_fallback": False}, False),
+        ({}, {"ignore_merges": True}, False),
+        ({}, {"merge": ("<0x0A>", "e")}, False),
+        ({}, {"merge": ("e", "▁")}, False),
+        ({}, {"merge": ("e", "\n")}, False),
+        ({}, {"merge": ("e", "1")}, True),
+        ({}, {"merge": ("-", "e")}, True),
+    ],
+)
+@pytest.mark.parametrize("parse_special", [False, True])
+def test_text_that_is_not_split_is_cut_where_no_merge_joins(
+    tmp_path: Path, llama: dict[str, Any], changes: dict[str, Any], of_model: dict[str, Any], is_cut: bool, parse_special: bool
+) -> None:
+    definition = json.loads(json.dumps(llama | changes))
+    model = definition["model"]
+    if merge := of_model.get("merge"):
+        for piece in (*merge, "".join(merge)):
+            model["vocab"].setdefault(piece, len(model["vocab"]))
+        model["merges"].insert(0, list(merge))
+    else:
+        model.update(of_model)
+    write(tmp_path, "tokenizer.json", definition)
+    assert (merge_cuts(definition) is not None) == is_cut
+    tokenizer = load_tokenizer(tmp_path, parse_special=parse_special)
+    texts = [*AWKWARD, *fuzz(1000, seed=6), "▁x", " ▁ x", "a1b e1 e\ne\n\ne -e--e", "e e  e"]
+    expected = tokenizer.encode_batch(texts)
+    for _ in range(2):
+        assert tokenizer.encode_flat(texts)[0].tolist() == [token for ids in expected for token in ids]
+
+
+def test_what_is_long_is_not_remembered() -> None:
+    model = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    memory = sentencepiece_memory(model)
+    assert memory is not None
+    text = "x" * (segments.LONGEST + 1)
+    assert memory.encode([text, "x"])[0].tolist() == [*model.encode(text), *model.encode("x")]
+    assert max(map(len, memory)) <= segments.LONGEST

@@ -1,0 +1,296 @@
+"""Words found by translated patterns: those of the library, for the patterns of the field and all kinds of steps."""
+
+import json
+import random
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tiny_tokenizers import AWKWARD, CODE, fuzz, write
+from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
+
+from megatron_core_impl.data import words as words_module
+from megatron_core_impl.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
+from megatron_core_impl.data.word_patterns import ASCII, members, translated
+from megatron_core_impl.data.words import GPT_2, Step, Words, words_of
+
+ENDS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+CONTRACTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+DEEPSEEK_SIGNS = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+PATTERNS = {
+    "gpt-2": GPT_2,
+    "llama-3": rf"{CONTRACTED}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{ENDS}",
+    "qwen-2": rf"{CONTRACTED}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{ENDS}",
+    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    "cl100k-possessive": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
+    r"|\s*[\r\n]|\s+(?!\S)|\s",
+    "o200k": rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{CONTRACTED}?|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{CONTRACTED}?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{ENDS}",
+    "tekken": rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*|\p{{N}}"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{ENDS}",
+    "deepseek-digits": r"\p{N}{1,3}",
+    "deepseek-cjk": "[一-龥぀-ゟ゠-ヿ]+",
+    "deepseek-3": rf"{DEEPSEEK_SIGNS}|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{ENDS}",
+    "deepseek-coder-lines": "[\r\n]",
+    "deepseek-coder-letters": r"\s?\p{L}+",
+    "deepseek-coder-signs": r"\s?\p{P}+",
+    "deepseek-llm-letters": "\\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-Ϋ]+",
+    "deepseek-llm-signs": "\\s?[!-/:-~！-／：-～‘-‟　-。]+",
+    "deepseek-llm-ends": r"\s+$",
+    "bloom": r" ?[^(\s|[.,!?…。，、।۔،])]+",
+    "falcon-digits": "[0-9][0-9][0-9]",
+    "chatglm-4": rf"{CONTRACTED}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{ENDS}",
+    "looks": r"\s+(?=\S)|(?<=\s)\S+|(?<!x)y|[^y]",
+    "looks-ahead": r"[a-z]+(?! )|.",
+    "looks-far": r"a(?=7 )7|.",
+    "looks-back": r"(?<=a) +|.",
+    "joined": "[a-z] |.",
+    "gives-nothing-back": r"a?+a|[^a]",
+    "seldom": r"(a|Sa)b*?|[a-cS]{2}|l{1,}|'{1,2}+!|.\n|\x41\u0042\.",
+}
+UNKNOWN = ["bloom"]  # a set in a set
+LETTERS = ["a", "S", "l", "'", "7", " ", "\n", "\r", "\t", "!", "_", "/", "\x1c"]
+
+
+def of_library(pattern: str, text: str, behavior: str, *, invert: bool) -> list[str]:
+    split = pre_tokenizers.Split(Regex(pattern), behavior, invert=invert)
+    return [piece for piece, _ in split.pre_tokenize_str(text)]
+
+
+def ascii_texts(length: int, count: int) -> list[str]:
+    rng = random.Random(4)
+    codes = [chr(code) for code in range(128)]
+    long = ["".join(rng.choices(LETTERS if i % 2 else codes, k=rng.randint(5, 60))) for i in range(count)]
+    return [*("".join(text) for size in range(1, length + 1) for text in product(LETTERS, repeat=size)), *long, *codes]
+
+
+@pytest.mark.parametrize("name", [name for name in PATTERNS if name not in UNKNOWN])
+def test_pieces_of_all_short_texts_are_those_of_the_library(name: str) -> None:
+    part = translated(PATTERNS[name])
+    assert part is not None
+    for behavior, invert in (("isolated", False), ("removed", True)):
+        splits, pattern = pre_tokenizers.Split(Regex(PATTERNS[name]), behavior, invert=invert), Step(part, invert).pattern()
+        for text in ascii_texts(4 if behavior == "isolated" else 3, 4000):
+            assert pattern.findall(text) == [piece for piece, _ in splits.pre_tokenize_str(text)], repr(text)
+
+
+@pytest.mark.parametrize(
+    "one",
+    [r"\s", r"\S", r"\w", r"\W", r"\d", r"\D", ".", "$", r"\p{L}", r"\p{Lu}", r"\p{Ll}", r"\p{M}", r"\p{N}", r"\p{Nd}",
+     r"\p{P}", r"\p{Pc}", r"\p{Po}", r"\p{S}", r"\p{Sm}", r"\p{Sc}", r"\p{Z}", r"\p{Zs}", r"\P{L}", r"[^\s\p{L}]", r"[a\-c]",
+     "[a-]", "[-a]", "[+--]", "[!-/]", r"[\]\\^]", "(?i:[a-cK])", "(?i:k)", "[é-ü]", "[a-ü]", r"\v", "é", r"[^é]",
+     r"\p{Han}", r"\P{Han}", "(?i:')", r"[\n-\r]", "a&b", r"\ ", "~", "&"],
+)  # fmt: skip
+def test_sets_are_those_of_the_library(one: str) -> None:
+    part = translated(f"(?:{one})x")
+    assert part is not None
+    for code in range(128):
+        for text in (f"{chr(code)}x", f"x{chr(code)}x\nx", f"{chr(code)}\n"):
+            assert Step(part).pattern().findall(text) == of_library(f"(?:{one})x", text, "isolated", invert=False), repr(text)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["a*", "a|", "", "(?:a*)+b", "a{1,2}?", "a{2}?", "a{,2}", "a{2", "a{2,1}", "a{0}b", "a+{2}", "a**", "(?<n>a)", "(?m:a)",
+     "(?i)a", "(?-i:a)", "(?>a+)", "(?:ab)++", r"(a)\1", r"\ba", r"\h", r"\R", r"\X", r"\pL", r"\p{^L}", r"\p{Alpha}",
+     r"\p{Latin}", "^a", r"\Aa", r"a\z", "[[:alpha:]]", "[a[b]]", "[a&&b]", "[]a]", "[^]a]", r"[a-\d]", "[a-c-e]", "[z-a]",
+     "[a", "(a", "a)", "(?i:ß)", "(?i:[^a])", r"(?i:\p{Lu})", "(?i:[ſ])", r"\xe9", r"\x{41}", r"\0a", r"\k", "(?=a)*b",
+     "(?<=a+)b", "(?#a)b", "a]", "a}", "(?~a)", r"\Ka", r"\Ga", r"\p{}", "a\\"],
+)  # fmt: skip
+def test_what_engines_may_treat_otherwise_is_not_translated(pattern: str) -> None:
+    assert translated(pattern) is None
+
+
+def test_where_a_pattern_surely_matches() -> None:
+    """Only where the library finds a match, whatever follows."""
+    sure = set()
+    for name, pattern in PATTERNS.items():
+        if (part := translated(pattern)) is None:
+            continue
+        if part.alone == ASCII:
+            sure.add(name)
+        splits = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
+        for character in members(part.alone):
+            for after in ["", *LETTERS, "é", " é", "\n\n", "  "]:
+                assert splits.pre_tokenize_str(character + after)[0][1][0] == 0, (name, character, after)
+    assert sure == {"gpt-2", "llama-3", "qwen-2", "cl100k", "cl100k-possessive", "o200k", "tekken", "chatglm-4"}
+
+
+# ── Whole tokenizers ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+def split(name: str, behavior: str = "isolated", *, invert: bool = False) -> Any:
+    return pre_tokenizers.Split(Regex(PATTERNS[name]), behavior, invert=invert)
+
+
+def steps(*listed: Any) -> Any:
+    return pre_tokenizers.Sequence([*listed, BYTES])
+
+
+BERT = normalizers.BertNormalizer()
+SPLITTERS: dict[str, tuple[Any, Any, bool]] = {  # name: splitter, normalizer, whether it is known
+    **{
+        name: (steps(split(name)), None, True)
+        for name in ("llama-3", "cl100k", "cl100k-possessive", "tekken", "seldom", "gives-nothing-back",
+                     "looks", "looks-ahead", "looks-far", "looks-back")
+    },
+    "qwen-2": (steps(split("qwen-2")), normalizers.NFC(), True),
+    "phi-4": (steps(split("cl100k", "removed", invert=True)), None, True),
+    "o200k": (steps(split("o200k")), normalizers.NFKC(), True),
+    "lower-joined": (steps(split("joined")), normalizers.Lowercase(), True),
+    "lower": (steps(split("o200k")), normalizers.Lowercase(), True),
+    "deepseek-3": (steps(*map(split, ("deepseek-digits", "deepseek-cjk", "deepseek-3"))), None, True),
+    "deepseek-coder": (
+        steps(*map(split, ("deepseek-coder-lines", "deepseek-coder-letters", "deepseek-coder-signs", "deepseek-cjk")),
+              pre_tokenizers.Digits(True)), None, True),
+    "deepseek-llm": (
+        steps(split("deepseek-coder-lines"), *map(split, ("deepseek-llm-letters", "deepseek-llm-signs", "deepseek-llm-ends")),
+              split("deepseek-cjk"), pre_tokenizers.Digits(True)), None, True),
+    "starcoder-2": (
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]), None, True),
+    "falcon-like": (
+        steps(pre_tokenizers.Punctuation("contiguous"), split("gpt-2"), split("falcon-digits"), pre_tokenizers.Digits(False)),
+        None, True),
+    "roberta": (pre_tokenizers.ByteLevel(add_prefix_space=True), None, True),
+    "roberta-nfkc": (pre_tokenizers.ByteLevel(add_prefix_space=True), normalizers.NFKC(), False),
+    "bloom": (steps(split("bloom")), None, False),
+    "removed": (steps(split("gpt-2", "removed")), None, False),
+    "merged": (steps(split("gpt-2", "merged_with_previous")), None, False),
+    "metaspace": (pre_tokenizers.Metaspace(), None, True),
+    "metaspace-ascii": (pre_tokenizers.Metaspace(replacement="_"), None, False),
+    "metaspace-never": (pre_tokenizers.Metaspace(prepend_scheme="never"), None, True),
+    "metaspace-first": (pre_tokenizers.Metaspace(prepend_scheme="first"), normalizers.Lowercase(), True),
+    "metaspace-nfkc": (pre_tokenizers.Metaspace(), normalizers.NFKC(), False),
+    "bert": (pre_tokenizers.BertPreTokenizer(), BERT, True),
+    "bert-cased": (pre_tokenizers.BertPreTokenizer(), normalizers.BertNormalizer(lowercase=False), True),
+    "bert-bytes": (pre_tokenizers.ByteLevel(add_prefix_space=False), BERT, False),
+    "whitespace": (pre_tokenizers.Whitespace(), None, True),
+    "whitespace-split": (pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]), None, True),
+    "stripped": (pre_tokenizers.Whitespace(), normalizers.Strip(), False),
+    "delimiter": (pre_tokenizers.CharDelimiterSplit("-"), None, False),
+}  # fmt: skip
+
+
+def model_of(kind: str) -> tuple[Any, Any]:
+    special = {"special_tokens": ["<unk>", "</s>"], "show_progress": False}
+    if kind == "bpe":
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        return models.BPE(), trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, **special)
+    if kind == "unigram":
+        return models.Unigram(), trainers.UnigramTrainer(vocab_size=150, unk_token="<unk>", **special)
+    if kind == "wordpiece":
+        return models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer(vocab_size=200, **special)
+    return models.WordLevel(unk_token="<unk>"), trainers.WordLevelTrainer(vocab_size=60, **special)
+
+
+def made(folder: Path, name: str, kind: str = "bpe") -> dict[str, Any]:
+    """Train and write a tokenizer."""
+    model, trainer = model_of(kind)
+    tokenizer = tokenizers.Tokenizer(model)
+    splitter, normalizer, _ = SPLITTERS[name]
+    tokenizer.pre_tokenizer = splitter
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.train_from_iterator(CODE, trainer)
+    definition: dict[str, Any] = json.loads(tokenizer.to_str())
+    write(folder, "tokenizer.json", definition)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    return definition
+
+
+KINDS = [
+    *((name, "bpe") for name in SPLITTERS),
+    *(("bert", kind) for kind in ("wordpiece", "words", "unigram")),
+    *(("metaspace", kind) for kind in ("wordpiece", "unigram")),
+    *(("whitespace", kind) for kind in ("wordpiece", "words", "unigram")),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+@pytest.mark.parametrize("parse_special", [False, True])
+def test_ids_are_those_of_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str, parse_special: bool
+) -> None:
+    monkeypatch.setattr(words_module, "NEAR", 3)
+    definition = made(tmp_path, name, kind)
+    assert (words_of(definition) is not None) == SPLITTERS[name][2]
+    tokenizer = load_tokenizer(tmp_path, parse_special=parse_special)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    texts = [*AWKWARD, *fuzz(1000, seed=5), *ascii_texts(2, 500), "\u00a0x", " \u212a s", "\x0bA\x00 b\tC", "ÉCOLE Été 7\n"]
+    expected = tokenizer.encode_batch(texts)
+    for _ in range(2):
+        assert tokenizer.encode_flat(texts)[0].tolist() == [token for ids in expected for token in ids]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (_, normalizer, is_known) in SPLITTERS.items() if is_known and normalizer != BERT]
+)
+@pytest.mark.parametrize("short", [0, 100])
+def test_text_of_other_characters_is_cut_where_words_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, short: int
+) -> None:
+    """Each segment split by the library alone: the words of the whole text."""
+    monkeypatch.setattr(words_module, "NEAR", 1)
+    monkeypatch.setattr(words_module, "SHORT", short)
+    found = words_of(made(tmp_path, name))
+    assert isinstance(found, Words)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+
+    def words(text: str) -> list[str]:
+        normal = library.normalizer.normalize_str(text) if library.normalizer is not None else text
+        return [word for word, _ in library.pre_tokenizer.pre_tokenize_str(normal)]  # type: ignore[union-attr]
+
+    def in_segments(text: str) -> list[str]:
+        parts = ((words if found.unsure.search(segment) else found.words)(segment) for segment in found.segments(text))
+        return [word for part in parts for word in part]
+
+    letters = ["a", "S", "'", "7", " ", "\n", "\r", "!", "é", "\u0301", "\u3000", "好"]
+    for length in range(1, 5):
+        for text in map("".join, product(letters, repeat=length)):
+            assert in_segments(text) == words(text), repr(text)
+    for text in fuzz(2000, seed=7):
+        if text:
+            assert in_segments(text) == words(text), repr(text)
+
+
+def test_a_text_with_few_other_characters_is_cut_around_them(tmp_path: Path) -> None:
+    found = words_of(made(tmp_path, "cl100k"))
+    assert found is not None
+    text = "x = 1\n" * 60 + 'print(f("é"), end)\n' + "x = 1\n" * 60
+    other = [segment for segment in found.segments(text) if not segment.isascii()]
+    assert len(other) == 1
+    assert len(other[0]) < 40
+    accents = "été naïve déjà vu, où ça " * 100
+    assert max(map(len, found.segments(accents))) < 40, "words that come again"
+    assert list(found.segments("好" * 500)) == ["好" * 500]
+
+
+def test_added_tokens_that_a_normalizer_may_make_are_left_to_the_library(tmp_path: Path) -> None:
+    """Full-width letters become those of the token, across a place where the text could be cut."""
+    definition = made(tmp_path, "o200k")
+    token = {"id": 402, "content": "self foo", "single_word": False, "lstrip": False, "rstrip": False, "special": False}
+    for is_normalized in (False, True):
+        definition["added_tokens"] = [*definition["added_tokens"][:2], token | {"normalized": is_normalized}]
+        write(tmp_path, "tokenizer.json", definition)
+        tokenizer = load_tokenizer(tmp_path)
+        assert isinstance(tokenizer, HuggingFaceTokenizer)
+        assert (tokenizer._memory is None) == is_normalized
+        number = tokenizer.id_of("self foo")
+        for text in ("x self foo y", "x ｓelf foo y"):
+            ids = tokenizer.encode_flat([text])[0].tolist()
+            assert ids == tokenizer.encode(text)
+            assert (number in ids) == (is_normalized or text.isascii())
+
+
+def test_a_long_text_is_cut_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words_module, "LONG", 10)
+    for name in ("cl100k", "deepseek-coder", "metaspace"):
+        made(tmp_path, name)
+        tokenizer = load_tokenizer(tmp_path)
+        expected = tokenizer.encode_batch(CODE)
+        assert tokenizer.encode_flat(CODE)[0].tolist() == [token for ids in expected for token in ids]
