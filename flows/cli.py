@@ -38,6 +38,7 @@ examples:
   finetune rerun brisk-otter                             go on where a run stopped
   finetune rerun brisk-otter --stage train               do a stage again, and what depends on it
   finetune dataset inspect runs/brisk-otter/preprocess   what is in the data
+  finetune checkpoint inspect runs/brisk-otter/merge     what is in stored weights
 
 exit codes: 0 done, 1 failed, 2 the configuration or an input is wrong, 3 a gate refused the result, 130 Ctrl-C, 143 SIGTERM"""
 
@@ -110,6 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     dataset.add_argument(
         "rest", nargs=argparse.REMAINDER, metavar="inspect|merge …", help="see: finetune dataset inspect --help"
     )
+    checkpoint = add("checkpoint", _checkpoint, "look into stored weights, check them, or cut them anew", CHECKPOINT_HELP)
+    checkpoint.add_argument(
+        "rest", nargs=argparse.REMAINDER, metavar="inspect|verify|reshard …", help="see: finetune checkpoint inspect --help"
+    )
     return parser
 
 
@@ -140,6 +145,12 @@ Looks only; starts nothing."""
 DATASET_HELP = """\
 finetune dataset inspect RESULT|PREFIX [--document N]     its documents, tokens and lengths; or the text of a document
 finetune dataset merge --output PREFIX RESULT|PREFIX …    datasets one after the other, in one"""
+
+
+CHECKPOINT_HELP = """\
+finetune checkpoint inspect RESULT|FOLDER [--all]     tensors, slices, layout, digests of weights in any form
+finetune checkpoint verify  RESULT|FOLDER             every file against the digest that is recorded of it
+finetune checkpoint reshard RESULT|FOLDER --tp N …    a training checkpoint under another layout"""
 
 
 def _takes_config(parser: argparse.ArgumentParser) -> None:
@@ -209,8 +220,17 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _dataset(arguments: argparse.Namespace) -> int:
+    return _become("stages.dataset", arguments.rest)
+
+
+def _checkpoint(arguments: argparse.Namespace) -> int:
+    return _become("stages.checkpoint", arguments.rest)
+
+
+def _become(module: str, rest: list[str]) -> NoReturn:
+    """Go on as another program, which may import what flows must not."""
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "stages.dataset", *(arguments.rest or ["--help"])])
+    os.execv(sys.executable, [sys.executable, "-m", module, *(rest or ["--help"])])
 
 
 def _load(arguments: argparse.Namespace) -> PipelineConfig:

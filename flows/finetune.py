@@ -29,7 +29,7 @@ from flows.tasks import (
 from stages.contracts.config import PipelineConfig
 
 Node = Literal[
-    "download-model", "download-data", "preprocess", "convert", "verify", "shard", "train", "merge", "export", "push"
+    "download-model", "download-data", "preprocess", "convert", "shard", "verify", "train", "merge", "export", "push"
 ]  # fmt: skip
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="name of the run: its folder below runs/")]
 Refresh = Annotated[list[Node], Field(description="nodes to do again although their results are there")]
@@ -44,10 +44,10 @@ def finetune(config: PipelineConfig, run_name: RunName, refresh: Refresh = []) -
 
         dataset = run.start(preprocess, data, model)
         weights = run.start(convert, model)
-        verification = run.start(verify, model, weights, dataset)
+        shards = run.start(shard, weights)
 
-        shards = run.start(shard, weights, after=[verification])
-        checkpoint = run.start(train, shards, dataset)
+        verification = run.start(verify, model, shards, dataset)
+        checkpoint = run.start(train, shards, dataset, after=[verification])
         trained = run.start(merge, checkpoint)
 
         exported = run.start(export, model, trained, dataset, checkpoint)

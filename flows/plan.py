@@ -102,7 +102,7 @@ def _flat(model: Frozen, prefix: str = "") -> Iterator[tuple[str, Any]]:
         if not prefix and name == "workspace":
             continue
         if not prefix and name == "inputs":
-            yield from ((f"inputs.{key}", ref.fingerprint) for key, ref in value.items())
+            yield from ((f"inputs.{key}", ref.identity) for key, ref in value.items())
         elif isinstance(value, Frozen):
             yield from _flat(value, f"{prefix}{name}.")
         elif isinstance(value, tuple) and value and isinstance(value[0], Frozen):

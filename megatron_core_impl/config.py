@@ -15,6 +15,8 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 NormKind = Literal["rmsnorm", "layernorm"]
 # What computes attention: see layers.attention
 Kernel = Literal["flash-attn", "varlen", "sdpa"]
+# What rows of added tokens begin as: see checkpoint.grown
+NewRows = Literal["mean", "zeros", "last", "normal"]
 Range = tuple[int, int]  # half-open
 
 
@@ -253,6 +255,7 @@ class Heads:
     num_key_value_heads: int
     head_dim: int
     is_kv: bool  # the dim holds key/value heads, not query heads
+    is_rotated: bool = False  # rotary embeddings turn pairs of each head's numbers: the first half with the second
 
     def range(self, tp: int, tp_rank: int) -> Range:
         """The part of the dim that a rank holds."""
@@ -297,11 +300,16 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a tensor: start … stop-1 of its dim 0."""
+    """Some rows of a tensor: start … stop-1 of its dim 0, in order or transposed.
+
+    `transposed` (a, b) takes a·b rows at a time as a matrix of a × b rows, and its transpose b × a. (2, d/2) interleaves the
+    two halves of a head of d rows, 0 d/2 1 d/2+1 …; (d/2, 2) undoes that.
+    """
 
     tensor: str
     start: int
     stop: int
+    transposed: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -314,6 +322,15 @@ class StackedTensor:
 
     name: str
     parts: tuple[Rows, ...]
+
+
+@dataclass(frozen=True)
+class RankForm:
+    """What one rank of another system stores of a model: slices of the canonical tensors, put together by its table."""
+
+    pieces: dict[str, tuple[Range, ...]]  # of each canonical tensor that it holds
+    table: tuple[StackedTensor, ...]  # its tensors, as rows of these slices
+    counted: frozenset[str]  # the canonical tensors whose slice counts as this rank's, where several hold the same
 
 
 VOCAB_MULTIPLE = 128  # rows per tp rank are a multiple of this: GEMMs of the output layer like it (Megatron's default)

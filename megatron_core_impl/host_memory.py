@@ -1,6 +1,10 @@
-"""Memory of the host, of a process that trains on a CPU."""
+"""Memory of the host: what a process that trains on a CPU keeps of it, and what there is."""
 
 import ctypes
+import os
+import resource
+from contextlib import suppress
+from pathlib import Path
 
 # of glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -23,3 +27,23 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # TypeError: Windows wants a name
         return False
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))
+
+
+def available_bytes() -> int:
+    """What this process can still take before it or another is refused or killed: of the machine, its container, its limits."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    limits = [os.sysconf("SC_AVPHYS_PAGES") * page]
+    with suppress(OSError, StopIteration, ValueError):  # it counts what is cached of files, which the kernel gives up
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits = [1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])]
+    with suppress(OSError, StopIteration, ValueError):  # cgroup v2; "max", where it sets no limit, is no number
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        lines = (group / "memory.stat").read_text().splitlines()
+        cached = int(next(line for line in lines if line.startswith("inactive_file ")).split()[1])
+        limits.append(limit - used + cached)
+    with suppress(OSError, ValueError):
+        allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if allowed != resource.RLIM_INFINITY:
+            limits.append(allowed - int(Path("/proc/self/statm").read_text().split()[0]) * page)
+    return max(0, min(limits))

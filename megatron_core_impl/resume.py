@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from megatron_core_impl.checkpoint import training as checkpoints
+from megatron_core_impl.checkpoint.digests import FileDigest
 from megatron_core_impl.checkpoint.sharded import open_weights, write_index, write_rank_file
 from megatron_core_impl.collectives import all_reduce_
 from megatron_core_impl.loss_scale import LossScale
@@ -91,29 +91,27 @@ def _compile(model: Transformer, config: TrainConfig, report: Report) -> None:
 def save(job: Job, mesh: Mesh, optimizer: ZeroOptimizer, loss_scale: LossScale, state: State) -> None:
     """Write a checkpoint: every rank its file, rank 0 the index and the state, and then the name that makes it count.
 
-    The digest of a file is taken by the rank that wrote it, while it is in memory.
+    The digest of a file is taken by the rank that writes it, while it is written.
     """
     folder = checkpoints.unfinished_folder(job.checkpoints, state.step)
     if mesh.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     _barrier(mesh)
-    write_rank_file(folder, mesh.rank, optimizer.named_pieces())
-    digests = torch.zeros(mesh.layout.world_size, 32, dtype=torch.int64)
-    own = np.frombuffer(checkpoints.file_digest(folder / _rank_file(mesh.rank)), np.uint8)
-    digests[mesh.rank] = torch.from_numpy(own.astype(np.int64))
+    own = write_rank_file(folder, mesh.rank, optimizer.named_pieces())
+    digests = torch.zeros(mesh.layout.world_size, 1 + 32, dtype=torch.int64)  # size, and the bytes of the digest
+    digests[mesh.rank] = torch.tensor([own.size, *bytes.fromhex(own.sha256)])
     digests = all_reduce_(digests.to(mesh.device), mesh.world_group).cpu()  # also: all have written
     if mesh.rank == 0:
-        write_index(folder, layout=asdict(mesh.layout), step=state.step)
-        found = {_rank_file(rank): bytes(digest.tolist()) for rank, digest in enumerate(digests)}
-        found["index.json"] = checkpoints.file_digest(folder / "index.json")
-        files = {name: {"size": (folder / name).stat().st_size, "sha256": digest.hex()} for name, digest in found.items()}
+        found = {
+            _rank_file(rank): FileDigest(size, bytes(digest).hex()) for rank, (size, *digest) in enumerate(digests.tolist())
+        }
+        write_index(folder, found, layout=asdict(mesh.layout), step=state.step)
         state.loss_scale = loss_scale.state()
         record = asdict(state) | {
             "optimizer_steps": optimizer.step_count,
             "layout": asdict(mesh.layout),
             "must_agree": job.must_agree(),
-            "files": files,
         }
         checkpoints.commit(job.checkpoints, state.step, record, keep=job.config.keep_checkpoints)
 
@@ -129,8 +127,9 @@ def newest_intact(job: Job, mesh: Mesh, report: Report) -> dict[str, Any] | None
         folder, record, damage = checkpoints.step_folder(job.checkpoints, step), None, ""
         try:
             record = checkpoints.read_state(job.checkpoints, step)
-            mine = sorted(record["files"])[mesh.rank :: mesh.layout.world_size]
-            checkpoints.check_files(folder, {name: record["files"][name] for name in mine})
+            files = checkpoints.recorded_files(job.checkpoints, step, record)
+            mine = sorted(files)[mesh.rank :: mesh.layout.world_size]
+            checkpoints.check_files(job.checkpoints, step, {name: files[name] for name in mine})
         except checkpoints.DamagedCheckpoint as error:
             damage = str(error)
         if not any_says(bool(damage), mesh):

@@ -14,9 +14,11 @@ import torch
 
 from megatron_core_impl.data.chat_template import ASSISTANT
 from megatron_core_impl.data.instruction_dataset import Conversations, Reading, split_conversations
-from stages import both_models, gate
+from stages import both_models
 from stages.contracts import artifacts as a
 from stages.contracts.specs import ExportSpec
+from stages.gate_report import write_json
+from stages.gate_rules import percent
 from stages.runtime import Context
 
 ANSWERS = "answers.json"
@@ -109,7 +111,10 @@ def ask(
     said = {}
     for when, folder in models.items():
         ctx.log(f"asking the model {when} training {len(questions):,} questions")
-        model = both_models.load_transformers(folder, spec.verify.precision, vocab_size=checkpoint.model.vocab_size).module
+        facts = checkpoint.model
+        model = both_models.load_transformers(
+            folder, spec.verify.precision, vocab_size=facts.vocab_size, new_rows=facts.new_rows or "mean"
+        ).module
         said[when] = answers(model, questions, longest=longest)
         del model
         gc.collect()
@@ -122,7 +127,7 @@ def ask(
         }
         for number, question in enumerate(questions)
     ]
-    gate.write_json(ctx.scratch / ANSWERS, texts)
+    write_json(ctx.scratch / ANSWERS, texts)
     return {"questions": len(questions), **{when: exact(ids, questions) for when, ids in said.items()}}
 
 
@@ -130,7 +135,7 @@ def told(right: Mapping[str, Any]) -> str:
     """How many answers were right, for the figure of the stage."""
     if not right:
         return ""
-    shares = f"{gate.percent(right['before'])} → {gate.percent(right['after'])}"
+    shares = f"{percent(right['before'])} → {percent(right['after'])}"
     return f" · right answers to {right['questions']:,} held-out questions {shares}"
 
 

@@ -2,7 +2,8 @@
 
 A model becomes a Hugging Face folder under `files/`: safetensors, configuration, tokenizer and licence, nothing else of the
 repo. Pickled weights are refused, as reading them can run code; with `allow_pickle` they are read with `weights_only` and
-stored as safetensors, so that no later stage meets a pickle. What becomes of text: `raw_data`.
+stored as safetensors, so that no later stage meets a pickle. A local checkpoint of Meta or Megatron-LLM becomes such a folder,
+too: `foreign_model`. What becomes of text: `raw_data`.
 
 From the Hub nothing large passes through memory. A model arrives through the Hub's own client in a cache of this result's own
 inside the workspace: a connection that breaks is resumed within the file, and a run that was stopped keeps the files that are
@@ -25,7 +26,9 @@ from megatron_core_impl.models import families
 from stages import runtime
 from stages.contracts import artifacts as a
 from stages.contracts import words
+from stages.contracts.model_sources import CONFIG_IS_THERE, kind_of
 from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec
+from stages.foreign_model import take_in
 from stages.hub_errors import Repo, endpoint, hub_token, is_unreachable, names_of_revisions, told
 from stages.local_source import local_name, local_source
 from stages.model_files import (
@@ -61,15 +64,21 @@ def _model(spec: DownloadModelSpec, ctx: Context) -> a.ModelArtifact:
     source, files = spec.model.source, ctx.scratch / "files"
     files.mkdir()
     folder = local_source(source, "model.source")
+    kind = kind_of(folder) if folder is not None and folder.is_dir() else "huggingface"
+    if spec.model.config and kind == "huggingface":
+        raise BadInput(f"{CONFIG_IS_THERE}: change it there, in a local copy")
     if folder is None:
         revision, arrived_as = _fetch_model(spec, ctx, files)
     else:
         revision, arrived_as = None, dict[str, str]()
         if not folder.is_dir():
-            raise BadInput(f"model.source: {folder} is a file; it must be a Hugging Face folder, with {CONFIG} in it")
-        names = {path.name for path in folder.iterdir() if path.is_file()}
-        for name in wanted(names, lambda name: read_json(folder / name), str(folder), spec.model.allow_pickle):
-            copy_file(folder / name, files / name)
+            raise BadInput(f"model.source: {folder} is a file; it must be a folder with a model in it")
+        if kind != "huggingface":
+            take_in(folder, kind, spec.model.config, files, ctx)
+        else:
+            names = {path.name for path in folder.iterdir() if path.is_file()}
+            for name in wanted(names, lambda name: read_json(folder / name), str(folder), spec.model.allow_pickle):
+                copy_file(folder / name, files / name)
     unpickle(files)
     artifact = _describe(spec, ctx, files, revision, source if folder is None else local_name(folder))
     for name, digest in arrived_as.items():

@@ -7,27 +7,22 @@ trained weights: a folder that computes something else than what was trained is 
 
     python -m stages.export SPEC.json
 
-The result is model/, with comparison.json (the figures of that comparison) and samples.json (what the model writes after each
-prompt, before and after training) beside it; of conversations answers.json, the answers to held-out questions.
+The result is model/, with comparison.json (the figures of that comparison; comparison.md to read) and samples.json (what the
+model writes after each prompt, before and after training) beside it; of conversations answers.json, the answers to held-out
+questions.
 """
 
 import gc
 import json
-import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_core_impl.checkpoint.foreign import Rearranged
 from megatron_core_impl.checkpoint.index import read_json
-from megatron_core_impl.checkpoint.reshard import check_tensors
-from megatron_core_impl.checkpoint.safetensors_io import SafetensorsWriter, row_blocks
-from megatron_core_impl.checkpoint.sharded import count_bytes, open_weights
-from megatron_core_impl.checkpoint.slicing import whole
-from megatron_core_impl.config import ModelConfig
+from megatron_core_impl.checkpoint.sharded import open_weights
+from megatron_core_impl.config import Layout
 from megatron_core_impl.data.tokenizer import load_tokenizer
 from megatron_core_impl.models import families
 from stages import both_models, gate, runtime
@@ -35,15 +30,18 @@ from stages.answers import ask, told
 from stages.contracts import artifacts as a
 from stages.contracts import words
 from stages.contracts.specs import ExportSpec
+from stages.export_weights import write_weights
+from stages.gate_report import write_json
+from stages.megatron_export import check_megatron, write_megatron
+from stages.model_files import LICENCE_FILES
 from stages.runtime import BadInput, Context, GateFailed
+from stages.stored_dtypes import listed, other_dtypes
 from stages.tokenizer_files import write_tokenizer
 
 MODEL_FOLDER = "model"
 COMPARISON = "comparison.json"
 SAMPLES = "samples.json"
-CARRIED = re.compile(r"generation_config\.json|(LICEN[SC]E|NOTICE|USE_POLICY)[\w.-]*", re.IGNORECASE)  # beside the tokenizer
 SAME = ("norm_eps", "activation", "sliding_window", "rope_theta", "rope_scaling", "max_position_embeddings")  # with the base
-SHARD_BYTES = 5_000_000_000  # a file of weights is not larger, unless one tensor is
 
 
 def run(spec: ExportSpec, ctx: Context) -> a.ExportArtifact:
@@ -53,39 +51,48 @@ def run(spec: ExportSpec, ctx: Context) -> a.ExportArtifact:
         BadInput: the inputs do not belong together.
         GateFailed: what transformers computes from the folder is not what our model computes.
     """
-    base, base_folder = ctx.input("model", a.ModelArtifact)
-    weights, weights_folder = ctx.input("weights", a.WeightsArtifact)
+    base, base_folder = ctx.input("model", a.ModelArtifact, is_checked_meanwhile=True)
+    weights, weights_folder = ctx.input("weights", a.WeightsArtifact, is_checked_meanwhile=True)
     dataset, dataset_folder = ctx.input("dataset", a.DatasetArtifact)
-    checkpoint, _ = ctx.input("checkpoint", a.CheckpointArtifact)
+    checkpoint = ctx.facts("checkpoint", a.CheckpointArtifact)
     _check_inputs(base, weights, dataset, checkpoint)
+    check_megatron(spec.settings.megatron_llm, weights.model)
 
     folder = ctx.scratch / MODEL_FOLDER
     folder.mkdir()
-    size = write_weights(weights_folder, weights.model, folder, ctx)
+    _check_dtype(spec, weights, weights_folder)
+    written = write_weights(weights_folder, weights.model, folder, ctx, limit=spec.settings.shard_size)
     write_config(base_folder / "files" / "config.json", folder / "config.json", weights.model)
     copy_files(base_folder / "files", folder)
     _check_tokenizer(base_folder / "files", dataset)
-    write_tokenizer(base, base_folder / "files", dataset, dataset_folder, folder)
+    write_tokenizer(
+        base, base_folder / "files", dataset, dataset_folder, folder,
+        vocab_size=weights.model.vocab_size, override=spec.settings.override_special_tokens, warn=ctx.warn,
+    )  # fmt: skip
     if dataset.end_of_answer is not None:
         stop_at(folder, dataset.end_of_answer)
+    write_megatron(ctx, spec.settings.megatron_llm, weights.model, weights_folder, tokenizer=folder)
 
     verdict = gate.check_gate(
         ctx,
         spec.verify,
         model=weights.model,
         weights=weights_folder,
+        layout=Layout(),
         reference=folder,
         dataset=dataset,
         data=dataset_folder,
     )
-    gate.write_json(ctx.scratch / COMPARISON, verdict.report)
-    samples = make_samples(spec, ctx, before=base_folder / "files", after=folder, vocab_size=weights.model.vocab_size)
-    gate.write_json(ctx.scratch / SAMPLES, samples)
+    verdict.write(ctx.scratch / COMPARISON, "The model that was trained, and the exported folder as transformers loads it")
+    samples = make_samples(spec, ctx, weights.model, before=base_folder / "files", after=folder)
+    write_json(ctx.scratch / SAMPLES, samples)
     right = ask(ctx, spec, dataset, dataset_folder, checkpoint, {"before": base_folder / "files", "after": folder})
     mean_error = verdict.comparison.mean_error
     return ctx.artifact(
         a.ExportArtifact,
-        figure=f"Hugging Face folder, {words.size(size)} · logits equal to training's (mean |Δ| {mean_error:.1e}){told(right)}",
+        figure=f"Hugging Face folder, {words.size(written.bytes)} · logits equal to training's (mean |Δ| {mean_error:.1e})"
+        + told(right),
+        digests={f"{MODEL_FOLDER}/{name}": sha256 for name, sha256 in written.digests.items()},
         metrics={"samples": samples, "comparison": verdict.metrics, "answers": right},
         model=weights.model,
         loss_before=checkpoint.loss_before,
@@ -120,56 +127,28 @@ def _check_inputs(
         )
 
 
+def _check_dtype(spec: ExportSpec, weights: a.WeightsArtifact, folder: Path) -> None:
+    """Refuse weights that are not in the precision that is to be published: merge rounds, once, and nothing does after it.
+
+    Raises:
+        BadInput: naming both, or a tensor that is not what the weights' artifact says.
+    """
+    wanted, dtype = spec.settings.dtype, weights.model.dtype
+    if wanted not in (None, dtype):
+        raise BadInput(f"export.dtype={wanted}, and the merged weights are {dtype}: merge the checkpoint with dtype={wanted}")
+    try:
+        reader = open_weights(folder)
+    except ValueError as error:
+        raise BadInput(f"inputs.weights: {error}") from error
+    if others := other_dtypes(reader, reader.names, dtype):
+        raise BadInput(f"inputs.weights: the artifact says dtype={dtype}, but {listed(others)} are stored: merge again")
+
+
 def _identity(tokenizer: a.TokenizerFacts) -> str:
     return f"{tokenizer.fingerprint[:12]} ({tokenizer.kind}, vocab_size={tokenizer.vocab_size})"
 
 
 # ── The folder ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def write_weights(source: Path, model: a.ModelFacts, folder: Path, ctx: Context) -> int:
-    """Write all tensors as model.safetensors, or as several files and their index; returns the bytes of the values.
-
-    Raises:
-        BadInput: the weights are not those of the model, or damaged.
-    """
-    try:
-        canonical, config = open_weights(source), ModelConfig(**model.config_fields())
-        check_tensors(canonical, families.tensors(config))
-        reader = Rearranged(canonical, families.family_of(config).hf_tensors(config))
-        sizes = {name: count_bytes(reader, [name]) for name in reader.names}
-    except ValueError as error:
-        raise BadInput(f"inputs.weights: {error}") from error
-    total, done = sum(sizes.values()), 0
-    shards = plan_shards(sizes, SHARD_BYTES)
-    for file_name, inside in shards.items():
-        entries = [(name, reader.dtype(name), reader.shape(name)) for name in inside]
-        with SafetensorsWriter(folder / file_name, entries, {"format": "pt"}) as writer:
-            for name, dtype, shape in entries:
-                for rows in row_blocks(whole(shape), dtype.itemsize):
-                    writer.write_rows(name, rows[0][0], reader.read(name, rows))
-                done += sizes[name]
-                ctx.progress(done, total, f"writing {file_name}")
-    if len(shards) > 1:
-        weight_map = {name: file_name for file_name, inside in shards.items() for name in inside}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return total
-
-
-def plan_shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
-    """Which tensors go into which file: in their order, at most `limit` bytes a file, under Hugging Face's file names."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": inside for n, inside in enumerate(shards, start=1)}
 
 
 def write_config(source: Path, target: Path, model: a.ModelFacts) -> None:
@@ -196,7 +175,7 @@ def write_config(source: Path, target: Path, model: a.ModelFacts) -> None:
 def copy_files(source: Path, target: Path) -> None:
     """Copy the generation settings and the licence's texts as they came."""
     for path in source.iterdir():
-        if CARRIED.fullmatch(path.name):
+        if path.name == "generation_config.json" or LICENCE_FILES.fullmatch(path.name):
             shutil.copyfile(path, target / path.name)
 
 
@@ -229,7 +208,7 @@ def _check_tokenizer(folder: Path, dataset: a.DatasetArtifact) -> None:
 # ── Samples ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def make_samples(spec: ExportSpec, ctx: Context, *, before: Path, after: Path, vocab_size: int) -> list[dict[str, str]]:
+def make_samples(spec: ExportSpec, ctx: Context, facts: a.ModelFacts, *, before: Path, after: Path) -> list[dict[str, str]]:
     """What each model writes after each prompt, the most likely token each time: [{"prompt", "before", "after"}].
 
     Both read with the tokenizer of the trained one, which knows the added tokens.
@@ -240,7 +219,9 @@ def make_samples(spec: ExportSpec, ctx: Context, *, before: Path, after: Path, v
     samples = [{"prompt": prompt, "before": "", "after": ""} for prompt in spec.settings.prompts]
     for when, folder in (("before", before), ("after", after)):
         ctx.log(f"sampling from the model {when} training")
-        model = both_models.load_transformers(folder, spec.verify.precision, vocab_size=vocab_size).module
+        model = both_models.load_transformers(
+            folder, spec.verify.precision, vocab_size=facts.vocab_size, new_rows=facts.new_rows or "mean"
+        ).module
         for sample in samples:
             sample[when] = _continue(model, tokenizer, sample["prompt"], spec.settings.max_new_tokens)
         del model

@@ -1,78 +1,89 @@
-"""The gate that verify and export share: our model against transformers' on the same real tokens, and a verdict.
+"""The gate that verify and export share: our model against transformers', and a verdict.
 
-Both models are loaded fresh, in the same precision, and run on the first samples of the tokenized data. The figures are those
-of `megatron_core_impl.parity`; what is allowed comes from the settings. A gate that fails names the first module whose output
-differs, and what may have happened to it.
+Three questions, all of which must be answered with yes:
+
+1. Are the tensors the same? Every tensor of the model is there, with its shape, and bit for bit the source's
+   (`parity.tensors`). This finds what moves the logits by less than rounding does.
+2. Is the model built as config.json says? Every field is compared.
+3. Does it compute the same? Logits, loss and every hidden state, on real text and on probes (`parity.probes`), our model on
+   the ranks that training has. This finds what is wrong although the weights are right.
+
+A gate that fails names the first module whose output differs, and what may have happened to it.
 """
 
-import json
-import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import gc
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from megatron_core_impl import parity
+from megatron_core_impl.checkpoint.foreign import Rearranged, invert
+from megatron_core_impl.checkpoint.grown import Grown
 from megatron_core_impl.checkpoint.index import read_json
+from megatron_core_impl.checkpoint.sharded import WeightsSource, open_weights
+from megatron_core_impl.config import Layout, ModelConfig, NewRows
 from megatron_core_impl.data.gpt_dataset import GPTDataset
 from megatron_core_impl.data.indexed_dataset import IndexedDataset
 from megatron_core_impl.data.streams import TEXT
 from megatron_core_impl.models import families
-from stages.both_models import Precision, load_ours, load_transformers
+from megatron_core_impl.models.tensors import EMBEDDING, HEAD
+from megatron_core_impl.parity import expected, tensors
+from megatron_core_impl.parity.explain import explain, explain_tensors, module_of
+from megatron_core_impl.parity.figures import Comparison, Part, Reference, compared
+from megatron_core_impl.parity.probes import DATA, Batch, Progress, probes
+from megatron_core_impl.parity.record import Oracle, measure, record
+from stages.both_models import Precision, oracle_of
 from stages.contracts import artifacts as a
+from stages.contracts import vocabulary, words
 from stages.contracts.config import VerifySettings
+from stages.gate_ranks import run_ours
+from stages.gate_report import card_of, describe_failure, format_table, report_of, write_json
+from stages.gate_rules import Evidence, Gate, first_difference, is_passed, judge, percent, short
 from stages.runtime import BadInput, Context, GateFailed
 
-MEAN_ERROR = {"fp32": 1e-4, "bf16": 5e-2}
-LOSS_DIFFERENCE = {"fp32": 1e-4, "bf16": 5e-2}
-ARGMAX_AGREEMENT = {"fp32": 0.999, "bf16": 0.9}
-# Relative error at any module. Rounding stays below 1e-5 in fp32, while a fault makes 1e-3 and more, even one that hardly
-# moves the logits: attention of an untrained model is so even that nearly nothing depends on a wrong RoPE. In bf16 rounding
-# itself reaches 1e-1, so there is no such gate; and none where a person chose what passes.
-MODULE_ERROR = 1e-3
-FLOOR = {"fp32": 1e-5, "bf16": 3e-2}  # relative errors below this are rounding, when the first difference is looked for
 SEED = 1234  # of the order of samples
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One figure and what is allowed for it."""
-
-    name: str  # as messages call it
-    value: float
-    allowed: float
-    at_least: bool = False  # `allowed` is the smallest that passes, not the largest
-
-    @property
-    def passed(self) -> bool:
-        return self.value >= self.allowed if self.at_least else self.value <= self.allowed  # NaN passes neither
-
-    def __str__(self) -> str:
-        if self.at_least:
-            return f"{self.name} {percent(self.value)}, needed {percent(self.allowed)}"
-        return f"{self.name} {self.value:.2g}, allowed {short(self.allowed)}"
 
 
 @dataclass(frozen=True)
 class Verdict:
     """A comparison that passed, and the gates it passed."""
 
-    comparison: parity.Comparison
+    evidence: Evidence
     gates: tuple[Gate, ...]
+    settings: VerifySettings
     report: dict[str, Any]  # JSON values
+
+    def write(self, report: Path, title: str) -> None:
+        """Write the report as JSON, and beside it the card, of this title, as Markdown."""
+        write_json(report, self.report)
+        report.with_suffix(".md").write_text(card_of(title, self.evidence, self.gates, self.settings))
+
+    @property
+    def comparison(self) -> Comparison:
+        """That of the data."""
+        return self.evidence.data
 
     @property
     def figure(self) -> str:
-        mean = self.gates[0]
+        """The line that a person reads."""
+        mean, layout = self.gates[0], self.evidence.layout
         agreement = percent(self.comparison.argmax_agreement)
-        return f"mean |Δlogit| {mean.value:.1e} · argmax {agreement} · gate {short(mean.allowed)}"
+        axes = [f" · {axis} {size}" for axis in ("tp", "pp", "vpp") if (size := getattr(layout, axis)) > 1]
+        return f"mean |Δlogit| {mean.value:.1e} · argmax {agreement} · gate {short(mean.allowed)}{''.join(axes)}"
 
     @property
     def metrics(self) -> dict[str, Any]:
         """Figures for reports: everything but the modules."""
         return {key: value for key, value in self.report.items() if key not in ("modules", "first_difference", "hint")}
+
+    @property
+    def passed(self) -> bool:
+        return is_passed(self.evidence, self.gates)
 
 
 def check_model(ours: a.ModelFacts, source: a.ModelFacts, *, also: tuple[str, ...] = (), has_grown: bool = True) -> None:
@@ -98,7 +109,7 @@ def check_model(ours: a.ModelFacts, source: a.ModelFacts, *, also: tuple[str, ..
 
 
 def check_tokenizer(dataset: a.DatasetArtifact, model: a.ModelFacts) -> None:
-    """Refuse data with token ids that the model has no embedding for.
+    """Refuse data with token ids that the model has no embedding for, or for other tokens.
 
     Raises:
         BadInput: naming the fields and both values.
@@ -109,6 +120,8 @@ def check_tokenizer(dataset: a.DatasetArtifact, model: a.ModelFacts) -> None:
             f"vocab_size={model.vocab_size} of the model, which has no embedding for the ids above. "
             "Preprocess with the tokenizer that belongs to this model"
         )
+    if told := vocabulary.difference(dataset, model):
+        raise BadInput(f"inputs.dataset: {told}")
 
 
 def check_gate(
@@ -117,6 +130,7 @@ def check_gate(
     *,
     model: a.ModelFacts,
     weights: Path,
+    layout: Layout,
     reference: Path,
     dataset: a.DatasetArtifact,
     data: Path,
@@ -125,7 +139,8 @@ def check_gate(
 
     Args:
         model: what our model is built from.
-        weights: folder of canonical weights.
+        weights: folder of weights in any form.
+        layout: the ranks that our model runs on.
         reference: folder that transformers loads.
         dataset: the data whose tokens both models see.
         data: folder of the dataset.
@@ -136,30 +151,55 @@ def check_gate(
             report in a file beside the stage's results.
     """
     check_tokenizer(dataset, model)
-    batches = _read_batches(settings, model, dataset, data)
+    config = ModelConfig(**model.config_fields())
+    described = families.config_from_hf(read_json(reference / "config.json"))
+    batches = _read_batches(settings, config, dataset, data)
+    first_added = min(model.added_tokens.values(), default=model.vocab_size)
+    batches += probes(torch.cat([batch.tokens.flatten() for batch in batches]), config, first_added=first_added)
     torch.set_float32_matmul_precision("highest")  # NVIDIA's containers switch TF32 on, which is no fp32
-    ctx.log(f"loading both models in {settings.precision}")
-    ours = load_ours(model, weights, settings.precision)
-    theirs = load_transformers(reference, settings.precision, vocab_size=model.vocab_size)
-    comparison = parity.compare(ours, theirs, _with_progress(ctx, batches))
-    gates = _judge(comparison, settings)
-    report = _report(comparison, gates, settings, ours, theirs)
-    report["config_differences"] = _config_differences(model, reference)
-    report_file = ctx.scratch.parent / f".{ctx.spec.key}.failed.json"  # the scratch folder does not survive a failure
-    if comparison.not_finite is None and all(gate.passed for gate in gates):
-        report_file.unlink(missing_ok=True)
-        return Verdict(comparison, gates, report)
-    ctx.log(format_table(comparison))
+    new_rows = model.new_rows or "mean"
+    try:
+        ours, source = open_weights(weights), _source(reference, described, config.vocab_size, new_rows)
+        proof = tensors.prove(
+            ours, source, families.tensors(config), lambda done, total: ctx.progress(done, total, "comparing tensors")
+        )
+    except ValueError as error:
+        raise BadInput(str(error)) from error  # it names the folder
+    with _room(ctx, config, batches) as folder:
+        rounded_to: torch.dtype | None = getattr(torch, model.dtype) if proof.rounded else None
+        load = partial(
+            oracle_of, reference, parameters=model.parameters, vocab_size=model.vocab_size, new_rows=new_rows,
+            rounded_to=rounded_to,
+        )  # fmt: skip
+        references, rounding = _run_transformers(ctx, settings.precision, load, batches, Path(folder))
+        parts = run_ours(ctx, config, weights, layout, settings.precision, batches=batches, folder=Path(folder))
+    evidence = Evidence(
+        layout=layout,
+        proof=proof,
+        config_differences=config_differences(config, described),
+        comparisons=_compared(config, batches, references, parts),
+        rounding=None if rounding is None else _compared(config, batches, references, rounding),
+    )
+    gates = judge(evidence, settings)
+    report = report_of(evidence, gates, settings, _hint(evidence, gates, config, ours, source))
+    verdict = Verdict(evidence, gates, settings, report)
+    failure = ctx.scratch.parent / f".{ctx.spec.key}.failed.json"  # the scratch folder does not survive a failure
+    if verdict.passed:
+        failure.unlink(missing_ok=True)
+        failure.with_suffix(".md").unlink(missing_ok=True)
+        return verdict
+    ctx.log(format_table(evidence.accused(gates)))
     ctx.log("\n".join(f"{'passed' if gate.passed else 'FAILED'}  {gate}" for gate in gates))
-    write_json(report_file, report)
-    message = [_describe_failure(comparison, gates, settings.precision)]
-    message += [cause for cause in (report["hint"], *report["config_differences"]) if cause]
-    raise GateFailed("\n       ".join([*message, f"Report: the table in the log, and {report_file}"]))
+    verdict.write(failure, f"{ctx.spec.NODE}: our model and transformers'")
+    message = [describe_failure(evidence, gates, settings.precision)]
+    message += [cause for cause in (report["hint"], *evidence.config_differences) if cause]
+    raise GateFailed("\n       ".join([*message, f"Report: the table in the log, and {failure}"]))
 
 
-def _read_batches(
-    settings: VerifySettings, model: a.ModelFacts, dataset: a.DatasetArtifact, data: Path
-) -> list[parity.Batch]:  # fmt: skip
+# ── What is compared ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _read_batches(settings: VerifySettings, model: ModelConfig, dataset: a.DatasetArtifact, data: Path) -> list[Batch]:
     """Real tokens: the first samples of the first set in an order of their own, always the same ones."""
     length = settings.sequence_length
     if length > model.max_position_embeddings:
@@ -179,138 +219,94 @@ def _read_batches(
         batch = torch.stack([torch.from_numpy(samples[k]) for k in range(first, first + settings.batch_size)])  # [B, S + 1]
         if int(batch.max()) >= model.vocab_size:
             raise BadInput(f"inputs.dataset: holds token id {int(batch.max())}, but vocab_size={model.vocab_size} of the model")
-        batches.append((batch[:, :-1], batch[:, 1:]))
+        batches.append(Batch.of(DATA, batch))
     return batches
 
 
-def _with_progress(ctx: Context, batches: list[parity.Batch]) -> Iterator[parity.Batch]:
-    for number, batch in enumerate(batches):
-        ctx.progress(number, len(batches), f"comparing batch {number + 1} of {len(batches)}")
-        yield batch
+def _source(folder: Path, described: ModelConfig, vocab_size: int, new_rows: NewRows) -> WeightsSource:
+    """The canonical tensors of a Hugging Face folder, with rows for added tokens, as convert makes them."""
+    files = open_weights(folder, allow_pickle=True)  # where pickles are not wanted, download has left them out
+    canonical = Rearranged(files, invert(families.family_of(described).hf_tensors(described)))
+    return Grown(canonical, (EMBEDDING, HEAD), vocab_size, new_rows) if vocab_size > described.vocab_size else canonical
 
 
-# ── Verdict ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _judge(comparison: parity.Comparison, settings: VerifySettings) -> tuple[Gate, ...]:
-    """The gates of a comparison, the mean error first."""
-    precision = settings.precision
-    agreement = settings.min_argmax_agreement
-    gates = [
-        Gate("mean |Δlogit|", comparison.mean_error, settings.max_mean_error or MEAN_ERROR[precision]),
-        Gate("|Δloss|", comparison.loss_difference, settings.max_loss_difference or LOSS_DIFFERENCE[precision]),
-        Gate("argmax agreement", comparison.argmax_agreement,
-             ARGMAX_AGREEMENT[precision] if agreement is None else agreement, at_least=True),
-    ]  # fmt: skip
-    if precision == "fp32" and settings.max_mean_error is None:
-        largest = max(difference.relative for difference in comparison.differences)
-        gates.append(Gate("largest relative error of a module", largest, MODULE_ERROR))
-    return tuple(gates)
-
-
-def _config_differences(model: a.ModelFacts, reference: Path) -> list[str]:
+def config_differences(ours: ModelConfig, described: ModelConfig) -> tuple[str, ...]:
     """The fields in which our model is built otherwise than config.json says, one sentence each."""
-    described = families.config_from_hf(read_json(reference / "config.json"))
     in_file = families.family_of(described).hf_fields
-    return [
+    return tuple(
         f"Our model is built with {in_file.get(field, field)}={value}, config.json says {getattr(described, field)}."
-        for field, value in model.config_fields().items()
+        for field, value in vars(ours).items()
         if getattr(described, field) != value and not (field == "vocab_size" and value > described.vocab_size)
-    ]
-
-
-def _describe_failure(comparison: parity.Comparison, gates: tuple[Gate, ...], precision: Precision) -> str:
-    """What a person reads when the gate fails."""
-    if comparison.not_finite is not None:
-        side, module = comparison.not_finite.split(": ")
-        who = "our model" if side == "ours" else f"{side}' model"
-        return (
-            f"gate failed: {who} computes NaN or infinity, first at {module}. "
-            f"The weights there are damaged, or the numbers too large for {precision}"
-        )
-    failed = next(gate for gate in gates if not gate.passed)  # all of them are in the log
-    first = comparison.first_difference(FLOOR[precision])
-    if first is None:
-        last = comparison.differences[-1].relative
-        return (
-            f"gate failed: {failed}\n       No module stands out: the error grows evenly to {last:.1e} of the logits' size, "
-            "as rounding makes it. If that is acceptable, allow more in the settings of verify."
-        )
-    place = f"layer {first.layer}" if first.layer is not None else f"the {first.output}"
-    size = f"mean |Δ| {first.mean:.2g} ({100 * first.relative:.3g} % of its size)"
-    return (
-        f"gate failed at {place} ({first.module}): {failed}\n"
-        f"       First difference: {first.output}, {size}{_before(comparison, first)}."
     )
 
 
-def _before(comparison: parity.Comparison, first: parity.Difference) -> str:
-    """How well everything before the first difference agrees."""
-    if comparison.differences[0] is first:
-        return ""
-    agreement = comparison.agreement_before(first)
-    to = f"to {agreement:.1e}" if agreement else "exactly"
-    layers = {d.layer for d in comparison.differences[: comparison.differences.index(first)]} - {None, first.layer}
-    if not layers:
-        return f"; the embedding agrees {to}" if first.output == "attention output" else f"; all before it agrees {to}"
-    return f"; layers 0-{len(layers) - 1} agree {to}" if len(layers) > 1 else f"; layer 0 agrees {to}"
+# ── The two models, one after the other ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _report(
-    comparison: parity.Comparison, gates: tuple[Gate, ...], settings: VerifySettings, ours: parity.Side, theirs: parity.Side
-) -> dict[str, Any]:
-    """Everything, as JSON values."""
-    passed = comparison.not_finite is None and all(gate.passed for gate in gates)
-    first = None if passed else comparison.first_difference(FLOOR[settings.precision])
-    return {
-        "passed": passed,
-        "gates": [{**asdict(gate), "passed": gate.passed} for gate in gates],
-        "precision": settings.precision,
-        "batches": settings.batches,
-        "batch_size": settings.batch_size,
-        "sequence_length": settings.sequence_length,
-        "tokens": comparison.tokens,
-        "mean_error": comparison.mean_error,
-        "max_error": comparison.max_error,
-        "loss_ours": comparison.loss_ours,
-        "loss_transformers": comparison.loss_reference,
-        "loss_difference": comparison.loss_difference,
-        "argmax_agreement": comparison.argmax_agreement,
-        "not_finite": comparison.not_finite,
-        "first_difference": None if first is None else first.module,
-        "hint": None if first is None else parity.explain(first, ours, theirs),
-        "modules": [asdict(difference) for difference in comparison.differences],
-    }
+def _room(ctx: Context, config: ModelConfig, batches: Sequence[Batch]) -> "TemporaryDirectory[str]":
+    """A folder for the activations.
+
+    Raises:
+        BadInput: there is not enough space.
+    """
+    size = expected.count_bytes(config, sum(batch.num_compared for batch in batches))
+    if (free := shutil.disk_usage(ctx.scratch).free) < size:
+        raise BadInput(
+            f"the activations to compare take {words.size(size)}, and {ctx.scratch.parent} has {words.size(free)} free: "
+            "make room, or lower verify.batches, verify.batch_size or verify.sequence_length"
+        )
+    return TemporaryDirectory(dir=ctx.scratch, prefix="activations-")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON that every parser reads: numbers that are not finite become null."""
+def _run_transformers(
+    ctx: Context, precision: Precision, load: Callable[[Precision], Oracle], batches: Sequence[Batch], folder: Path
+) -> tuple[list[Reference], list[Part] | None]:
+    """Write down what transformers computes in fp32; and, where ours computes in bf16, how far bf16 takes itself from that."""
+    store = expected.Expected(folder)
 
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
+    def telling(name: Precision) -> Progress:
+        ctx.log(f"loading transformers' model in {name}")
+        return lambda number, batch: ctx.progress(number, len(batches), f"transformers in {name}: {batch.name}")
 
-    path.write_text(json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def format_table(comparison: parity.Comparison) -> str:
-    """Errors of every module, for the log."""
-    width = max(len(difference.module) for difference in comparison.differences)
-    lines = [f"{'output of':{width}}   mean |Δ|    max |Δ|   relative   at pos. 0  second half"]
-    for d in comparison.differences:
-        lines.append(f"{d.module:{width}}  {d.mean:9.1e}  {d.max:9.1e}  {d.relative:9.1e}   {d.start:9.1e}    {d.late:9.1e}")
-    return "\n".join(lines)
+    references = record(load("fp32"), batches, store, telling("fp32"))
+    _free()
+    if precision == "fp32":
+        return references, None
+    rounding = measure(load(precision), batches, store, telling(precision))
+    _free()
+    return references, rounding
 
 
-def percent(share: float) -> str:
-    """A share as a person reads it; never rounded up to 100 %."""
-    return f"{math.floor(share * 10000) / 100:g} %" if math.isfinite(share) else "none"
+def _free() -> None:
+    """Give back what a model that has gone took: two of 7B do not fit everywhere."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def short(value: float) -> str:
-    """A tolerance in as few digits as it needs, e.g. 1e-04."""
-    text = f"{value:.0e}"
-    return text if float(text) == value else f"{value:g}"
+def _compared(
+    config: ModelConfig, batches: Sequence[Batch], references: Sequence[Reference], parts: Sequence[Part]
+) -> tuple[Comparison, ...]:
+    """A comparison for the data, and one for each probe."""
+    return tuple(
+        compared(name, config.num_hidden_layers, {k: references[k] for k, b in enumerate(batches) if b.name == name}, parts)
+        for name in dict.fromkeys(batch.name for batch in batches)
+    )
+
+
+def _hint(
+    evidence: Evidence, gates: tuple[Gate, ...], config: ModelConfig, ours: WeightsSource, source: WeightsSource
+) -> str | None:
+    """What may have happened."""
+    if is_passed(evidence, gates):
+        return None
+    specs = families.tensors(config)
+    first = first_difference(evidence, evidence.accused(gates))
+    if first is not None:
+        return explain(first, ours, source, specs, "transformers")
+    if not evidence.proof.differing:
+        return None
+    module = module_of(evidence.proof.differing[0])
+    return explain_tensors(
+        [name for name in evidence.proof.differing if module_of(name) == module], ours, source, specs, "transformers"
+    )

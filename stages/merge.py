@@ -1,44 +1,34 @@
-"""The weights of a training checkpoint, back in canonical form and in the model's precision.
+"""The weights of a training checkpoint, back in canonical form, in the model's precision or the one asked for.
 
 A checkpoint holds fp32 master weights, cut over the ranks of the training, beside the optimizer's moments. The masters are put
-together, rounded to the model's precision, written, read back, and compared with the shards they came from.
+together, rounded once, written, read back, and compared with the shards they came from.
 """
 
-import torch
-
-from megatron_core_impl.checkpoint.reshard import NotEqual, reshard
-from megatron_core_impl.checkpoint.safetensors_io import WeightsError
-from megatron_core_impl.checkpoint.sharded import count_bytes, open_weights
 from megatron_core_impl.config import Layout, ModelConfig
-from megatron_core_impl.models import families
 from stages import runtime
 from stages.contracts import artifacts as a
 from stages.contracts.specs import MergeSpec
-from stages.runtime import BadInput, Context, GateFailed
+from stages.runtime import Context, importing
 
 
 def run(spec: MergeSpec, ctx: Context) -> a.WeightsArtifact:
     """Merge the checkpoint of a spec."""
-    trained, folder = ctx.input("checkpoint", a.CheckpointArtifact)
-    dtype: torch.dtype = getattr(torch, trained.model.dtype)
-    tensors = families.tensors(ModelConfig(**trained.model.config_fields()))
-    try:
-        source = open_weights(folder / trained.checkpoint)
-        written = reshard(source, ctx.scratch, tensors, Layout(), dtype=dtype, progress=ctx.progress)
-    except WeightsError as error:
-        raise BadInput(str(error)) from error
-    except NotEqual as error:
-        raise GateFailed(str(error)) from error
-    is_rounded = any(source.dtype(name) != dtype for name in written.names)
+    trained, folder = ctx.input("checkpoint", a.CheckpointArtifact, is_checked_meanwhile=True)
+    with importing():  # PyTorch, while the input is hashed
+        from stages.reshaping import reshape
+
+    model = trained.model.model_copy(update={"dtype": spec.dtype or trained.model.dtype})
+    config = ModelConfig(**trained.model.config_fields())
+    merged = reshape(ctx, folder / trained.checkpoint, config, Layout(), dtype=model.dtype, rounds=True)
     return ctx.artifact(
         a.WeightsArtifact,
-        figure="equals the shards, bit for bit" + (f" in {trained.model.dtype}" if is_rounded else ""),
-        model=trained.model,
+        figure="equals the shards, bit for bit" + (f" in {model.dtype}" if merged.is_rounded else ""),
+        digests=merged.digests,
+        model=model,
         tp=1,
         pp=1,
-        tensors=len(written.names),
-        bytes=count_bytes(written, written.names),
         trained_steps=trained.step,
+        **merged.facts,
     )
 
 

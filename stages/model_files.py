@@ -7,12 +7,10 @@ taken when asked for, and become safetensors.
 import errno
 import json
 import os
-import pickle
 import re
 import shutil
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +25,8 @@ TOKENIZER_FILES = {
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 }  # fmt: skip
-OTHER_FILES = re.compile(r"generation_config\.json|README\.md|(LICEN[SC]E|NOTICE|USE_POLICY)[\w.-]*", re.IGNORECASE)
+LICENCE_FILES = re.compile(r"(LICEN[SC]E|NOTICE|USE_POLICY)[\w.-]*", re.IGNORECASE)
+OTHER_FILES = re.compile(rf"generation_config\.json|README\.md|{LICENCE_FILES.pattern}", re.IGNORECASE)
 SAFE, PICKLED = ("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")
 PICKLES = re.compile(r".*\.(bin|pt|pth|pkl|ckpt)", re.IGNORECASE)
 COPY_BYTES = 1 << 30
@@ -78,26 +77,23 @@ def unpickle(files: Path) -> None:
     pickles = sorted(files.glob("*.bin"))
     if not pickles:
         return
-    import torch
-
-    from megatron_core_impl.checkpoint.safetensors_io import SafetensorsWriter
+    from megatron_core_impl.checkpoint.pickled import PickledReader
+    from megatron_core_impl.checkpoint.safetensors_io import SafetensorsWriter, WeightsError
 
     weight_map: dict[str, str] = {}
     for path in pickles:
         try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).strip().splitlines()[0]
+            pickled = PickledReader(path)
+        except WeightsError as error:
+            reason = str(error).removeprefix(f"{path}: ")
             raise BadInput(
-                f"model.source: {path.name} is refused: it holds more than tensors, or is damaged ({reason})"
+                f"model.source: {path.name} is refused: it holds more than tensors, or is damaged: {reason}"
             ) from None
-        if not isinstance(tensors, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-            raise BadInput(f"model.source: {path.name} is refused: it is no dictionary of tensors")
         safe = path.with_name(path.name.replace("pytorch_model", "model").replace(".bin", ".safetensors"))
-        entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        entries = [(name, dtype, shape) for name, (dtype, shape) in pickled.tensors.items()]
         with SafetensorsWriter(safe, entries, {"format": "pt"}) as writer:
-            for name, tensor in tensors.items():
-                writer.write(name, tensor)
+            for name in writer.names:
+                writer.write(name, pickled.read(name))
                 weight_map[name] = safe.name
         path.unlink()
     if (files / PICKLED[1]).exists():

@@ -15,6 +15,7 @@ Started by a launcher (STAGE_EVENTS=1), a stage prints progress as lines `@@stag
 import argparse
 import errno
 import fcntl
+import gc
 import json
 import os
 import platform
@@ -23,7 +24,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -37,11 +38,14 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 import megatron_core_impl
+from megatron_core_impl.checkpoint.digests import file_sha256
 from megatron_core_impl.checkpoint.durable import sync, sync_tree
 from stages.contracts import artifacts as a
 from stages.contracts.specs import SPECS, Spec
+from stages.input_check import InputCheck
 
 EVENT_PREFIX = "@@stage "
+SWITCH_SECONDS = 0.0002  # that a thread waits before it takes the interpreter from another, while something is imported
 
 S = TypeVar("S", bound=Spec)
 A = TypeVar("A", bound=a.Artifact)
@@ -89,30 +93,67 @@ class Context:
         self.events = os.environ.get("STAGE_EVENTS") == "1"
         self._last_progress = 0.0
         self._inputs: dict[str, a.Artifact] = {}
+        self._checks: dict[str, InputCheck] = {}  # under way
 
-    def input(self, name: str, kind: type[A]) -> tuple[A, Path]:
+    def input(self, name: str, kind: type[A], *, is_checked_meanwhile: bool = False) -> tuple[A, Path]:
         """An input's artifact and its folder, its files checked against their digests.
+
+        Args:
+            is_checked_meanwhile: files are hashed while the stage goes on. Whatever it made of one that turns out damaged is
+                thrown away, and the damage is what is told, not what followed from it. For stages that take minutes.
 
         Raises:
             BadInput: it is missing, of another kind, not the one the spec names, or damaged.
         """
+        artifact, folder = self._open(name, kind)
+        try:
+            self._checks[name] = InputCheck(folder, artifact)
+        except a.DamagedArtifact as error:
+            raise BadInput(f"inputs.{name}: {error}") from error
+        if not is_checked_meanwhile:
+            self.wait_for_checks()
+        return artifact, folder
+
+    def facts(self, name: str, kind: type[A]) -> A:
+        """The artifact of an input of which the stage reads no file, so none is checked.
+
+        Raises:
+            BadInput: it is missing, of another kind, or not the one the spec names.
+        """
+        return self._open(name, kind)[0]
+
+    def _open(self, name: str, kind: type[A]) -> tuple[A, Path]:
         ref = self.spec.inputs.get(name)
         if ref is None:
             raise BadInput(f"inputs.{name}: missing from the spec; it needs the folder of a {kind.__name__}")
         folder = self.workspace / ref.path
         try:
             artifact = a.load_artifact(folder)
-            if not isinstance(artifact, kind):
-                raise BadInput(f"inputs.{name}: {folder} holds a {artifact.kind} artifact, this needs a {kind.__name__}")
-            if ref.fingerprint is not None and artifact.fingerprint != ref.fingerprint:
-                raise BadInput(
-                    f"inputs.{name}: fingerprint of {folder} is {artifact.fingerprint}, the spec asks for {ref.fingerprint}"
-                )
-            a.check_files(folder, artifact, thorough=True)
         except a.DamagedArtifact as error:
             raise BadInput(f"inputs.{name}: {error}") from error
+        if not isinstance(artifact, kind):
+            raise BadInput(f"inputs.{name}: {folder} holds a {artifact.kind} artifact, this needs a {kind.__name__}")
+        if ref.fingerprint is not None and artifact.fingerprint != ref.fingerprint:
+            raise BadInput(
+                f"inputs.{name}: fingerprint of {folder} is {artifact.fingerprint}, the spec asks for {ref.fingerprint}"
+            )
+        if ref.content is not None and ref.content != getattr(artifact, "content", None):
+            raise BadInput(f"inputs.{name}: {folder} does not hold content {ref.content}: leave that out of the spec")
         self._inputs[name] = artifact
         return artifact, folder
+
+    def wait_for_checks(self) -> None:
+        """Return when the files of all inputs are what their artifacts record.
+
+        Raises:
+            BadInput: naming the file that is not.
+        """
+        for name, check in self._checks.items():
+            try:
+                check.wait()
+            except a.DamagedArtifact as error:
+                raise BadInput(f"inputs.{name}: {error}") from None
+        self._checks.clear()
 
     def log(self, message: str) -> None:
         """One line for people."""
@@ -141,20 +182,25 @@ class Context:
         *,
         figure: str,
         metrics: dict[str, Any] | None = None,
+        digests: Mapping[str, str] | None = None,
         volatile: tuple[str, ...] = (),
         torch_version: str | None = None,
         **facts: Any,
     ) -> A:
         """The artifact of everything that now lies in the scratch folder.
 
-        `volatile` names files, or folders with a trailing slash, that are kept but do not decide the fingerprint.
+        Args:
+            digests: SHA-256 of files by name, where it was taken already, of bytes that are proven to lie there.
+            volatile: files, or folders with a trailing slash, that are kept but do not decide the fingerprint.
         """
+        known = digests or {}
         names = sorted(p.relative_to(self.scratch).as_posix() for p in self.scratch.rglob("*") if p.is_file())
 
         def record(name: str) -> a.FileRecord:
             path = self.scratch / name
             is_volatile = any(name == v or (v.endswith("/") and name.startswith(v)) for v in volatile)
-            return a.FileRecord(size=path.stat().st_size, sha256=a.file_sha256(path), volatile=is_volatile)
+            sha256 = known.get(name) or file_sha256(path)
+            return a.FileRecord(size=path.stat().st_size, sha256=sha256, volatile=is_volatile)
 
         with ThreadPoolExecutor(max_workers=2) as pool:
             files = dict(zip(names, pool.map(record, names), strict=True))
@@ -180,6 +226,23 @@ class Context:
             **facts,
         )
         return artifact.model_copy(update={"fingerprint": a.fingerprint_of(kind_name, files, artifact.facts())})
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around the import of something large while inputs are hashed.
+
+    The threads that hash get their turn at once: otherwise each block of theirs waits 5 ms for the interpreter, longer than it
+    takes. And no garbage is looked for, as there is none: with PyTorch that search is a fifth of the time.
+    """
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        sys.setswitchinterval(interval)
 
 
 def _torch_version() -> str | None:
@@ -311,7 +374,7 @@ def execute(spec: S, run: Callable[[S, Context], a.Artifact], *, resumable: bool
             shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(exist_ok=True)
         try:
-            artifact = run(spec, Context(spec, scratch))
+            artifact = _run_checked(spec, run, Context(spec, scratch))
             artifact = artifact.model_copy(update={"wall_seconds": round(time.monotonic() - started, 3)})
             (scratch / a.ARTIFACT_FILE).write_text(artifact.model_dump_json(indent=1) + "\n")
             sync_tree(scratch)
@@ -321,6 +384,17 @@ def execute(spec: S, run: Callable[[S, Context], a.Artifact], *, resumable: bool
                 shutil.rmtree(scratch, ignore_errors=True)
             raise
         return artifact
+
+
+def _run_checked(spec: S, run: Callable[[S, Context], a.Artifact], ctx: Context) -> a.Artifact:
+    """Do the work of a spec. A damaged input is told before anything that may have followed from it."""
+    try:
+        artifact = run(spec, ctx)
+    except Exception:
+        ctx.wait_for_checks()
+        raise
+    ctx.wait_for_checks()
+    return artifact
 
 
 def _make_folder(folder: Path) -> None:

@@ -5,9 +5,8 @@
 ids that the model is trained with.
 """
 
-import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +14,47 @@ from megatron_core_impl.checkpoint.index import read_json
 from megatron_core_impl.data.chat_template import CHATML, REFERENCE_ROLES
 from stages import both_models
 from stages.contracts import artifacts as a
+from stages.contracts.config import SpecialName
 from stages.examples import difference, read_examples
+from stages.json_files import write_json
 from stages.runtime import GateFailed
+from stages.special_tokens import check_special_tokens, override_special_tokens
 
 KIND: dict[str, Any] = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 SPECIAL = "additional_special_tokens"
 
 
-def write_tokenizer(model: a.ModelArtifact, source: Path, dataset: a.DatasetArtifact, data: Path, folder: Path) -> None:
+def write_tokenizer(
+    model: a.ModelArtifact,
+    source: Path,
+    dataset: a.DatasetArtifact,
+    data: Path,
+    folder: Path,
+    *,
+    vocab_size: int,
+    override: Mapping[SpecialName, str],
+    warn: Callable[[str], None],
+) -> None:
     """Write the tokenizer that a model trained on a dataset is published with, and prove that it is the data's.
 
     Args:
         source: the files of the model.
         data: folder of the dataset.
-        folder: where the files are written.
+        folder: where the files are written. config.json lies there, and generation_config.json where there is one.
+        vocab_size: of the trained model.
+        override: special tokens that differ from the model's: role, such as eos -> token.
+        warn: told what is amiss with the model's own tokenizer, and can stay so.
 
     Raises:
-        GateFailed: transformers does not get the ids of the data from it.
+        BadInput: the vocabulary lacks a token of `override`.
+        GateFailed: transformers does not get the ids of the data from it, or other tokens than the model's and the added ones.
     """
     for name in model.tokenizer_files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / name)
     added = dataset.tokenizer.added_tokens
     add_tokens(folder, added)
+    special = override_special_tokens(folder, override, dataset.tokenizer, source=source, vocab_size=vocab_size)
     if dataset.content == "conversations":
         write_chat_template(folder, dataset.spec["settings"]["chat_template"])
     examples = read_examples(data)
@@ -55,6 +72,10 @@ def write_tokenizer(model: a.ModelArtifact, source: Path, dataset: a.DatasetArti
             f"kind (the data are made with {dataset.tokenizer.kind}), if the model has one"
         )
     check_added_tokens(tokenizer, added)
+    base = _load(source)
+    check_vocabulary(tokenizer.get_vocab(), base.get_vocab(), added, vocab_size, warn)
+    if special:
+        check_special_tokens(folder, special, tokenizer, base)
 
 
 def _load(folder: Path) -> Any:
@@ -71,7 +92,7 @@ def _begin_texts_anew(folder: Path) -> bool:
     config = read_json(file) if file.exists() else {}
     if config.get("legacy") is True:
         return False
-    _write(file, {**config, "legacy": True})
+    write_json(file, {**config, "legacy": True})
     return True
 
 
@@ -86,7 +107,7 @@ def _be_plain_llama(folder: Path) -> bool:
     name = str(config.get("tokenizer_class", "CodeLlamaTokenizer"))
     if not name.startswith("CodeLlama"):
         return False
-    _write(file, {**config, "tokenizer_class": name.removeprefix("Code")})
+    write_json(file, {**config, "tokenizer_class": name.removeprefix("Code")})
     return True
 
 
@@ -105,7 +126,7 @@ def add_tokens(folder: Path, added: Mapping[str, int]) -> None:
         for token in plain:
             known[token]["special"] = True
         if new or plain:
-            _write(file, content)
+            write_json(file, content)
     config = read_json(file) if (file := folder / "tokenizer_config.json").exists() else {}
     # Where transformers finds a decoder it takes it for all of them, and gives the others new ids.
     others = {str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in listed}
@@ -113,11 +134,11 @@ def add_tokens(folder: Path, added: Mapping[str, int]) -> None:
     for token, number in added.items():
         decoder.setdefault(str(number), {"content": token, **KIND})["special"] = True
     _name(config, added)
-    _write(file, config)
+    write_json(file, config)
     if (file := folder / "special_tokens_map.json").exists():
         special = read_json(file)
         _name(special, added)
-        _write(file, special)
+        write_json(file, special)
 
 
 def write_chat_template(folder: Path, name: str) -> None:
@@ -152,6 +173,51 @@ def check_added_tokens(tokenizer: Any, added: Mapping[str, int]) -> None:
             raise GateFailed(f"the exported tokenizer gives {token} the ids {found}; the model was trained with {number}")
 
 
+def check_vocabulary(
+    published: Mapping[str, int],
+    base: Mapping[str, int],
+    added: Mapping[str, int],
+    vocab_size: int,
+    warn: Callable[[str], None],
+) -> None:
+    """The published tokenizer must have the base model's tokens and those that were added, under their ids, and no others.
+
+    Args:
+        published, base: token -> id, as transformers has them.
+        vocab_size: rows of the model.
+        warn: told of the base model's own tokens that it has no row for.
+
+    Raises:
+        GateFailed: naming the first tokens of which that is not true.
+    """
+    expected = {**added, **base}
+    for fault, tokens in (
+        ("has tokens that nobody added", published.keys() - expected.keys()),
+        ("lacks", expected.keys() - published.keys()),
+        ("has other ids for", {token for token in expected.keys() & published.keys() if expected[token] != published[token]}),
+    ):
+        if tokens:
+            raise GateFailed(f"the exported tokenizer {fault}: {_listed(tokens, {**expected, **published})}")
+    beyond = {token for token, number in published.items() if number >= vocab_size}
+    if wrong := beyond & added.keys():
+        raise GateFailed(
+            f"the exported tokenizer has {_listed(wrong, published)}, and config.json vocab_size={vocab_size}: the model has "
+            "no rows for them. Convert with the same model.added_tokens as the data"
+        )
+    if beyond:
+        warn(
+            f"the base model's tokenizer has {_listed(beyond, published)}, and its config.json vocab_size={vocab_size}: it has "
+            "no rows for them, nor will what is published, and who uses them gets an error. Name them in model.added_tokens: "
+            "then they get rows"
+        )
+
+
+def _listed(tokens: Collection[str], ids: Mapping[str, int]) -> str:
+    first = sorted(tokens, key=lambda token: ids[token])[:5]
+    more = f" and {len(tokens) - 5:,} more" if len(tokens) > 5 else ""
+    return ", ".join(f"{token} = {ids[token]}" for token in first) + more
+
+
 def _name(content: dict[str, Any], added: Mapping[str, int]) -> None:
     """Add tokens to those that a file calls special, which may be written as text or as objects."""
     listed = content.setdefault(SPECIAL, [])
@@ -162,7 +228,3 @@ def _name(content: dict[str, Any], added: Mapping[str, int]) -> None:
 def _vocabulary(content: dict[str, Any]) -> Mapping[str, Any]:
     vocabulary = content.get("model", {}).get("vocab", {})
     return vocabulary if isinstance(vocabulary, dict) else dict(vocabulary)  # Unigram: pairs of piece and score
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -18,18 +18,31 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import megatron_core_impl
+from stages import runtime
+
+if TYPE_CHECKING:
+    import torch
 
 EVENT_PREFIX = "@@worker "
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 COMPANY_SECONDS = 5  # torchrun gives the other workers 30 s after a failure: what fails later was killed by torchrun
 
 Event = dict[str, Any]
+
+
+class WorkerCrashed(runtime.StageError):
+    """A worker ended by a defect of ours, or for no reason that it told."""
+
+    code = runtime.ExitCode.CRASH
 
 
 @dataclass
@@ -192,6 +205,50 @@ def tell(event: str, **values: Any) -> None:
         longest = max((name for name in values if isinstance(values[name], str)), key=lambda name: len(values[name]))
         values[longest] = "…" + values[longest][excess // 2 + 2 :]
     os.write(1, line)
+
+
+def meaning(error: BaseException) -> dict[str, str | int | None]:
+    """What an error of a worker means for the person who started the stage: `kind`, `message`, and what goes with the kind."""
+    import torch
+
+    message = str(error)
+    core = Path(megatron_core_impl.__file__).parent
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    # By the core's convention a ValueError of its own is the user's to mend; one from a library is a defect of ours.
+    if isinstance(error, runtime.StageError) or (isinstance(error, ValueError) and raised_in.is_relative_to(core)):
+        return {"kind": "bad-input", "message": message}
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate memory" in message:
+        return {"kind": "memory", "message": message}
+    if isinstance(error, OSError) and error.errno is not None:
+        file = os.fspath(error.filename) if isinstance(error.filename, str | os.PathLike) else None
+        return {"kind": "system", "errno": error.errno, "message": error.strerror, "file": file}
+    return {"kind": "crash", "message": f"{type(error).__name__}: {message}"}
+
+
+def join_group() -> "torch.device":
+    """Join the process group, over NCCL with one GPU per worker, or over gloo where there is no GPU. Returns the device.
+
+    Raises:
+        BadInput: there are fewer GPUs than workers.
+    """
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    patience = timedelta(minutes=30)  # for the slowest rank to load, or to write a checkpoint
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo", timeout=patience)
+        return torch.device("cpu")
+    needed, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if there < needed:
+        raise runtime.BadInput(
+            f"layout: its {needed} processes need a GPU each, this machine has {there}. Lower layout.dp, tp or pp"
+        )
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device, timeout=patience)
+    return device
 
 
 def _end_with_parent() -> None:

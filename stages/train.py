@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import megatron_core_impl
 from megatron_core_impl import metrics
 from megatron_core_impl.checkpoint import training as checkpoints
 from megatron_core_impl.config import ModelConfig
@@ -27,13 +26,12 @@ from megatron_core_impl.train_config import Job
 from megatron_core_impl.training_data import conversation_figures, tokens_per_epoch
 from stages import runtime, torchrun
 from stages.contracts import artifacts as a
-from stages.contracts import length, memory, training_job
+from stages.contracts import length, memory, training_job, vocabulary
 from stages.contracts.specs import TrainSpec
+from stages.torchrun import WorkerCrashed
 from stages.training_figures import figures_of
 
 if TYPE_CHECKING:
-    import torch
-
     from megatron_core_impl.mesh import Mesh
 
 CHECKPOINTS = "checkpoints"
@@ -41,12 +39,6 @@ LOG = "logs/workers.log"
 COMPILED = ".cache/torch-compile"  # in the workspace
 SPEC_FILE = "spec.json"  # the workers' copy
 RESETS = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")  # settings that look for the end of documents
-
-
-class WorkerCrashed(runtime.StageError):
-    """A worker ended by a defect of ours, or for no reason that it told."""
-
-    code = runtime.ExitCode.CRASH
 
 
 def run(spec: TrainSpec, ctx: runtime.Context) -> a.CheckpointArtifact:
@@ -93,6 +85,8 @@ def check(spec: TrainSpec, weights: a.WeightsArtifact, dataset: a.DatasetArtifac
             f"dataset.tokenizer.vocab_size={dataset.tokenizer.vocab_size}, but weights.model.vocab_size={model.vocab_size}: "
             "the data has ids that the model has no embedding for. Preprocess the text with the tokenizer of this model"
         )
+    if told := vocabulary.difference(dataset, model):
+        raise runtime.BadInput(f"inputs: {told}")
     if settings.sequence_length > model.max_position_embeddings:
         raise runtime.BadInput(
             f"train.sequence_length={settings.sequence_length} exceeds "
@@ -259,24 +253,9 @@ def work(spec_file: Path) -> int:
 
 def _told(error: BaseException) -> dict[str, str | int | None]:
     """What an error means for the person who started the stage."""
-    import torch
-
     from megatron_core_impl.trainer import TrainingDiverged
 
-    message = str(error)
-    core = Path(megatron_core_impl.__file__).parent
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    # By the core's convention a ValueError of its own is the user's to mend; one from a library is a defect of ours.
-    if isinstance(error, runtime.StageError) or (isinstance(error, ValueError) and raised_in.is_relative_to(core)):
-        return {"kind": "bad-input", "message": message}
-    if isinstance(error, TrainingDiverged):
-        return {"kind": "diverged", "message": message}
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate memory" in message:
-        return {"kind": "memory", "message": message}
-    if isinstance(error, OSError) and error.errno is not None:
-        file = os.fspath(error.filename) if isinstance(error.filename, str | os.PathLike) else None
-        return {"kind": "system", "errno": error.errno, "message": error.strerror, "file": file}
-    return {"kind": "crash", "message": f"{type(error).__name__}: {message}"}
+    return {"kind": "diverged", "message": str(error)} if isinstance(error, TrainingDiverged) else torchrun.meaning(error)
 
 
 def job_of(spec: TrainSpec, weights: a.WeightsArtifact, dataset: a.DatasetArtifact, scratch: Path) -> Job:
@@ -318,7 +297,7 @@ def _train(spec: TrainSpec, scratch: Path, should_stop: Callable[[], bool]) -> b
     )
     # What is compiled is kept, for the runs to come; torch's own choice is a folder in /tmp.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(workspace / COMPILED))
-    mesh = init_mesh(layout, _join_group(), kv_replicas=layout.kv_replicas(job.model))
+    mesh = init_mesh(layout, torchrun.join_group(), kv_replicas=layout.kv_replicas(job.model))
     if mesh.device.type == "cpu":
         keep_freed_memory()  # where there is another malloc, it is just slower
     _tell_memory(spec, job.model, mesh, report)
@@ -340,28 +319,6 @@ def _tell_memory(spec: TrainSpec, model: ModelConfig, mesh: "Mesh", report: metr
         available = torch.cuda.get_device_properties(mesh.device).total_memory
         if text := memory.shortage(own, available, spec.layout, spec.settings):
             report.warn(f"rank {mesh.rank} {text}")
-
-
-def _join_group() -> "torch.device":
-    """Join the process group, over NCCL with one GPU per worker, or over gloo where there is no GPU. Returns the device."""
-    from datetime import timedelta
-
-    import torch
-    import torch.distributed as dist
-
-    patience = timedelta(minutes=30)  # for the slowest rank to load, or to write a checkpoint
-    if not torch.cuda.is_available():
-        dist.init_process_group("gloo", timeout=patience)
-        return torch.device("cpu")
-    needed, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-    if there < needed:
-        raise runtime.BadInput(
-            f"layout: its {needed} processes need a GPU each, this machine has {there}. Lower layout.dp, tp or pp"
-        )
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device, timeout=patience)
-    return device
 
 
 if __name__ == "__main__":

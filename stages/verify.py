@@ -1,19 +1,21 @@
-"""verify: our model must compute what transformers computes, on real tokens, or the run ends here.
+"""verify: our model must compute what transformers computes, on real tokens, or nothing is trained on it.
 
-Both models are loaded in the precision asked for, ours from the converted weights and transformers' from the original Hugging
-Face folder, and compared on the same batches of the preprocessed data: mean and largest error of the logits, loss, best next
-token, and every hidden state on the way, so that a failure names the layer. And the tokenizer that the trained model would be
-published with must give transformers the ids of the data. Nothing is trained on what fails.
+The weights are those that training loads, and run on the ranks that training has: the topology is a fact of the weights. The
+reference is transformers' model from the original Hugging Face folder. Every tensor is compared bit for bit; and on the same
+batches of the preprocessed data, and on probes, the logits, the loss, the best next token, and every hidden state on the way,
+so that a failure names the layer (`gate`). And the tokenizer that the trained model would be published with must give
+transformers the ids of the data.
 
     python -m stages.verify SPEC.json
 
-The result is verification.json: all figures, the gates, and a line for every module.
+The result is verification.json: all figures, the gates, and a line for every module; and verification.md, the same to read.
 """
 
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from megatron_core_impl.config import Layout
 from stages import gate, runtime
 from stages.contracts import artifacts as a
 from stages.contracts.specs import VerifySpec
@@ -35,17 +37,21 @@ def run(spec: VerifySpec, ctx: runtime.Context) -> a.VerificationArtifact:
     gate.check_model(weights.model, model.model)
     with TemporaryDirectory(dir=ctx.scratch) as published:  # as export will: what cannot be published need not be trained
         shutil.copyfile(model_folder / "files" / "config.json", Path(published) / "config.json")  # it decides the class, too
-        write_tokenizer(model, model_folder / "files", dataset, dataset_folder, Path(published))
+        write_tokenizer(
+            model, model_folder / "files", dataset, dataset_folder, Path(published),
+            vocab_size=weights.model.vocab_size, override=spec.override_special_tokens, warn=ctx.warn,
+        )  # fmt: skip
     verdict = gate.check_gate(
         ctx,
         spec.settings,
         model=weights.model,
         weights=weights_folder,
+        layout=Layout(tp=weights.tp, pp=weights.pp, vpp=weights.vpp),
         reference=model_folder / "files",
         dataset=dataset,
         data=dataset_folder,
     )
-    gate.write_json(ctx.scratch / REPORT, verdict.report)
+    verdict.write(ctx.scratch / REPORT, f"The model that is trained, and transformers' {model.source}")
     comparison = verdict.comparison
     return ctx.artifact(
         a.VerificationArtifact,
@@ -57,6 +63,9 @@ def run(spec: VerifySpec, ctx: runtime.Context) -> a.VerificationArtifact:
         argmax_agreement=comparison.argmax_agreement,
         allowed_mean_error=verdict.gates[0].allowed,
         precision=spec.settings.precision,
+        tp=weights.tp,
+        pp=weights.pp,
+        vpp=weights.vpp,
     )
 
 

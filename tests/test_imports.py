@@ -55,7 +55,7 @@ def offences(module: str, names: set[str]) -> list[str]:
     bad = [n for n in names if starts(n, "prefect", "docker", "flows")]
     if starts(module, "stages.contracts"):
         return bad + [n for n in names if starts(n, "torch", "stages.runtime")]
-    hub_is_fine = module in ("stages.download", "stages.hub_rows", "stages.push")
+    hub_is_fine = module in ("stages.download", "stages.hub_rows", "stages.hub_upload", "stages.card_metadata")
     if not hub_is_fine:
         bad += [n for n in names if starts(n, "huggingface_hub", "datasets")]
     if package == "stages":

@@ -126,13 +126,18 @@ class Workspace:
         return checkpoint, merged
 
     def export_spec(
-        self, checkpoint: a.CheckpointArtifact, merged: a.WeightsArtifact, prompts: tuple[str, ...] = (), **settings: Any
+        self,
+        checkpoint: a.CheckpointArtifact,
+        merged: a.WeightsArtifact,
+        prompts: tuple[str, ...] = (),
+        export: dict[str, Any] | None = None,
+        **settings: Any,
     ) -> specs.ExportSpec:
         inputs = {"model": self.model, "weights": merged, "dataset": self.dataset, "checkpoint": checkpoint}
         return specs.ExportSpec(
             workspace=str(self.root),
             inputs=references(inputs),
-            settings=c.ExportSettings(prompts=prompts, max_new_tokens=8),
+            settings=c.ExportSettings(prompts=prompts, max_new_tokens=8, **(export or {})),
             verify=c.VerifySettings(**small(settings)),
         )
 

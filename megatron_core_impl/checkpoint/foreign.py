@@ -5,6 +5,7 @@ rearranges by it shows the foreign tensors of canonical weights; by the table tu
 folder. Slices are read through, so either way costs only the bytes that are asked for. Nothing here knows a family.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from megatron_core_impl.checkpoint.safetensors_io import WeightsError, check_sli
 from megatron_core_impl.checkpoint.sharded import WeightsSource
 from megatron_core_impl.checkpoint.slicing import Slice, shape_of, whole
 from megatron_core_impl.config import Range, Rows, StackedTensor
+
+Matrix = tuple[int, int]
 
 
 def invert(table: Iterable[StackedTensor]) -> list[StackedTensor]:
@@ -28,7 +31,8 @@ def invert(table: Iterable[StackedTensor]) -> list[StackedTensor]:
         end = 0
         for part in stacked.parts:
             begin, end = end, end + part.stop - part.start
-            found.setdefault(part.tensor, []).append((part.start, part.stop, Rows(stacked.name, begin, end)))
+            transposed = part.transposed and (part.transposed[1], part.transposed[0])
+            found.setdefault(part.tensor, []).append((part.start, part.stop, Rows(stacked.name, begin, end, transposed)))
     inverse = []
     for name, pieces in found.items():
         pieces.sort(key=lambda piece: piece[0])
@@ -43,7 +47,7 @@ def invert(table: Iterable[StackedTensor]) -> list[StackedTensor]:
 
 def assemble(stacked: StackedTensor, tensor: Callable[[str], Tensor]) -> Tensor:
     """A tensor of a table in memory: a view where it is a part of one tensor. `tensor` gives those it is made of by name."""
-    parts = [tensor(rows.tensor)[rows.start : rows.stop] for rows in stacked.parts]
+    parts = [_in_order(tensor(rows.tensor)[rows.start : rows.stop], rows.transposed) for rows in stacked.parts]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -101,12 +105,19 @@ class Rearranged:
         check_slice(f"{self.folder}: {name}", shape, piece)
         sources = list(_within(self._parts(name), piece[0]))
         if len(sources) == 1:
-            ((_, rows),) = sources
-            return self.source.read(rows.tensor, ((rows.start, rows.stop), *piece[1:]), dtype)
+            ((_, rows, wanted),) = sources
+            return self._rows(rows, wanted, piece[1:], dtype)
         out = torch.empty(shape_of(piece), dtype=self.dtype(name) if dtype is None else dtype)
-        for at, rows in sources:
-            out[slice(*at)] = self.source.read(rows.tensor, ((rows.start, rows.stop), *piece[1:]), dtype)
+        for at, rows, wanted in sources:
+            out[slice(*at)] = self._rows(rows, wanted, piece[1:], dtype)
         return out
+
+    def _rows(self, rows: Rows, wanted: Range, columns: Slice, dtype: torch.dtype | None) -> Tensor:
+        """Some of the rows of a part: `wanted` counts from its first, in the order that the part gives them."""
+        block = math.prod(rows.transposed or (1,))  # rows that are put in order together
+        first, last = wanted[0] // block * block, -(-wanted[1] // block) * block
+        read = self.source.read(rows.tensor, ((rows.start + first, rows.start + last), *columns), dtype)
+        return _in_order(read, rows.transposed)[wanted[0] - first : wanted[1] - first]
 
     def _parts(self, name: str) -> tuple[Rows, ...]:
         if name not in self._table:
@@ -114,15 +125,19 @@ class Rearranged:
         return self._table[name]
 
 
-def _within(parts: Iterable[Rows], wanted: Range) -> Iterator[tuple[Range, Rows]]:
-    """The parts of a range of rows: (their place in the range, the rows of their tensor)."""
+def _in_order(rows: Tensor, transposed: Matrix | None) -> Tensor:
+    """Rows as a part of a table gives them: contiguous where they are not in order, a view where they are."""
+    if transposed is None:
+        return rows
+    return rows.reshape(-1, *transposed, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _within(parts: Iterable[Rows], wanted: Range) -> Iterator[tuple[Range, Rows, Range]]:
+    """The parts of a range of rows: (their place in the range, the part, which of its rows)."""
     begin = 0
     for rows in parts:
         end = begin + rows.stop - rows.start
         first, last = max(begin, wanted[0]), min(end, wanted[1])
         if first < last:
-            yield (
-                (first - wanted[0], last - wanted[0]),
-                Rows(rows.tensor, rows.start + first - begin, rows.start + last - begin),
-            )
+            yield (first - wanted[0], last - wanted[0]), rows, (first - begin, last - begin)
         begin = end

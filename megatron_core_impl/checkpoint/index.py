@@ -2,28 +2,31 @@
 
 Our own folders say so in `index.json`:
 
-    {"format": "megatron-flows weights", "version": 1, "layout": {"tp": 2, "pp": 1, "dp": 1},
+    {"format": "megatron-flows weights", "version": 2, "layout": {"tp": 2, "pp": 1, "dp": 1},
+     "files": {"rank-0000.safetensors": {"size": 6738421000, "sha256": "9f86d0…"}, …},
      "tensors": {"lm_head.weight": {"dtype": "bfloat16", "shape": [32000, 4096],
                                     "pieces": [{"file": "rank-0000.safetensors", "slice": [[0, 16000], [0, 4096]]}, …]}}}
 
-An index that was parsed is consistent: the pieces of every tensor tile it exactly, without a gap or an overlap.
+An index that was parsed is consistent: the pieces of every tensor tile it exactly, without a gap or an overlap, and every file
+that holds one has its digest there.
 """
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_core_impl.checkpoint.digests import INDEX_FILE as INDEX_FILE
+from megatron_core_impl.checkpoint.digests import FileDigest, format_digests, parse_digests
 from megatron_core_impl.checkpoint.safetensors_io import CODES, WeightsError, check_slice, format_slice
 from megatron_core_impl.checkpoint.slicing import Slice, shape_of
 
-INDEX_FILE = "index.json"
 FORMAT = "megatron-flows weights"
-VERSION = 1
+VERSION = 2
 
 _DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in CODES}
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
@@ -84,38 +87,54 @@ def check_tiling(where: str, tensor: StoredTensor) -> None:
         )
 
 
-def write_index_file(folder: Path, tensors: Mapping[str, StoredTensor], extra: Mapping[str, Any]) -> None:
-    """Write index.json. `extra` are further keys, such as the layout."""
-    index: dict[str, Any] = {"format": FORMAT, "version": VERSION, **extra}
-    index["tensors"] = {
+@dataclass(frozen=True)
+class Index:
+    """All that an index.json says."""
+
+    tensors: dict[str, StoredTensor]
+    files: dict[str, FileDigest]
+    extra: dict[str, Any]  # further keys, such as the layout
+
+
+def write_index_file(folder: Path, index: Index) -> None:
+    """Write index.json."""
+    content: dict[str, Any] = {"format": FORMAT, "version": VERSION, **index.extra, "files": format_digests(index.files)}
+    content["tensors"] = {
         name: {
             "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "pieces": [{"file": piece.file, "slice": [list(bounds) for bounds in piece.slice]} for piece in tensor.pieces],
         }
-        for name, tensor in tensors.items()
+        for name, tensor in index.tensors.items()
     }
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
+    (folder / INDEX_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def read_index_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
-    """The tensors of an index.json, and its other keys.
+def read_index_file(path: Path) -> Index:
+    """What an index.json says.
 
     Raises:
-        WeightsError: it is not ours, malformed, or the pieces of a tensor do not tile it.
+        WeightsError: it is not ours, malformed, the pieces of a tensor do not tile it, or a file has no digest.
     """
-    index = read_json(path)
-    if index.get("format") != FORMAT or index.get("version") != VERSION:
-        raise WeightsError(
-            f"{path}: is {index.get('format')!r}, version {index.get('version')!r}; this reads {FORMAT!r}, version {VERSION}"
-        )
+    content = read_json(path)
+    kind, version = content.get("format"), content.get("version")
+    if kind != FORMAT or version != VERSION:
+        raise WeightsError(f"{path}: is {kind!r}, version {version!r}; this reads {FORMAT!r}, version {VERSION}")
+    try:
+        files = parse_digests(content.get("files"))
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from None
     tensors = {}
-    for name, entry in _object(path, "tensors", index.get("tensors")).items():
+    for name, entry in _object(path, "tensors", content.get("tensors")).items():
         where = f"{path}: {name}"
         tensor = _parse_tensor(where, _object(path, name, entry))
+        for piece in tensor.pieces:
+            if piece.file not in files:
+                raise WeightsError(f"{where}: a piece lies in {piece.file}, which has no digest in files")
         check_tiling(where, tensor)
         tensors[name] = tensor
-    return tensors, {key: value for key, value in index.items() if key not in ("format", "version", "tensors")}
+    own = ("format", "version", "files", "tensors")
+    return Index(tensors, files, {key: value for key, value in content.items() if key not in own})
 
 
 def _parse_tensor(where: str, entry: dict[str, Any]) -> StoredTensor:

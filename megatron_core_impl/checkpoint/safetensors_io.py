@@ -21,6 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_core_impl.checkpoint.digests import FileDigest, RunningDigest, file_sha256
+from megatron_core_impl.checkpoint.durable import begin_write_back
 from megatron_core_impl.checkpoint.slicing import Slice, shape_of, whole
 
 DTYPES: dict[str, torch.dtype] = {
@@ -32,7 +34,8 @@ DTYPES: dict[str, torch.dtype] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 MAX_HEADER_BYTES = 100_000_000  # the `safetensors` library's own limit
-BLOCK_BYTES = 16 << 20  # memory that a read of columns may take beside its result
+BLOCK_BYTES = 4 << 20  # what is in memory at a time: a block of rows, or what a read of columns takes beside its result
+WRITE_BACK_BYTES = 64 << 20  # so much of a file is written before the kernel is told to send it to the disk
 SKIPPED_BYTES = 8 << 10  # what a call of pread costs: gaps between columns that are shorter are read over, not jumped over
 
 Bytes = npt.NDArray[np.uint8]
@@ -188,7 +191,12 @@ class SafetensorsReader:
 class SafetensorsWriter:
     """Writes one safetensors file, tensor by tensor or row by row, in any order. Use it as a context manager.
 
-    The file is complete and fsynced when the block ends; when the block fails, it is removed.
+    The file is complete when the block ends, and on its way to the disk: whoever publishes it waits for that (`durable`).
+    When the block fails, the file is removed.
+
+    Its SHA-256 is taken while it is written, in a second thread, from the bytes in memory. That needs the order of the file,
+    which is that of `names`; what was written in another order is read again in the end. A tensor that was given must not
+    change before the block ends.
 
     Args:
         path: the file to make; one that is there is replaced.
@@ -223,12 +231,28 @@ class SafetensorsWriter:
             raise ValueError(f"{path}: header of {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are legal")
         self._data_start = 8 + len(text)
         self._missing = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in self._entries.items()}
+        self._digest: FileDigest | None = None
+        self._end = 0  # of what was written without a gap, front to back
+        self._sent = 0  # what the kernel was told to send to the disk
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._running = RunningDigest()
         try:
             self._pwrite(len(text).to_bytes(8, "little") + text, 0)
         except BaseException:
             self._abandon()
             raise
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tensors in the order of the file: those of wide dtypes first."""
+        return tuple(self._offsets)
+
+    @property
+    def digest(self) -> FileDigest:
+        """Size and SHA-256 of the file, once it is complete."""
+        if self._digest is None:
+            raise ValueError(f"{self.path}: has no digest before it is complete")
+        return self._digest
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a whole tensor."""
@@ -252,11 +276,14 @@ class SafetensorsWriter:
         try:
             if missing:
                 raise ValueError(f"{self.path}: {missing[0]} was not written completely ({len(missing)} such tensors)")
-            os.fsync(self._descriptor)
+            size = os.fstat(self._descriptor).st_size
+            begin_write_back(self._descriptor, self._sent, size - self._sent)
         except BaseException:
             self._abandon()
             raise
         os.close(self._descriptor)
+        sha256 = self._running.finish()
+        self._digest = FileDigest(size, sha256 if self._end == size else file_sha256(self.path))
 
     def __enter__(self) -> Self:
         return self
@@ -269,9 +296,13 @@ class SafetensorsWriter:
 
     def _abandon(self) -> None:
         os.close(self._descriptor)
+        self._running.finish()
         self.path.unlink(missing_ok=True)
 
     def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
+        if offset == self._end:
+            self._running.update(data)
+            self._end += len(data)
         view = memoryview(data)
         try:
             while view:
@@ -280,6 +311,9 @@ class SafetensorsWriter:
         except OSError as error:
             error.filename = str(self.path)  # the kernel knows a number only; a person wants the file
             raise
+        if self._end - self._sent >= WRITE_BACK_BYTES:
+            begin_write_back(self._descriptor, self._sent, self._end - self._sent)
+            self._sent = self._end
 
 
 def check_slice(where: str, shape: tuple[int, ...], piece: Slice) -> None:

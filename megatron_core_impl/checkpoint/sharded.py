@@ -12,15 +12,18 @@ So what was written under one layout loads under any other: a reader asks for sl
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from megatron_core_impl.checkpoint.digests import DamagedFile, FileDigest, check_size, file_digest
+from megatron_core_impl.checkpoint.durable import sync
 from megatron_core_impl.checkpoint.index import (
     INDEX_FILE,
+    Index,
     Piece,
     StoredTensor,
     intersect,
@@ -69,15 +72,23 @@ class WeightsSource(Protocol):
 
 
 class WeightsReader:
-    """The tensors of a folder by global slices. Made by `open_weights`."""
+    """The tensors of a folder by global slices. Made by `open_weights`.
 
-    def __init__(
-        self, folder: Path, tensors: dict[str, StoredTensor], files: dict[str, TensorFile], extra: dict[str, Any]
-    ) -> None:
+    Args:
+        index: what the folder holds. A Hugging Face folder has no digests, so its `files` are empty.
+        files: those that are open already, by name.
+    """
+
+    def __init__(self, folder: Path, index: Index, files: dict[str, TensorFile]) -> None:
         self.folder = folder
-        self.extra = extra  # further keys of index.json, such as the layout
-        self._tensors = tensors
-        self._files = files  # opened so far, by name
+        self.index = index
+        self._tensors = index.tensors
+        self._files = files
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """Further keys of index.json, such as the layout."""
+        return self.index.extra
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -149,17 +160,19 @@ def open_weights(folder: Path, *, allow_pickle: bool = False) -> WeightsReader:
         WeightsError: there are no weights, a file is missing, or something in them is malformed or inconsistent.
     """
     if (folder / INDEX_FILE).is_file():
-        tensors, extra = read_index_file(folder / INDEX_FILE)
-        for name in sorted({piece.file for tensor in tensors.values() for piece in tensor.pieces}):
-            if not (folder / name).is_file():
-                raise WeightsError(f"{folder / name}: missing, and {INDEX_FILE} needs it")
-        return WeightsReader(folder, tensors, {}, extra)
+        index = read_index_file(folder / INDEX_FILE)
+        for name, recorded in index.files.items():
+            try:
+                check_size(folder, name, recorded, INDEX_FILE)
+            except DamagedFile as error:
+                raise WeightsError(str(error)) from None
+        return WeightsReader(folder, index, {})
     files = _open_hugging_face(folder, allow_pickle)
     found: dict[str, StoredTensor] = {}
     for file_name, file in files.items():
         for name, (dtype, shape) in file.tensors.items():
             found.setdefault(name, StoredTensor(dtype, shape, (Piece(file_name, whole(shape)),)))
-    return WeightsReader(folder, found, files, {})
+    return WeightsReader(folder, Index(found, {}, {}), files)
 
 
 def _open_hugging_face(folder: Path, allow_pickle: bool) -> dict[str, TensorFile]:
@@ -209,27 +222,45 @@ def open_rank_file(
     return SafetensorsWriter(folder / f"rank-{rank:04d}.safetensors", stored, metadata)
 
 
-def write_rank_file(folder: Path, rank: int, pieces: Iterable[tuple[str, tuple[int, ...], Slice, Tensor]]) -> None:
-    """Write all that a rank stores: (name, global shape, slice, the slice's values), on any device. Fsynced."""
-    pieces = list(pieces)
-    with open_rank_file(folder, rank, ((name, tensor.dtype, shape, piece) for name, shape, piece, tensor in pieces)) as writer:
-        for name, _, _, tensor in pieces:
+def write_rank_file(folder: Path, rank: int, pieces: Iterable[tuple[str, tuple[int, ...], Slice, Tensor]]) -> FileDigest:
+    """Write all that a rank stores: (name, global shape, slice, the slice's values), on any device. Fsynced.
+
+    Returns:
+        Size and digest of the file, taken while it was written.
+    """
+    given = {name: (shape, piece, tensor) for name, shape, piece, tensor in pieces}
+    with open_rank_file(folder, rank, ((name, t.dtype, shape, piece) for name, (shape, piece, t) in given.items())) as writer:
+        for name in writer.names:
+            tensor = given[name][2]
             for rows in row_blocks(whole(tensor.shape), tensor.element_size()):
                 writer.write_rows(name, rows[0][0] if rows else 0, tensor[slice(*rows[0])] if rows else tensor)
+    sync(writer.path)
+    return writer.digest
 
 
-def write_index(folder: Path, **extra: Any) -> None:
+def write_index(folder: Path, digests: Mapping[str, FileDigest] | None = None, **extra: Any) -> Index:
     """Write `index.json` for the rank files in a folder, from their headers.
 
     Args:
         folder: where all ranks have written.
+        digests: of the rank files, where they are known by name; files without one are read for it.
         extra: further keys of the index, JSON values, such as `layout` or `step`.
 
     Raises:
         WeightsError: a header is malformed, two files disagree, or the pieces of a tensor do not tile it exactly: a rank's
             file is missing, or two ranks wrote the same part.
     """
-    write_index_file(folder, merge_pieces(folder, _described_pieces(folder)), extra)
+    tensors = described_tensors(folder)
+    known = digests or {}
+    files = {path.name: known.get(path.name) or file_digest(path) for path in sorted(folder.glob(RANK_FILES))}
+    index = Index(tensors, files, extra)
+    write_index_file(folder, index)
+    return index
+
+
+def described_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """What the headers of the rank files in a folder say that they hold. Raises as `write_index` does."""
+    return merge_pieces(folder, _described_pieces(folder))
 
 
 def _described_pieces(folder: Path) -> Iterator[tuple[str, StoredTensor]]:

@@ -51,6 +51,17 @@ def dp_rows(rows: int, dp: int, dp_rank: int) -> Range:
     return min(dp_rank * block, rows), min((dp_rank + 1) * block, rows)
 
 
+def owned_slice(piece: Slice, rows: int, dp: int, dp_rank: int) -> Slice:
+    """The part of a (tp, pp) rank's slice whose optimizer state a dp rank owns.
+
+    Args:
+        rows: of the parameter in memory: those of the slice, and run-time padding behind them.
+    """
+    (start, stop), *rest = piece
+    low, high = dp_rows(rows, dp, dp_rank)
+    return ((min(start + low, stop), min(start + high, stop)), *rest)
+
+
 def chunk_layers(num_layers: int, layout: Layout, pp_rank: int) -> list[Range]:
     """The layers of each chunk of a pp rank, in the order of the model.
 
@@ -88,3 +99,20 @@ def rank_slices(specs: Sequence[TensorSpec], num_layers: int, layout: Layout, ra
     """All that a rank's model holds: name -> slice, replicas included."""
     pp_rank, _, tp_rank = layout.coordinates(rank)
     return {spec.name: tp_slice(spec, layout.tp, tp_rank) for spec in specs if is_on_pp_rank(spec, num_layers, layout, pp_rank)}
+
+
+def stored_slices(specs: Sequence[TensorSpec], num_layers: int, layout: Layout, rank: int) -> dict[str, Slice]:
+    """What a rank's file holds: name -> slice. Over all ranks they tile every tensor.
+
+    What several ranks hold is stored by the first of them alone; over dp each stores the rows that it owns, if any.
+    """
+    pp_rank, dp_rank, tp_rank = layout.coordinates(rank)
+    stored = {}
+    for spec in specs:
+        if is_on_pp_rank(spec, num_layers, layout, pp_rank) and replica(spec, layout, pp_rank, tp_rank) == 0:
+            piece = tp_slice(spec, layout.tp, tp_rank)
+            rows = padded_vocab_size(spec.shape[0], layout.tp) // layout.tp if spec.padded else shape_of(piece)[0]
+            piece = owned_slice(piece, rows, layout.dp, dp_rank)
+            if shape_of(piece)[0]:
+                stored[spec.name] = piece
+    return stored

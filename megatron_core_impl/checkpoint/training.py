@@ -1,16 +1,17 @@
 """The folder of training checkpoints: which are there, which is intact, and how one comes to be there whole.
 
-A checkpoint is `step-NNNNNN/`: the sharded form (rank files and `index.json`) and `state.json`, which names every other file
-with its size and SHA-256. It is written as `step-NNNNNN.tmp/`, fsynced, and renamed, so a folder without `.tmp` is complete
-as far as a crash can tell; a disk can tell otherwise, so the digests are compared before one is used. No torch in here.
+A checkpoint is `step-NNNNNN/`: the sharded form (rank files, and `index.json` with the size and SHA-256 of each) and
+`state.json`, which has those of the index. It is written as `step-NNNNNN.tmp/`, fsynced, and renamed, so a folder without
+`.tmp` is complete as far as a crash can tell; a disk can tell otherwise, so the digests are compared before one is used. No
+torch in here.
 """
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_core_impl.checkpoint.digests import INDEX_FILE, DamagedFile, FileDigest, check_file, file_digest, parse_digests
 from megatron_core_impl.checkpoint.durable import sync, sync_tree
 
 STATE_FILE = "state.json"
@@ -38,12 +39,6 @@ def finished_steps(root: Path) -> list[int]:
     return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
-def file_digest(path: Path) -> bytes:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
 def read_state(root: Path, step: int) -> dict[str, Any]:
     """The state of a finished checkpoint.
 
@@ -55,36 +50,52 @@ def read_state(root: Path, step: int) -> dict[str, Any]:
         state = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{path} is not readable: {error}") from None
-    if not isinstance(state, dict) or state.get("step") != step or not isinstance(state.get("files"), dict):
+    if not isinstance(state, dict) or state.get("step") != step or not isinstance(state.get("index"), dict):
         raise DamagedCheckpoint(f"{path} is not the state of step {step}")
     return state
 
 
-def check_files(folder: Path, files: dict[str, Any]) -> None:
-    """Compare files with what a checkpoint's state records of them: {name: {"size", "sha256"}}.
+def recorded_files(root: Path, step: int, state: dict[str, Any]) -> dict[str, FileDigest]:
+    """What is recorded of the files of a checkpoint, by name. Checks the index, which tells of the others.
+
+    Raises:
+        DamagedCheckpoint: the index is not the one that its state tells of.
+    """
+    folder = step_folder(root, step)
+    try:
+        recorded = parse_digests({INDEX_FILE: state["index"]})
+        check_file(folder, INDEX_FILE, recorded[INDEX_FILE], STATE_FILE)
+        return recorded | parse_digests(json.loads((folder / INDEX_FILE).read_bytes())["files"])
+    except DamagedFile as error:
+        raise DamagedCheckpoint(str(error)) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpoint(f"{folder}: {STATE_FILE} or {INDEX_FILE} tells no digests: {error}") from None
+
+
+def check_files(root: Path, step: int, files: dict[str, FileDigest]) -> None:
+    """Compare files of a checkpoint with what is recorded of them.
 
     Raises:
         DamagedCheckpoint: naming the first file that is missing or differs.
     """
-    for name, record in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise DamagedCheckpoint(f"{path} is missing")
-        if path.stat().st_size != record["size"]:
-            raise DamagedCheckpoint(f"{path} has {path.stat().st_size:,} bytes, {STATE_FILE} says {record['size']:,}")
-        if file_digest(path).hex() != record["sha256"]:
-            raise DamagedCheckpoint(f"{path} is not what was written: its SHA-256 differs")
+    for name, recorded in files.items():
+        try:
+            check_file(step_folder(root, step), name, recorded, INDEX_FILE)
+        except DamagedFile as error:
+            raise DamagedCheckpoint(str(error)) from None
 
 
 def commit(root: Path, step: int, state: dict[str, Any], *, keep: int) -> None:
     """Finish a checkpoint whose other files are written: its state, fsync, rename. Then drop all but the `keep` newest."""
     unfinished, final = unfinished_folder(root, step), step_folder(root, step)
-    (unfinished / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
+    record = {**state, "index": file_digest(unfinished / INDEX_FILE)._asdict()}
+    (unfinished / STATE_FILE).write_text(json.dumps(record, indent=1) + "\n")
     sync_tree(unfinished)
     unfinished.rename(final)
     sync(root)
     for old in finished_steps(root)[keep:]:
-        shutil.rmtree(step_folder(root, old))
+        step_folder(root, old).rename(unfinished_folder(root, old))  # half of one must not look like one
+        shutil.rmtree(unfinished_folder(root, old))
 
 
 def remove_unfinished(root: Path) -> None:

@@ -83,8 +83,9 @@ class IndexedDataset:
         for start in range(0, len(self.sizes), BLOCK):
             sizes = self.sizes[start : start + BLOCK].astype(np.int64)
             pointers = self.pointers[start : start + BLOCK]
-            ends = pointers + sizes * self.dtype.itemsize
-            wrong = (sizes < 0) | (pointers < 0) | (pointers % self.dtype.itemsize != 0) | (ends > bin_bytes)
+            room = bin_bytes - pointers  # cannot overflow, as the end of a sequence could
+            wrong = (sizes < 0) | (pointers < 0) | (pointers % self.dtype.itemsize != 0)
+            wrong |= sizes * self.dtype.itemsize > room
             if wrong.any():
                 i = int(wrong.argmax())
                 raise ValueError(

@@ -2,9 +2,11 @@
 queries with a norm each for attention and MLP. No torch in here.
 """
 
-from megatron_core_impl.config import ModelConfig, Rows, StackedTensor
+from dataclasses import replace
+
+from megatron_core_impl.config import ModelConfig
+from megatron_core_impl.models.forms import Form
 from megatron_core_impl.models.hf_config import HF, activation, flag, number, refuse_what_is_never_built, rope, size
-from megatron_core_impl.models.tensors import tensors
 
 FIELDS = {  # ModelConfig's word -> config.json's, where they differ
     "intermediate_size": "ffn_hidden_size", "num_key_value_heads": "num_kv_heads", "norm_eps": "layer_norm_epsilon",
@@ -12,10 +14,13 @@ FIELDS = {  # ModelConfig's word -> config.json's, where they differ
     "has_shared_norm": "num_ln_in_parallel_attn", "rope_scaling": "rope_parameters",
 }  # fmt: skip
 
-_WORDS = {  # part of a canonical name -> of Falcon's
-    "model": "transformer", "embed_tokens": "word_embeddings", "layers": "h", "norm": "ln_f", "self_attn": "self_attention",
-    "q_proj": "query_key_value", "o_proj": "dense", "up_proj": "dense_h_to_4h", "down_proj": "dense_4h_to_h",
-}  # fmt: skip
+_FORM = Form(
+    words={
+        "model": "transformer", "embed_tokens": "word_embeddings", "layers": "h", "norm": "ln_f", "self_attn": "self_attention",
+        "o_proj": "dense", "up_proj": "dense_h_to_4h", "down_proj": "dense_4h_to_h",
+    },
+    fused={"query_key_value": ("q_proj", "k_proj", "v_proj")},
+)  # fmt: skip
 _TWO_NORMS = {"input_layernorm": "ln_attn", "mlp_layernorm": "ln_mlp"}
 
 
@@ -64,36 +69,14 @@ def config_from_hf(hf: HF) -> ModelConfig:
 
 
 def hf_name(name: str) -> str:
-    """Falcon's name of a module or tensor with a canonical one."""
-    return ".".join(_WORDS.get(part, part) for part in name.split("."))
+    """Falcon's name of a module with a canonical one."""
+    return _FORM.name(name)
 
 
-def hf_tensors(config: ModelConfig) -> list[StackedTensor]:
-    """Falcon's tensors: the canonical ones under other names, and q, k and v as one, `query_key_value`.
-
-    Its rows are, for each key/value head, those of the query heads that look at it, of the key head and of the value head. So
-    multi-query (7B) is all query heads, then the key and the value head.
-    """
+def hf_form(config: ModelConfig) -> Form:
+    """How Hugging Face stores a Falcon: q, k and v as one tensor, of 7B all query heads, then the key and the value head."""
     has_two_norms = config.is_parallel and not config.has_shared_norm
-    table = []
-    for spec in tensors(config):
-        module, _, kind = spec.name.rpartition(".")  # kind: weight or bias
-        if module.endswith(("k_proj", "v_proj")):
-            continue
-        parts = [Rows(spec.name, 0, spec.shape[0])]
-        if module.endswith("q_proj"):
-            prefix = module.removesuffix("q_proj")
-            block = config.num_attention_heads // config.num_key_value_heads * config.head_dim
-            parts = [
-                Rows(f"{prefix}{projection}.{kind}", head * rows, (head + 1) * rows)
-                for head in range(config.num_key_value_heads)
-                for projection, rows in (("q_proj", block), ("k_proj", config.head_dim), ("v_proj", config.head_dim))
-            ]
-        stem, _, last = module.rpartition(".")
-        if has_two_norms and last in _TWO_NORMS:
-            module = f"{stem}.{_TWO_NORMS[last]}"
-        table.append(StackedTensor(hf_name(f"{module}.{kind}"), tuple(parts)))
-    return table
+    return replace(_FORM, words={**_FORM.words, **_TWO_NORMS}) if has_two_norms else _FORM
 
 
 def _kv_heads(hf: HF, heads: int, is_new: bool) -> int:

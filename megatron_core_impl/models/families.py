@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron_core_impl.config import ModelConfig, StackedTensor
 from megatron_core_impl.models import falcon, llama, mistral, qwen2
-from megatron_core_impl.models.hf_config import LLAMA_FIELDS, unchanged
+from megatron_core_impl.models.forms import Form
+from megatron_core_impl.models.hf_config import LLAMA_FIELDS
 from megatron_core_impl.models.tensors import count_parameters, tensors
 
 __all__ = ["FAMILIES", "Family", "config_from_hf", "count_parameters", "family_of", "hf_shapes", "tensors"]
@@ -18,15 +19,19 @@ class Family:
 
     config_from_hf: Callable[[Mapping[str, Any]], ModelConfig]
     # How Hugging Face stores the canonical tensors
-    hf_tensors: Callable[[ModelConfig], list[StackedTensor]] = unchanged
+    hf_form: Callable[[ModelConfig], Form] = lambda _: Form()
     # transformers' name of a module with a canonical one
     hf_name: Callable[[str], str] = str
     # ModelConfig's word -> config.json's, where they differ
     hf_fields: Mapping[str, str] = field(default_factory=lambda: LLAMA_FIELDS)
 
+    def hf_tensors(self, config: ModelConfig) -> list[StackedTensor]:
+        """The tensors that Hugging Face stores for a model, made of the canonical ones."""
+        return self.hf_form(config).table(tensors(config))
+
 
 FAMILIES = {
-    "falcon": Family(falcon.config_from_hf, falcon.hf_tensors, falcon.hf_name, falcon.FIELDS),
+    "falcon": Family(falcon.config_from_hf, falcon.hf_form, falcon.hf_name, falcon.FIELDS),
     "llama": Family(llama.config_from_hf),
     "mistral": Family(mistral.config_from_hf),
     "qwen2": Family(qwen2.config_from_hf),

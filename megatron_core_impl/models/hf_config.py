@@ -1,4 +1,4 @@
-"""What the families share: reading a `config.json`, field by field, and storing tensors as Hugging Face does. No torch in here.
+"""What the families share: reading a `config.json`, field by field. No torch in here.
 
 Any version of transformers may have written the file: 4.x writes `rope_theta` and `rope_scaling`, 5.x `rope_parameters`. Fields
 that transformers fills in when absent are filled in with the same values. All functions raise ValueError where a field is
@@ -8,8 +8,7 @@ missing, malformed, or asks for something that is not built; the message names t
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_core_impl.config import Activation, ModelConfig, RopeScaling, Rows, StackedTensor, is_finite
-from megatron_core_impl.models.tensors import tensors
+from megatron_core_impl.config import Activation, RopeScaling, is_finite
 
 HF = Mapping[str, Any]  # a parsed config.json
 
@@ -65,11 +64,6 @@ def llama_fields(hf: HF, *, num_key_value_heads: int | None, max_position_embedd
         "rope_scaling": scaling,
         "tie_word_embeddings": flag(hf, "tie_word_embeddings", False),
     }
-
-
-def unchanged(config: ModelConfig) -> list[StackedTensor]:
-    """Hugging Face's tensors of a Llama-like model: the canonical ones."""
-    return [StackedTensor(spec.name, (Rows(spec.name, 0, spec.shape[0]),)) for spec in tensors(config)]
 
 
 def refuse_what_is_never_built(hf: HF) -> None:

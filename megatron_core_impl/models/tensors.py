@@ -53,11 +53,11 @@ def _layer(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
             name=f"model.layers.{layer}.{name}", shape=shape, tp_dim=tp_dim, place="layer", layer=layer, heads=heads
         )
 
-    def heads(is_kv: bool) -> tuple[int, Heads]:
+    def heads(is_kv: bool, is_rotated: bool = False) -> tuple[int, Heads]:
         number = config.num_key_value_heads if is_kv else config.num_attention_heads
         cut = Heads(
             num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim, is_kv=is_kv,
+            head_dim=config.head_dim, is_kv=is_kv, is_rotated=is_rotated,
         )  # fmt: skip
         return number * config.head_dim, cut
 
@@ -66,8 +66,8 @@ def _layer(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
 
     first, *second = norms_of_a_layer(config)
     yield from norm(first)
-    for name, is_kv in (("q_proj", False), ("k_proj", True), ("v_proj", True)):
-        rows, cut = heads(is_kv)
+    for name, is_kv, is_rotated in (("q_proj", False, True), ("k_proj", True, True), ("v_proj", True, False)):
+        rows, cut = heads(is_kv, is_rotated)
         yield spec(f"self_attn.{name}.weight", (rows, hidden), 0, cut)
         if config.qkv_bias:
             yield spec(f"self_attn.{name}.bias", (rows,), 0, cut)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from megatron_core_impl.checkpoint.slicing import Slice, dp_rows
+from megatron_core_impl.checkpoint.slicing import owned_slice
 from megatron_core_impl.layers.accumulate import add_, add_product_
 from megatron_core_impl.layers.parameter import ShardedParameter
 from megatron_core_impl.mesh import Mesh
@@ -46,7 +46,7 @@ class Shard:
         self.master = nn.Parameter(self.own_data.to(wide))  # [c, ...]; the same storage where the types are the same
         self.master.grad = self.own_grad
         self.moments = {name: torch.zeros_like(self.master, requires_grad=False) for name in moments}
-        self.piece = _owned(parameter, dp, mesh.dp_rank)
+        self.piece = owned_slice(parameter.piece, rows, dp, mesh.dp_rank)
         self.is_empty = True  # no gradient of this step has come yet
         self.is_closed = False  # no further gradient may come: the sum is on its way to other ranks
         self.on_gradient: Callable[[], None] | None = None  # called after each gradient
@@ -120,10 +120,3 @@ class Shard:
     def _took(self) -> None:
         if self.on_gradient is not None:
             self.on_gradient()
-
-
-def _owned(parameter: ShardedParameter, dp: int, dp_rank: int) -> Slice:
-    """The part of the global tensor whose optimizer state a dp rank owns, without run-time padding."""
-    (start, stop), *rest = parameter.piece
-    low, high = dp_rows(parameter.shape[0], dp, dp_rank)
-    return ((min(start + low, stop), min(start + high, stop)), *rest)

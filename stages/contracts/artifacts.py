@@ -12,9 +12,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter
 
-from megatron_core_impl.config import Activation, NormKind, RopeScaling
+from megatron_core_impl.checkpoint.digests import file_sha256
+from megatron_core_impl.config import Activation, NewRows, NormKind, RopeScaling
 from megatron_core_impl.data.streams import TEXT
-from stages.contracts.config import BosEos
+from stages.contracts.config import BosEos, Dtype
 from stages.contracts.data_settings import Format
 from stages.contracts.settings import Frozen
 
@@ -41,7 +42,7 @@ class TokenizerFacts(Frozen):
 
 
 class ModelFacts(Frozen):
-    """What identifies a model's architecture: the fields of `megatron_core_impl.config.ModelConfig`, and its precision."""
+    """What identifies a model: the fields of `megatron_core_impl.config.ModelConfig`, its precision, and what was added."""
 
     family: str
     vocab_size: int
@@ -65,12 +66,15 @@ class ModelFacts(Frozen):
     rope_theta: float
     rope_scaling: RopeScaling | None
     tie_word_embeddings: bool
-    dtype: Literal["float32", "bfloat16", "float16"]  # of the stored weights
+    dtype: Dtype  # of the stored weights
     parameters: int
+    added_tokens: dict[str, int] = {}  # special tokens that the vocabulary has rows for, as the pipeline asked for them
+    new_rows: NewRows | None = None  # what the rows that the model lacked began as; None: it lacked none
 
     def config_fields(self) -> dict[str, Any]:
         """The fields of `ModelConfig`, to build one."""
-        return {name: value for name, value in self if name not in ("dtype", "parameters")}
+        others = ("dtype", "parameters", "added_tokens", "new_rows")
+        return {name: value for name, value in self if name not in others}
 
 
 class Versions(Frozen):
@@ -208,10 +212,12 @@ class WeightsArtifact(Artifact):
     tensors: int
     bytes: int
     trained_steps: int = 0
+    other_dtypes: dict[str, int] = {}  # numbers that are stored otherwise than model.dtype says, kept so from the source
+    content: str | None = None  # of shards: what they are of, the same however it is cut; the key of a training takes it
 
 
 class VerificationArtifact(Artifact):
-    """`verification.json`: what was compared, the figures, the gates."""
+    """`verification.json`: what was compared, the figures, the gates; and `verification.md`, the same to read."""
 
     kind: Literal["verification"] = "verification"
     mean_error: float
@@ -220,6 +226,9 @@ class VerificationArtifact(Artifact):
     argmax_agreement: float
     allowed_mean_error: float
     precision: Literal["fp32", "bf16"]
+    tp: int = 1  # the ranks that our model ran on
+    pp: int = 1
+    vpp: int = 1
 
 
 class CheckpointArtifact(Artifact):
@@ -241,7 +250,7 @@ class CheckpointArtifact(Artifact):
 
 
 class ExportArtifact(Artifact):
-    """`model/`: what `from_pretrained` loads. `comparison.json`, `samples.json` beside it."""
+    """`model/`: what `from_pretrained` loads. `comparison.json` and `.md`, `samples.json` beside it."""
 
     kind: Literal["export"] = "export"
     model: ModelFacts
@@ -260,6 +269,8 @@ class PushArtifact(Artifact):
     to: Literal["dry-run", "folder", "hub"]
     target: str  # URL or path
     commit: str | None = None
+    branch: str | None = None  # on the Hub
+    tag: str | None = None
     published: dict[str, FileRecord] = {}
 
 
@@ -308,12 +319,6 @@ def load_artifact(folder: Path) -> AnyArtifact:
     return artifact
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_files(folder: Path, artifact: Artifact, *, thorough: bool) -> None:
     """Compare the files of an artifact with its records.
 
@@ -324,17 +329,33 @@ def check_files(folder: Path, artifact: Artifact, *, thorough: bool) -> None:
         DamagedArtifact: naming the first file that is missing or differs.
     """
     written = (folder / ARTIFACT_FILE).stat().st_mtime_ns
-    mend = f"Remove {folder} and run again, or: finetune rerun RUN --stage {artifact.stage}"
-    for name, record in artifact.files.items():
-        path = folder / name
-        try:
-            stat = path.stat()
-        except FileNotFoundError:
-            raise DamagedArtifact(f"{path}: missing. {mend}") from None
-        if stat.st_size != record.size:
-            raise DamagedArtifact(f"{path}: has {stat.st_size:,} bytes, its artifact says {record.size:,}. {mend}")
-        if (thorough or stat.st_mtime_ns > written) and file_sha256(path) != record.sha256:
-            raise DamagedArtifact(f"{path}: its SHA-256 is not the one its artifact records: it was changed. {mend}")
+    for name in artifact.files:
+        check_size(folder, artifact, name)
+        if thorough or (folder / name).stat().st_mtime_ns > written:
+            check_content(folder, artifact, name)
+
+
+def check_size(folder: Path, artifact: Artifact, name: str) -> None:
+    """Raise DamagedArtifact if a file of an artifact is missing or has another size than its record."""
+    path, record = folder / name, artifact.files[name]
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise DamagedArtifact(f"{path}: missing. {_mend(folder, artifact)}") from None
+    if size != record.size:
+        raise DamagedArtifact(f"{path}: has {size:,} bytes, its artifact says {record.size:,}. {_mend(folder, artifact)}")
+
+
+def check_content(folder: Path, artifact: Artifact, name: str) -> None:
+    """Raise DamagedArtifact if the bytes of a file of an artifact are not those of its record."""
+    path = folder / name
+    if file_sha256(path) != artifact.files[name].sha256:
+        mend = _mend(folder, artifact)
+        raise DamagedArtifact(f"{path}: its SHA-256 is not the one its artifact records: it was changed. {mend}")
+
+
+def _mend(folder: Path, artifact: Artifact) -> str:
+    return f"Remove {folder} and run again, or: finetune rerun RUN --stage {artifact.stage}"
 
 
 def find_intact(folder: Path) -> AnyArtifact | None:

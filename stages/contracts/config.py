@@ -6,27 +6,52 @@ the result.
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from megatron_core_impl.config import NewRows
 from stages.contracts.data_settings import DataSettings
 from stages.contracts.settings import NOT_IN_KEY, Frozen
+from stages.contracts.sizes import Bytes
 from stages.contracts.train_settings import LayoutSettings, TrainSettings, check_batches
 
 BosEos = Literal["none", "eos", "both"]
+REF = r"^[A-Za-z0-9][A-Za-z0-9_-]*([./][A-Za-z0-9_-]+)*$"  # name of a branch or tag
+Dtype = Literal["float32", "bfloat16", "float16"]  # of stored weights, as config.json says it
+SpecialName = Literal["bos", "eos", "pad", "unk", "sep", "cls", "mask"]  # bos_token and so on
 
 
 class ModelSettings(Frozen):
     """Where the base model comes from."""
 
-    source: str = Field(min_length=1, description="Hub id such as meta-llama/Llama-2-7b-hf, or a local Hugging Face folder")
+    source: str = Field(
+        min_length=1,
+        description="Hub id such as meta-llama/Llama-2-7b-hf; or a local folder of Hugging Face, of Meta (params.json and "
+        "consolidated.NN.pth), or of Megatron-LLM (latest_checkpointed_iteration.txt)",
+    )
+    config: dict[str, Any] = Field(
+        {},
+        description="of Meta's and Megatron-LLM's checkpoints, which have no config.json: fields of one that they do not tell, "
+        "or not truly, e.g. {max_position_embeddings: 4096}",
+    )
     revision: str = Field("main", min_length=1, description="branch, tag or commit of a Hub id; a commit is reproducible")
     allow_pickle: bool = Field(False, description="accept pickled weights (.bin) where a model has no safetensors")
     added_tokens: tuple[str, ...] = Field(
         (), description="special tokens to add, e.g. <|im_start|>; the vocabulary and the embeddings grow by them",
         json_schema_extra=NOT_IN_KEY,
     )  # fmt: skip
+    new_rows: NewRows = Field(
+        "mean",
+        description="what the rows of added tokens begin as, in the embedding and the output layer: the mean of the rows that "
+        "are there; zeros; last, a copy of the last row (as Megatron-LLM does); or normal, drawn with their mean and deviation",
+        json_schema_extra=NOT_IN_KEY,
+    )
+    dtype: Dtype | None = Field(
+        None,
+        description="precision that the weights are rounded to before training starts from them; default: as they are stored",
+        json_schema_extra=NOT_IN_KEY,
+    )
 
     @field_validator("added_tokens")
     @classmethod
@@ -34,6 +59,12 @@ class ModelSettings(Frozen):
         if len(set(value)) < len(value) or not all(token and token == token.strip() and token.isprintable() for token in value):
             raise ValueError("must be printable tokens without white space around them, each once")
         return value
+
+    @model_validator(mode="after")
+    def _new_rows_are_of_tokens(self) -> Self:
+        if self.new_rows != "mean" and not self.added_tokens:
+            raise ValueError(f"new_rows={self.new_rows} is for added tokens, and added_tokens names none: leave it out")
+        return self
 
 
 class PreprocessSettings(Frozen):
@@ -60,12 +91,15 @@ class PreprocessSettings(Frozen):
 
 
 class VerifySettings(Frozen):
-    """The gate between conversion and training: our model against transformers on the same tokens."""
+    """The gate before training, and after it: our model against transformers on the same tokens."""
 
     batches: int = Field(2, ge=1, description="batches compared")
     batch_size: int = Field(2, ge=1, description="sequences per batch")
     sequence_length: int = Field(256, ge=2, le=2**24, description="tokens per sequence")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="precision both models compute in")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="precision our model computes in; transformers' computes in fp32, and to measure its rounding in bf16, too",
+    )
     max_mean_error: float | None = Field(
         None,
         gt=0,
@@ -77,9 +111,31 @@ class VerifySettings(Frozen):
     )
 
 
+class MegatronLLMSettings(Frozen):
+    """The layout of a checkpoint for Megatron-LLM."""
+
+    tp: int = Field(1, ge=1, description="its tensor parallel ranks")
+    pp: int = Field(1, ge=1, description="its pipeline parallel ranks")
+
+
 class ExportSettings(Frozen):
     """The Hugging Face folder."""
 
+    dtype: Dtype | None = Field(
+        None,
+        description="precision of the published weights, to which training's fp32 weights are rounded once; default: the "
+        "model's",
+    )
+    shard_size: Bytes = Field(
+        5_000_000_000, ge=1, description="largest file of weights, unless one tensor is larger: bytes, or a size such as 5GB"
+    )
+    override_special_tokens: dict[SpecialName, str] = Field(
+        {}, description="what the published tokenizer and generation take for bos, eos, pad, unk, sep, cls or mask: tokens "
+        "that the vocabulary has, e.g. {eos: <|im_end|>}",
+    )  # fmt: skip
+    megatron_llm: MegatronLLMSettings | None = Field(
+        None, description="write a checkpoint for Megatron-LLM, too, in this layout: {tp: 2, pp: 1}"
+    )
     prompts: tuple[str, ...] = Field(
         (), description="texts that the model continues, before and after training, for the report"
     )
@@ -96,10 +152,21 @@ class PushSettings(Frozen):
     repo: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$", description="hub: owner/name of the model repo")
     folder: str | None = Field(None, min_length=1, description="folder: a folder that stands for the Hub")
     private: bool = Field(True, description="hub: make the repo private")
+    branch: str = Field("main", pattern=REF, description="hub: branch of the repo, made from main if it is not there")
+    tag: str | None = Field(None, pattern=REF, description="hub: tag for the commit, one that the repo does not have")
     commit_message: str = Field("Upload model fine-tuned with megatron-flows", min_length=1, description="hub: of the upload")
+
+    @field_validator("branch", "tag")
+    @classmethod
+    def _is_a_plain_name(cls, value: str | None) -> str | None:
+        if value is not None and value.startswith("refs/"):
+            raise ValueError(f"{value} must be a plain name, such as main or v1.0")
+        return value
 
     @model_validator(mode="after")
     def _target_is_named(self) -> Self:
+        if self.tag == self.branch:
+            raise ValueError(f"tag and branch must differ, both are {self.tag}")
         if self.to == "hub" and self.repo is None:
             raise ValueError("to=hub needs repo, e.g. repo: my-name/my-model")
         if self.to == "folder" and self.folder is None:

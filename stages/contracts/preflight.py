@@ -1,14 +1,13 @@
 """What can be known to be wrong before any stage starts, because it lies on this disk."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_core_impl.config import ModelConfig
-from megatron_core_impl.models import families
+from megatron_core_impl.config import Layout, ModelConfig
+from megatron_core_impl.models import families, megatron_llm
 from stages.contracts import artifacts as a
-from stages.contracts import memory, publishing, tokenized
+from stages.contracts import memory, model_sources, publishing, tokenized
 from stages.contracts.config import ModelSettings, PipelineConfig
 from stages.contracts.train_settings import LayoutSettings
 
@@ -24,14 +23,20 @@ def check(config: PipelineConfig) -> list[str]:
     if not folder.is_dir():
         return problems  # a Hub id
     try:
-        model = _local_model(folder)
+        model = _local_model(folder, config.model)
     except FileNotFoundError:
-        return [*problems, f"model.source: {folder} has no config.json, so it is no Hugging Face model folder"]
+        return [
+            *problems,
+            f"model.source: {folder} has no config.json, so it is no Hugging Face model folder; nor is it Meta's, with "
+            "params.json, or Megatron-LLM's, with latest_checkpointed_iteration.txt",
+        ]
     except OSError as error:
         return [*problems, f"model.source: {folder}/config.json cannot be read: {error.strerror}"]
     except ValueError as error:
         return [*problems, f"model.source: {folder}: {error}"]
     problems += _refusals(model, config.layout)
+    if (megatron := config.export.megatron_llm) is not None:
+        problems += _refusals_of_megatron(model, Layout(tp=megatron.tp, pp=megatron.pp))
     for key, length in (
         ("train.sequence_length", config.train.sequence_length),
         ("verify.sequence_length", config.verify.sequence_length),
@@ -50,9 +55,9 @@ def refused_layout(data: Mapping[str, Any]) -> list[str]:
         data: a configuration as it was read, of which nothing is known to be legal.
     """
     try:
-        source = ModelSettings.model_validate(data.get("model")).source
+        settings = ModelSettings.model_validate(data.get("model"))
         layout = LayoutSettings.model_validate(data.get("layout") or {})
-        return _refusals(_local_model(Path(source).expanduser()), layout)
+        return _refusals(_local_model(Path(settings.source).expanduser(), settings), layout)
     except Exception:  # one of them is not even legal by itself, or no model lies there: told by what reads it
         return []
 
@@ -64,7 +69,7 @@ def memory_of(config: PipelineConfig, downloaded: a.ModelArtifact | None) -> str
         if downloaded is not None:
             model = ModelConfig(**downloaded.model.config_fields())
         elif folder.is_dir():
-            model = _local_model(folder)
+            model = _local_model(folder, config.model)
         else:
             return None
         return memory.described(memory.expected(model, config.layout, config.train))
@@ -80,8 +85,14 @@ def _refusals(model: ModelConfig, layout: LayoutSettings) -> list[str]:
     return []
 
 
-def _local_model(folder: Path) -> ModelConfig:
-    hf = json.loads((folder / "config.json").read_text())
-    if not isinstance(hf, dict):
-        raise ValueError("config.json: is no JSON object")
-    return families.config_from_hf(hf)
+def _refusals_of_megatron(model: ModelConfig, layout: Layout) -> list[str]:
+    try:
+        megatron_llm.check_model(model)
+        megatron_llm.check_layout(model, layout)
+    except ValueError as error:
+        return [f"export.megatron_llm: {error}"]
+    return []
+
+
+def _local_model(folder: Path, settings: ModelSettings) -> ModelConfig:
+    return families.config_from_hf(model_sources.describe(folder, settings.config))

@@ -11,13 +11,16 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from megatron_core_impl.config import NewRows
 from stages.contracts import artifacts as a
 from stages.contracts.config import (
+    Dtype,
     ExportSettings,
     ModelSettings,
     PipelineConfig,
     PreprocessSettings,
     PushSettings,
+    SpecialName,
     VerifySettings,
 )
 from stages.contracts.data_settings import DataSettings
@@ -28,7 +31,7 @@ from stages.contracts.train_settings import LayoutSettings, TrainSettings, check
 
 # Raise a stage's number when its code changes what it writes for the same spec.
 STAGE_VERSIONS = {
-    "download": 4, "preprocess": 3, "convert": 1, "verify": 3, "shard": 1, "train": 3, "merge": 1, "export": 3, "push": 1,
+    "download": 4, "preprocess": 3, "convert": 2, "verify": 4, "shard": 2, "train": 4, "merge": 2, "export": 4, "push": 2,
 }  # fmt: skip
 
 
@@ -40,6 +43,18 @@ class Ref(Frozen):
 
     path: str = Field(description="folder of the artifact, relative to the workspace")
     fingerprint: str | None = Field(None, description="what the artifact's fingerprint must be; null takes any")
+    content: str | None = Field(None, description="what the key takes instead, of weights that are cut: see WeightsArtifact")
+
+    @classmethod
+    def to(cls, artifact: a.Artifact) -> Self:
+        """The reference to an artifact."""
+        content = artifact.content if isinstance(artifact, a.WeightsArtifact) else None
+        return cls(path=artifact.path, fingerprint=artifact.fingerprint, content=content)
+
+    @property
+    def identity(self) -> str:
+        """What decides the key of a result that is made from it."""
+        return self.content or self.fingerprint or self.path
 
 
 class Spec(Frozen):
@@ -55,7 +70,7 @@ class Spec(Frozen):
     @classmethod
     def of(cls, config: PipelineConfig, **inputs: a.Artifact) -> Self:
         """The spec of this stage in a pipeline, given the artifacts it needs."""
-        refs = {name: Ref(path=inputs[name].path, fingerprint=inputs[name].fingerprint) for name in cls.INPUTS}
+        refs = {name: Ref.to(inputs[name]) for name in cls.INPUTS}
         return cls(workspace=str(config.workspace_path), inputs=refs, **cls.settings_of(config))
 
     @classmethod
@@ -70,7 +85,7 @@ class Spec(Frozen):
             "stage": self.NODE,
             "version": STAGE_VERSIONS[self.STAGE],
             "settings": _key_part(self, leave_out={"workspace", "inputs"}),
-            "inputs": {name: ref.fingerprint or ref.path for name, ref in self.inputs.items()},
+            "inputs": {name: ref.identity for name, ref in self.inputs.items()},
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -169,12 +184,14 @@ class ConvertSpec(Spec):
     INPUTS = {"model": a.ModelArtifact}
     added_tokens: tuple[str, ...] = Field((), description="as model.added_tokens")
     tokenizer: TokenizerKind = Field("auto", description="as preprocess.tokenizer; only matters for added tokens")
+    new_rows: NewRows = Field("mean", description="as model.new_rows; only matters for added tokens")
 
     @classmethod
     def settings_of(cls, config: PipelineConfig) -> dict[str, Any]:
-        if not config.model.added_tokens:
+        model = config.model
+        if not model.added_tokens:
             return {}
-        return {"added_tokens": config.model.added_tokens, "tokenizer": config.preprocess.tokenizer}
+        return {"added_tokens": model.added_tokens, "tokenizer": config.preprocess.tokenizer, "new_rows": model.new_rows}
 
 
 class VerifySpec(Spec):
@@ -183,10 +200,18 @@ class VerifySpec(Spec):
     NODE = STAGE = "verify"
     INPUTS = {"model": a.ModelArtifact, "weights": a.WeightsArtifact, "dataset": a.DatasetArtifact}
     settings: VerifySettings = VerifySettings()
+    override_special_tokens: dict[SpecialName, str] = Field({}, description="as export.override_special_tokens")
 
     @classmethod
     def settings_of(cls, config: PipelineConfig) -> dict[str, Any]:
-        return {"settings": config.verify}
+        return {"settings": config.verify, "override_special_tokens": config.export.override_special_tokens}
+
+    @classmethod
+    def of(cls, config: PipelineConfig, **inputs: a.Artifact) -> Self:
+        """The spec in a pipeline. The weights count as they are cut: the ranks that are compared are those that train."""
+        spec = super().of(config, **inputs)
+        weights = spec.inputs["weights"].model_copy(update={"content": None})
+        return spec.model_copy(update={"inputs": {**spec.inputs, "weights": weights}})
 
 
 class ShardSpec(Spec):
@@ -197,10 +222,12 @@ class ShardSpec(Spec):
     tp: int = Field(1, ge=1, description="tensor parallel: ranks that share each layer")
     pp: int = Field(1, ge=1, description="pipeline parallel: ranks that hold different layers")
     vpp: int = Field(1, ge=1, description="parts of the layers that each pp rank holds")
+    dtype: Dtype | None = Field(None, description="as model.dtype")
 
     @classmethod
     def settings_of(cls, config: PipelineConfig) -> dict[str, Any]:
-        return {"tp": config.layout.tp, "pp": config.layout.pp, "vpp": config.layout.vpp}
+        layout = config.layout
+        return {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "dtype": config.model.dtype}
 
 
 class TrainSpec(Spec):
@@ -228,6 +255,11 @@ class MergeSpec(Spec):
 
     NODE = STAGE = "merge"
     INPUTS = {"checkpoint": a.CheckpointArtifact}
+    dtype: Dtype | None = Field(None, description="as export.dtype")
+
+    @classmethod
+    def settings_of(cls, config: PipelineConfig) -> dict[str, Any]:
+        return {"dtype": config.export.dtype}
 
 
 class ExportSpec(Spec):
@@ -265,7 +297,7 @@ class PushSpec(Spec):
 SPECS: dict[str, type[Spec]] = {
     spec.NODE: spec
     for spec in (
-        DownloadModelSpec, DownloadDataSpec, PreprocessSpec, ConvertSpec, VerifySpec, ShardSpec, TrainSpec, MergeSpec,
+        DownloadModelSpec, DownloadDataSpec, PreprocessSpec, ConvertSpec, ShardSpec, VerifySpec, TrainSpec, MergeSpec,
         ExportSpec, PushSpec,
     )
 }  # fmt: skip
@@ -274,8 +306,8 @@ SOURCES: dict[str, dict[str, str]] = {
     "download-data": {},
     "preprocess": {"data": "download-data", "model": "download-model"},
     "convert": {"model": "download-model"},
-    "verify": {"model": "download-model", "weights": "convert", "dataset": "preprocess"},
     "shard": {"weights": "convert"},
+    "verify": {"model": "download-model", "weights": "shard", "dataset": "preprocess"},
     "train": {"weights": "shard", "dataset": "preprocess"},
     "merge": {"checkpoint": "train"},
     "export": {"model": "download-model", "weights": "merge", "dataset": "preprocess", "checkpoint": "train"},
@@ -284,4 +316,4 @@ SOURCES: dict[str, dict[str, str]] = {
         "verification": "verify",
     },
 }  # fmt: skip
-GATES = {"shard": "verify"}  # a node that waits for another without using its result
+GATES = {"train": "verify"}  # a node that waits for another without using its result

@@ -15,14 +15,24 @@ MOST_STEPS = 10**9
 
 
 class LayoutSettings(Frozen):
-    """How many processes share the model and the data. Processes = tp × pp × dp."""
+    """How many processes share the model and the data. Processes = tp × pp × dp.
 
-    tp: int = Field(1, ge=1, description="tensor parallel: processes that share each layer")
-    pp: int = Field(1, ge=1, description="pipeline parallel: processes, or groups of tp, that hold different layers")
-    dp: int = Field(1, ge=1, description="data parallel: replicas that share each batch")
+    None of it is in the key of a training: it changes at most where sums are rounded on the way, and a training that is not
+    finished goes on from its checkpoint under any layout.
+    """
+
+    tp: int = Field(
+        1, ge=1, description="tensor parallel: processes that share each layer", json_schema_extra=NOT_IN_KEY
+    )  # fmt: skip
+    pp: int = Field(
+        1, ge=1, description="pipeline parallel: processes, or groups of tp, that hold different layers",
+        json_schema_extra=NOT_IN_KEY,
+    )  # fmt: skip
+    dp: int = Field(1, ge=1, description="data parallel: replicas that share each batch", json_schema_extra=NOT_IN_KEY)
     vpp: int = Field(
         1, ge=1,
         description="parts of the layers that each pp rank holds: above 1 the pipeline idles less and sends more (interleaved)",
+        json_schema_extra=NOT_IN_KEY,
     )  # fmt: skip
 
     @model_validator(mode="after")

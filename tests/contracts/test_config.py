@@ -65,6 +65,20 @@ def config(**changes: Any) -> PipelineConfig:
         ({"train": {"steps": 10, "lima_dropout": True}}, ("train",), "lima_dropout=True needs hidden_dropout above 0"),
         ({"train": {"steps": 10, "skip_steps": [0]}}, ("train",), "skip_steps has 0, but steps are counted from 1 to 10"),
         ({"train": {"steps": 10, "precision": "fp64"}}, ("train", "precision"), "Input should be 'bf16', 'fp16' or 'fp32'"),
+        ({"model": {"source": "a/b", "dtype": "bf16"}}, ("model", "dtype"), "'float32', 'bfloat16' or 'float16'"),
+        ({"model": {"source": "a/b", "new_rows": "zeros"}}, ("model",), "new_rows=zeros is for added tokens, and added_tokens"),
+        (
+            {"export": {"shard_size": "5 gigs"}},
+            ("export", "shard_size"),
+            "'5 gigs' must be a number of bytes, or a size such as",
+        ),
+        ({"export": {"shard_size": True}}, ("export", "shard_size"), "True must be a number of bytes"),
+        ({"export": {"shard_size": 0}}, ("export", "shard_size"), "greater than or equal to 1"),
+        (
+            {"export": {"override_special_tokens": {"end": "x"}}},
+            ("export", "override_special_tokens", "end", "[key]"),
+            "'bos', 'eos', 'pad', 'unk', 'sep', 'cls' or 'mask'",
+        ),
         ({"push": {"to": "hub"}}, ("push",), "to=hub needs repo"),
         ({"push": {"to": "folder"}}, ("push",), "to=folder needs folder"),
         ({"push": {"to": "hub", "repo": "no-owner"}}, ("push", "repo"), "match pattern"),
@@ -130,6 +144,14 @@ def test_settings_are_those_of_the_core() -> None:
 
 
 NEEDED: dict[str, Any] = {"sequence_length": 1024, "micro_batch_size": 1, "global_batch_size": 8, "lr": 3e-4}
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [(7, 7), ("7", 7), ("5GB", 5_000_000_000), ("1.5 kb", 1500), ("2GiB", 2**31), ("500MB", 500_000_000)],
+)
+def test_sizes_of_files(size: int | str, count: int) -> None:
+    assert config(export={"shard_size": size}).export.shard_size == count
 
 
 def test_every_field_is_described() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from stages.contracts import artifacts as a
 from stages.contracts.config import PipelineConfig
-from stages.contracts.specs import SOURCES, SPECS, DownloadModelSpec, Ref, ShardSpec, TrainSpec
+from stages.contracts.specs import SOURCES, SPECS, ConvertSpec, DownloadModelSpec, MergeSpec, Ref, ShardSpec, TrainSpec
 
 
 def config(**changes: Any) -> PipelineConfig:
@@ -26,8 +26,6 @@ def spec(config: PipelineConfig, fingerprint: str = "f") -> TrainSpec:
         {"train": {"steps": 10, "seed": 1}},
         {"train": {"steps": 10, "optimizer": "sgd"}},
         {"train": {"steps": 10, "reset_attention_mask": True}},
-        {"layout": {"dp": 2}},
-        {"layout": {"pp": 2}},
     ],
 )
 def test_settings_change_the_key(changes: dict[str, Any]) -> None:
@@ -45,6 +43,7 @@ def test_settings_change_the_key(changes: dict[str, Any]) -> None:
         {"train": {"steps": 10, "overlap": False, "attention_kernel": "sdpa"}},
         {"train": {"steps": 10, "stop_after_minutes": 3.5, "max_skipped_steps": 5}},
         {"preprocess": {"workers": 7}},
+        {"layout": {"tp": 2, "pp": 2, "dp": 2, "vpp": 2}},
     ],
 )
 def test_paths_and_pace_do_not(changes: dict[str, Any]) -> None:
@@ -58,7 +57,43 @@ def test_the_micro_batch_counts_where_the_loss_is_defined_by_it() -> None:
 
 def test_shards_are_cut_for_the_layout() -> None:
     layout = config(layout={"tp": 2, "pp": 4, "dp": 2, "vpp": 2})
-    assert ShardSpec.settings_of(layout) == {"tp": 2, "pp": 4, "vpp": 2}
+    assert ShardSpec.settings_of(layout) == {"tp": 2, "pp": 4, "vpp": 2, "dtype": None}
+
+
+def test_a_training_goes_on_under_another_layout() -> None:
+    """Shards of another layout are other files, but the same weights: the same key, and so the same checkpoints."""
+
+    def key(fingerprint: str, content: str | None) -> str:
+        inputs = {"weights": Ref(path="x", fingerprint=fingerprint, content=content), "dataset": Ref(path="y", fingerprint="d")}
+        return TrainSpec(workspace="/w", inputs=inputs, **TrainSpec.settings_of(config())).key
+
+    assert key("f", "c") == key("g", "c")
+    assert key("f", "c") != key("f", "d")
+    assert key("f", None) != key("g", None)
+
+
+def test_what_changes_how_weights_are_kept() -> None:
+    base = config()
+    half = config(model={"source": "a/b", "dtype": "bfloat16"})
+    assert ShardSpec.of(half, weights=weights()).key != ShardSpec.of(base, weights=weights()).key
+    assert ShardSpec.of(half, weights=weights()).dtype == "bfloat16"
+    assert DownloadModelSpec.of(half).key == DownloadModelSpec.of(base).key
+    whole = config(export={"dtype": "float32"})
+    assert MergeSpec.settings_of(whole) == {"dtype": "float32"}
+    assert ShardSpec.settings_of(whole) == ShardSpec.settings_of(base)
+
+
+def test_what_new_rows_begin_as_only_counts_where_there_are_some() -> None:
+    tokens = {"source": "a/b", "added_tokens": ["<|x|>"]}
+    drawn = config(model=tokens | {"new_rows": "normal"})
+    assert ConvertSpec.settings_of(drawn)["new_rows"] == "normal"
+    assert ConvertSpec.settings_of(config()) == {}
+    assert DownloadModelSpec.of(drawn).key == DownloadModelSpec.of(config(model=tokens)).key
+
+
+def weights() -> a.WeightsArtifact:
+    """Enough of an artifact to be referred to."""
+    return a.WeightsArtifact.model_construct(path="convert/k", fingerprint="f", content=None)
 
 
 def test_inputs_count_by_content() -> None:

@@ -1,9 +1,12 @@
 """Safetensors files: the `safetensors` library is the oracle, and what is malformed is refused in words."""
 
+import hashlib
 import json
 import os
 import random
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_core_impl.checkpoint import safetensors_io
+from megatron_core_impl.checkpoint.digests import FileDigest
 from megatron_core_impl.checkpoint.safetensors_io import DTYPES, SafetensorsReader, SafetensorsWriter, WeightsError, row_blocks
 from megatron_core_impl.checkpoint.slicing import Slice, shape_of
 
@@ -281,3 +285,40 @@ def test_row_blocks_cover_a_slice_within_the_limit() -> None:
     assert all(block[1:] == piece[1:] for block in blocks)
     assert [shape_of(block)[0] for block in row_blocks(piece, itemsize=2, limit=1)] == [1] * 17
     assert list(row_blocks((), itemsize=4)) == [()]
+
+
+# ── Digests ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("is_in_order", [True, False])
+def test_digest_is_that_of_the_file(tmp_path: Path, tensors: dict[str, Tensor], is_in_order: bool) -> None:
+    """Taken while it was written; of a file written back to front, read again."""
+    path = tmp_path / "t.safetensors"
+    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with SafetensorsWriter(path, entries) as writer:
+        with pytest.raises(ValueError, match="has no digest before it is complete"):
+            _ = writer.digest
+        for name in writer.names if is_in_order else reversed(writer.names):
+            writer.write(name, tensors[name])
+    assert writer.digest == FileDigest(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_a_file_written_in_order_is_not_read_for_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_io, "file_sha256", lambda path: "read")
+    with SafetensorsWriter(tmp_path / "t.safetensors", [("a", torch.float32, (4, 2)), ("b", torch.int8, (3,))]) as writer:
+        writer.write_rows("a", 0, torch.ones(3, 2))
+        writer.write_rows("a", 3, torch.ones(1, 2))
+        writer.write("b", torch.ones(3, dtype=torch.int8))
+    assert writer.digest.sha256 == hashlib.sha256(writer.path.read_bytes()).hexdigest()
+    with SafetensorsWriter(tmp_path / "t.safetensors", [("a", torch.float32, (4, 2))]) as writer:
+        writer.write_rows("a", 3, torch.ones(1, 2))
+        writer.write_rows("a", 0, torch.ones(3, 2))
+    assert writer.digest.sha256 == "read"
+
+
+def test_a_writer_leaves_no_thread(tmp_path: Path) -> None:
+    before = threading.active_count()
+    for fails in (False, True):
+        with suppress(KeyError), SafetensorsWriter(tmp_path / "t.safetensors", [("a", torch.float32, (1,))]) as writer:
+            writer.write("b" if fails else "a", torch.ones(1))
+    assert threading.active_count() == before

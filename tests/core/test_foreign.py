@@ -63,6 +63,44 @@ def test_every_slice() -> None:
                 assert torch.equal(got, FUSED[start:stop, slice(*columns)]), (start, stop, columns)
 
 
+# two heads of six rows, their halves interleaved as Meta has them, behind two rows of another tensor
+HEADS = torch.arange(24.0).view(12, 2)
+ROTATED = [StackedTensor("qkv", (Rows("b", 0, 2), Rows("q", 0, 12, (2, 3))))]
+ORDER = [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+
+
+def test_rows_in_another_order() -> None:
+    foreign = Rearranged(InMemory({"b": B, "q": HEADS}), ROTATED)
+    fused = torch.cat([B[:2], HEADS[ORDER]])
+    assert torch.equal(assemble(ROTATED[0], {"b": B, "q": HEADS}.__getitem__), fused)
+    inverse = invert(ROTATED)
+    assert inverse[1] == StackedTensor("q", (Rows("qkv", 2, 14, (3, 2)),))
+    assert invert(inverse) == ROTATED
+    canonical = Rearranged(InMemory({"qkv": fused}), inverse)
+    assert torch.equal(assemble(inverse[1], {"qkv": fused}.__getitem__), HEADS)
+    for start in range(15):
+        for stop in range(start, 15):
+            got = foreign.read("qkv", ((start, stop), (1, 2)))
+            assert torch.equal(got, fused[start:stop, 1:])
+            if stop <= 12:
+                assert torch.equal(canonical.read("q", ((start, stop), (0, 2))), HEADS[start:stop])
+    bias = Rearranged(InMemory({"qkv": fused[:, 0]}), inverse)
+    assert torch.equal(bias.read("q", ((2, 9),)), HEADS[2:9, 0])
+
+
+def test_of_rows_in_another_order_whole_heads_are_read() -> None:
+    asked = []
+
+    class Watched(InMemory):
+        def read(self, name, piece=None, dtype=None):  # type: ignore[no-untyped-def]
+            asked.append((name, piece))
+            return super().read(name, piece, dtype)
+
+    Rearranged(Watched({"b": B, "q": HEADS}), ROTATED).read("qkv", ((3, 7), (0, 1)))
+    Rearranged(Watched({"b": B, "q": HEADS}), ROTATED).read("qkv", ((9, 10), (0, 1)))
+    assert asked == [("q", ((0, 6), (0, 1))), ("q", ((6, 12), (0, 1)))]
+
+
 def test_only_what_is_asked_for_is_read() -> None:
     asked = []
 

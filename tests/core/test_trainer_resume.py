@@ -3,6 +3,8 @@
 The oracle is a run that trains straight through; for other layouts, one process in float64.
 """
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +15,12 @@ from distributed import GlooPool
 from tiny_job import assert_close, changed, make_job, stop_after, train_on_rank
 from tiny_training import MODEL
 
+from megatron_core_impl.checkpoint.relayout import relayout
 from megatron_core_impl.checkpoint.training import STATE_FILE, finished_steps, step_folder
 from megatron_core_impl.config import Layout
 from megatron_core_impl.mesh import Mesh, init_mesh
 from megatron_core_impl.metrics import Report
+from megatron_core_impl.models.families import tensors
 from megatron_core_impl.resume import newest_intact
 from megatron_core_impl.train_config import Job
 from megatron_core_impl.trainer import train
@@ -77,6 +81,24 @@ def test_goes_on_under_another_layout(tmp_path: Path, pool: GlooPool, before: La
     assert_close(other, job, 6, 1e-9)
 
 
+def test_goes_on_after_a_reshard(tmp_path: Path, pool: GlooPool) -> None:
+    """Resharded, a checkpoint is cut as the training that goes on cuts its own."""
+    job = make_job(tmp_path, replace(MODEL, num_hidden_layers=4, tie_word_embeddings=True))
+    train(job, Mesh.single())
+    other, layout = changed(job, "other", micro_batch_size=1), Layout(pp=2, dp=2)
+    pool.run(train_on_rank, 4, other, Layout(tp=4), 3)
+    resharded = replace(other, folder=tmp_path / "resharded")
+    relayout(other.checkpoints, 3, resharded.checkpoints, tensors(job.model), layout, progress=lambda done, total, text: None)
+    shutil.copy(other.folder / "metrics.jsonl", resharded.folder)
+    pool.run(train_on_rank, 4, resharded, layout, None)
+    assert_close(resharded, job, 6, 1e-9)
+    written = [json.loads((step_folder(resharded.checkpoints, step) / "index.json").read_bytes()) for step in (3, 6)]
+    assert written[0]["layout"] == written[1]["layout"]
+    assert sorted(written[0]["tensors"]) == sorted(written[1]["tensors"])
+    for name, tensor in written[0]["tensors"].items():
+        assert tensor == written[1]["tensors"][name], name
+
+
 def test_goes_on_after_a_crash(job: Job) -> None:
     """What was written after the last checkpoint is written again, and stands once."""
     straight = changed(job, "straight", checkpoint_interval=2)
@@ -116,7 +138,7 @@ def flip_a_byte(path: Path) -> None:
     [
         (lambda folder: flip_a_byte(folder / "rank-0000.safetensors"), "is not what was written: its SHA-256 differs"),
         (lambda folder: flip_a_byte(folder / "index.json"), "is not what was written: its SHA-256 differs"),
-        (lambda folder: (folder / "rank-0000.safetensors").unlink(), "is missing"),
+        (lambda folder: (folder / "rank-0000.safetensors").unlink(), "missing, and index.json needs it"),
         (lambda folder: (folder / "index.json").write_text("{}"), "has 2 bytes, state.json says"),
         (lambda folder: (folder / STATE_FILE).write_text('{"step": 4'), "is not readable"),
         (lambda folder: (folder / STATE_FILE).write_text('{"step": 2, "files": {}}'), "is not the state of step 4"),

@@ -138,7 +138,7 @@ def test_a_damaged_input_and_the_hint_that_mends_it(finetune: Command) -> None:
     assert (code, "its SHA-256 is not the one its artifact records" in err) == (2, True)
     hint = f"finetune rerun calm-heron --workspace '{workspace}' --stage convert"
     assert err.endswith(f"       Go on: {hint}\n")
-    [line] = [line for line in out.splitlines() if line.startswith("  verify ")]
+    [line] = [line for line in out.splitlines() if line.startswith("  shard ")]
     assert line.endswith(" …")
     assert len(line) < 140
 
@@ -148,7 +148,7 @@ def test_a_damaged_input_and_the_hint_that_mends_it(finetune: Command) -> None:
     assert f"Go on:      {hint}\n" in out
     code, _, err = finetune(*shlex.split(hint)[1:])
     assert (code, err) == (0, "")
-    assert ran(all_runs(workspace)[0])[:2] == ["convert", "verify"]
+    assert ran(all_runs(workspace)[0])[:2] == ["convert", "shard"]
 
 
 def test_a_finished_training_is_not_done_again_for_a_damaged_input(tmp_path: Path) -> None:

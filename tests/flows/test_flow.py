@@ -29,7 +29,7 @@ from stages.contracts import artifacts as a
 from stages.contracts.specs import SPECS
 
 ALL = list(SPECS)
-AFTER_SHARD = ["train", "merge", "export", "push"]
+AFTER_VERIFY = ["train", "merge", "export", "push"]
 
 
 class World:
@@ -96,7 +96,7 @@ def test_run_then_all_cached_then_another_learning_rate(world: World) -> None:
     assert (world.workspace / "runs" / "again" / "export" / "content.txt").read_text() == exported.read_text()
 
     other = world.run("other", lr=1e-4)
-    assert world.launcher.ran == AFTER_SHARD
+    assert world.launcher.ran == AFTER_VERIFY
     assert [node for node, state in states(other).items() if state == "cached"] == ALL[:6]
 
     # Prefect's own records are a convenience: without them the folders still count.
@@ -115,7 +115,7 @@ def test_data_that_training_could_not_begin_with(world: World) -> None:
         StageFailed, match=r"^train: train\.split=.* one sample needs 513\. Set train\.split to .80,20,0., or lower"
     ):
         world.run("one", sequence_length=512)
-    assert set(world.launcher.ran) <= {"download-model", "download-data", "preprocess", "convert"}
+    assert set(world.launcher.ran) <= {"download-model", "download-data", "preprocess", "convert", "shard"}
     record = world.record("one")
     assert (record.state, record.nodes["train"].state) == ("failed", "failed")
     assert (world.folder_of_dataset() / a.ARTIFACT_FILE).exists(), "the data are not to blame"
@@ -125,7 +125,7 @@ def test_data_that_training_could_not_begin_with(world: World) -> None:
 def test_order_and_pages(world: World) -> None:
     record = world.run("run")
     ran = world.launcher.ran
-    assert ran.index("verify") < ran.index("shard") < ran.index("train") < ran.index("merge") < ran.index("push")
+    assert ran.index("shard") < ran.index("verify") < ran.index("train") < ran.index("merge") < ran.index("push")
     assert record.flow_run_id is not None
     wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[record.flow_run_id]))
     with get_client(sync_client=True) as client:
@@ -144,15 +144,15 @@ def test_a_failed_gate_stops_what_follows_and_a_rerun_goes_on(world: World) -> N
     assert (failed.state, failed.error) == ("failed", "verify: gate failed at layer 14")
     assert states(failed) == {
         **dict.fromkeys(ALL, "waiting"),
-        **dict.fromkeys(("download-model", "download-data", "preprocess", "convert"), "ran"),
+        **dict.fromkeys(("download-model", "download-data", "preprocess", "convert", "shard"), "ran"),
         "verify": "failed",
     }
-    assert "shard" not in world.launcher.ran
+    assert "train" not in world.launcher.ran
     wait_until(lambda: task_states(failed).get("verify") == "Failed")
 
     world.launcher.failing.clear()
     assert world.run("run").state == "done"
-    assert world.launcher.ran == ["verify", "shard", *AFTER_SHARD]
+    assert world.launcher.ran == ["verify", *AFTER_VERIFY]
 
 
 def test_refresh_does_it_again_and_keeps_the_old_result_until_then(world: World) -> None:
@@ -170,7 +170,7 @@ def test_refresh_does_it_again_and_keeps_the_old_result_until_then(world: World)
     world.launcher.failing.clear()
     refresh = with_dependents(["train"])
     again = world.run("run", refresh=refresh)  # type: ignore[arg-type]
-    assert world.launcher.ran == AFTER_SHARD
+    assert world.launcher.ran == AFTER_VERIFY
     assert states(again)["shard"] == "cached"
     assert (folder / "content.txt").stat().st_mtime_ns > written
     assert not list(folder.parent.glob(".*.replaced"))

@@ -18,6 +18,7 @@ from stages import export, runtime
 from stages.contracts import artifacts as a
 from stages.contracts import specs
 from stages.contracts.config import ModelSettings
+from stages.export_weights import Written, plan_shards, write_weights
 from stages.runtime import BadInput, ExitCode, GateFailed
 
 PROMPTS = ("class Spec:\n    ", "def run(")
@@ -139,15 +140,15 @@ def test_variants(tmp_path: Path, model: dict[str, Any]) -> None:
     assert AutoTokenizer.from_pretrained(folder)(text) == AutoTokenizer.from_pretrained(workspace.source)(text)
 
 
-def test_several_files(base: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "SHARD_BYTES", 200_000)
+def test_several_files(base: Workspace) -> None:
     weights = trained(base.tensors(), seed=4)
-    artifact = make(base, weights, batches=1)
+    limit = sum(tensor.nbytes for tensor in list(weights.values())[:4])  # four fit in but for the file's header
+    artifact = make(base, weights, batches=1, export={"shard_size": limit})
     folder = model_folder(base, artifact)
     files = sorted(p.name for p in folder.glob("*.safetensors"))
     assert files == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
     assert len(files) > 1
-    assert all((folder / name).stat().st_size < 210_000 for name in files)
+    assert all((folder / name).stat().st_size <= limit for name in files)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in weights.values())
     assert index["weight_map"].keys() == weights.keys()
@@ -157,9 +158,9 @@ def test_several_files(base: Workspace, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_plan_of_files() -> None:
     sizes = {"a": 4, "b": 4, "c": 3, "d": 20, "e": 1}
-    assert export.plan_shards(sizes, 32) == {"model.safetensors": ["a", "b", "c", "d", "e"]}
-    assert list(export.plan_shards(sizes, 8).values()) == [["a", "b"], ["c"], ["d"], ["e"]]
-    assert list(export.plan_shards(sizes, 21)) == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    assert plan_shards(sizes, 32) == {"model.safetensors": ["a", "b", "c", "d", "e"]}
+    assert list(plan_shards(sizes, 8).values()) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert list(plan_shards(sizes, 21)) == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
 
 
 def age(folder: Path) -> None:
@@ -224,17 +225,16 @@ def test_without_prompts(base: Workspace) -> None:
 
 
 def test_failed_gate_leaves_nothing(base: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_wrongly(source: Path, model: a.ModelFacts, folder: Path, ctx: runtime.Context) -> int:
-        size = write(source, model, folder, ctx)
+    def write_wrongly(source: Path, model: a.ModelFacts, folder: Path, ctx: runtime.Context, *, limit: int) -> Written:
+        written = write_weights(source, model, folder, ctx, limit=limit)
         from safetensors.torch import load_file, save_file
 
         weights = load_file(folder / "model.safetensors")
         gate, up = (f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up"))
         weights[gate], weights[up] = weights[up], weights[gate]
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        return size
+        return written
 
-    write = export.write_weights
     monkeypatch.setattr(export, "write_weights", write_wrongly)
     spec = base.export_spec(*base.train(trained(base.tensors(), seed=9)))
     with pytest.raises(GateFailed) as caught:
@@ -242,7 +242,7 @@ def test_failed_gate_leaves_nothing(base: Workspace, monkeypatch: pytest.MonkeyP
     assert str(caught.value).startswith("gate failed at layer 1 (model.layers.1.mlp): mean |Δlogit|")
     assert "gate_proj and up_proj are swapped." in str(caught.value)
     left = {p.name for p in spec.folder.parent.iterdir() if spec.key in p.name}
-    assert left == {f".{spec.key}.lock", f".{spec.key}.failed.json"}
+    assert left == {f".{spec.key}.lock", f".{spec.key}.failed.json", f".{spec.key}.failed.md"}
 
 
 @pytest.mark.parametrize(

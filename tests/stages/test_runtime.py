@@ -7,13 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from stages import runtime
 from stages.contracts import artifacts as a
 from stages.contracts.data_settings import DataSettings
-from stages.contracts.specs import DownloadDataSpec
+from stages.contracts.specs import DownloadDataSpec, PreprocessSpec, Ref
 
 STAGE = '''
 import errno, os, sys, time
@@ -210,8 +211,6 @@ def test_a_bad_spec_is_one_clear_line(tmp_path: Path, content: str | None, messa
 
 
 def test_inputs_are_checked(tmp_path: Path, spec: DownloadDataSpec) -> None:
-    from stages.contracts.specs import PreprocessSpec, Ref
-
     artifact = made(spec)
 
     def context(**refs: Ref) -> runtime.Context:
@@ -230,3 +229,100 @@ def test_inputs_are_checked(tmp_path: Path, spec: DownloadDataSpec) -> None:
     (spec.folder / "data.jsonl").write_text("onf\n")
     with pytest.raises(runtime.BadInput, match=r"data\.jsonl: its SHA-256 is not the one"):
         context(data=good).input("data", a.RawDataArtifact)
+
+
+# ── Inputs that are hashed while the stage goes on ────────────────────────────────────────────────────────────────────────
+
+
+class Altered(NamedTuple):
+    """A spec whose input was altered after it was made, its size unchanged."""
+
+    spec: PreprocessSpec
+    file: Path
+
+
+@pytest.fixture
+def altered(spec: DownloadDataSpec) -> Altered:
+    artifact = made(spec)
+    file = spec.folder / "data.jsonl"
+    file.write_text("two\n")
+    return Altered(PreprocessSpec(workspace=spec.workspace, inputs={"data": Ref(path=artifact.path)}), file)
+
+
+def finish(ctx: runtime.Context) -> a.RawDataArtifact:
+    return ctx.artifact(a.RawDataArtifact, figure="", documents=1, source="s", revision=None, text_bytes=3, sets=())
+
+
+def test_nothing_is_published_of_an_altered_input(altered: Altered) -> None:
+    read: list[str] = []
+
+    def run(spec: PreprocessSpec, ctx: runtime.Context) -> a.Artifact:
+        _, folder = ctx.input("data", a.RawDataArtifact, is_checked_meanwhile=True)
+        read.append((folder / "data.jsonl").read_text())
+        return finish(ctx)
+
+    with pytest.raises(runtime.BadInput, match=r"^inputs\.data: \S+data\.jsonl: its SHA-256 is not the one"):
+        runtime.execute(altered.spec, run)
+    assert read == ["two\n"]  # the stage went on meanwhile
+    assert not altered.spec.folder.exists()
+
+
+def test_damage_is_told_and_not_what_followed_from_it(altered: Altered) -> None:
+    def run(spec: PreprocessSpec, ctx: runtime.Context) -> a.Artifact:
+        ctx.input("data", a.RawDataArtifact, is_checked_meanwhile=True)
+        raise ValueError("what is this?")
+
+    with pytest.raises(runtime.BadInput, match=r"data\.jsonl: its SHA-256 is not the one"):
+        runtime.execute(altered.spec, run)
+
+
+def test_other_faults_are_told_where_the_input_is_right(altered: Altered) -> None:
+    def run(spec: PreprocessSpec, ctx: runtime.Context) -> a.Artifact:
+        ctx.input("data", a.RawDataArtifact, is_checked_meanwhile=True)
+        raise ValueError("what is this?")
+
+    altered.file.write_text("one\n")
+    with pytest.raises(ValueError, match="what is this"):
+        runtime.execute(altered.spec, run)
+
+
+def test_a_missing_file_is_told_at_once(altered: Altered) -> None:
+    altered.file.write_text("longer")
+    ctx = runtime.Context(altered.spec, altered.spec.folder)
+    with pytest.raises(runtime.BadInput, match=r"inputs\.data: \S+data\.jsonl: has 6 bytes, its artifact says 4"):
+        ctx.input("data", a.RawDataArtifact, is_checked_meanwhile=True)
+
+
+def test_facts_of_an_input_of_which_no_file_is_read(altered: Altered) -> None:
+    altered.file.unlink()
+
+    def run(spec: PreprocessSpec, ctx: runtime.Context) -> a.Artifact:
+        assert ctx.facts("data", a.RawDataArtifact).documents == 1
+        with pytest.raises(runtime.BadInput, match="holds a raw-data artifact, this needs a ModelArtifact"):
+            ctx.facts("data", a.ModelArtifact)
+        return finish(ctx)
+
+    artifact = runtime.execute(altered.spec, run)
+    assert set(artifact.inputs) == {"data"}
+
+
+def test_a_digest_that_is_known_is_not_taken_again(spec: DownloadDataSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+
+    def sha256(path: Path) -> str:
+        taken.append(path.name)
+        return "0" * 64
+
+    monkeypatch.setattr(runtime, "file_sha256", sha256)
+
+    def run(spec: DownloadDataSpec, ctx: runtime.Context) -> a.Artifact:
+        for name in ("a", "b"):
+            (ctx.scratch / name).write_text(name)
+        return ctx.artifact(
+            a.RawDataArtifact, figure="", digests={"a": "1" * 64}, documents=1, source="s", revision=None, text_bytes=3,
+            sets=(),
+        )  # fmt: skip
+
+    files = runtime.execute(spec, run).files
+    assert taken == ["b"]
+    assert {name: record.sha256[0] for name, record in files.items()} == {"a": "1", "b": "0"}

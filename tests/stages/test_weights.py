@@ -57,13 +57,13 @@ def refused(workspace: Path, model: a.ModelArtifact) -> str:
 def test_convert_keeps_every_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = random_model(dtype=dtype)
     artifact = converted(tmp_path, make_model(tmp_path, tensors, dtype=str(dtype).removeprefix("torch.")))
-    assert set(artifact.files) == {"index.json", "rank-0000.safetensors"}
-    stored = load_file(artifact.folder(tmp_path) / "rank-0000.safetensors")
+    assert set(artifact.files) == {"index.json", "model.safetensors"}
+    stored = load_file(artifact.folder(tmp_path) / "model.safetensors")
     assert stored.keys() == tensors.keys()
     assert all(same_bits(stored[name], tensor) for name, tensor in tensors.items())
     size = sum(tensor.nbytes for tensor in tensors.values())
     assert (artifact.tensors, artifact.bytes, artifact.tp, artifact.pp, artifact.trained_steps) == (30, size, 1, 1, 0)
-    assert artifact.figure == f"30 tensors, {words.size(size)}, bit for bit"
+    assert artifact.figure == f"30 tensors, {words.size(size)}, bit for bit, hard-linked"
     assert artifact.model.parameters == sum(tensor.numel() for tensor in tensors.values())
 
 
@@ -113,8 +113,9 @@ def test_merge_of_a_float32_model_is_the_masters(tmp_path: Path) -> None:
 
 
 def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = converted(tmp_path, make_model(tmp_path, random_model()))
     monkeypatch.setenv("STAGE_EVENTS", "1")
-    converted(tmp_path, make_model(tmp_path, random_model()))
+    sharded(tmp_path, weights, tp=2)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(runtime.EVENT_PREFIX)]
     last = json.loads(lines[-1].removeprefix(runtime.EVENT_PREFIX))
     assert last["done"] == last["total"] > 0
@@ -186,8 +187,11 @@ def test_mixed_dtypes_are_kept_and_said(tmp_path: Path, capsys: pytest.CaptureFi
     reader = open_weights(artifact.folder(tmp_path))
     assert all(same_bits(reader.read(name), tensor) for name, tensor in tensors.items())
     said = capsys.readouterr().out
-    assert "warning: config.json says bfloat16, the weights are" in said
-    assert "224 in float32. They are kept so; the trained model will be bfloat16" in said
+    assert (
+        "warning: the weights are bfloat16, but 224 numbers in float32 are among them. Training starts from what is there; the "
+        "trained model will be bfloat16. To round all of them before: model.dtype: bfloat16\n"
+    ) in said
+    assert artifact.other_dtypes == {"float32": 224}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from megatron_core_impl.checkpoint.foreign import Rearranged
 from megatron_core_impl.checkpoint.reshard import same_bits
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.config import ModelConfig, RopeScaling
-from megatron_core_impl.models import falcon, families
+from megatron_core_impl.models import families
 from stages import convert, export, merge, runtime, shard, verify
 from stages.contracts import artifacts as a
 from stages.contracts import specs
@@ -104,7 +104,8 @@ def test_golden_falcon(tmp_path: Path) -> None:
     hf, tensors = json.loads((GOLDEN / "config.json").read_text()), load_file(GOLDEN / "model.safetensors")
     model = make_model(tmp_path, tensors, hf=hf, dtype="float32")
     weights = run(convert, specs.ConvertSpec(workspace=str(tmp_path), inputs=references({"model": model})))
-    table = falcon.hf_tensors(families.config_from_hf(hf))
+    config = families.config_from_hf(hf)
+    table = families.family_of(config).hf_tensors(config)
     again = Rearranged(open_weights(weights.folder(tmp_path)), table)
     assert set(again.names) == set(tensors)
     assert all(same_bits(again.read(name), tensor) for name, tensor in tensors.items())
@@ -142,7 +143,7 @@ def forget_norm_of_mlp(weights: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("model", "edit", "place", "cause"),
     [
-        ("falcon-7b", swap_heads, "layer 1 (model.layers.1.self_attn)", "Rows of q_proj are those of transformers in another"),
+        ("falcon-7b", swap_heads, "layer 1 (model.layers.1.self_attn)", "Heads of q_proj are those of transformers in another"),
         ("falcon-7b", shift_embedding, "the embedding output (model.embed_tokens)", "Rows of embed_tokens are those of"),
         ("falcon-40b", forget_norm_of_mlp, "layer 2 (model.layers.2.mlp)", "Weights of mlp_layernorm are not those"),
         ("qwen2", interleave, "layer 0 (model.layers.0.self_attn)", "Rows of k_proj and q_proj are in the interleaved RoPE"),
@@ -204,7 +205,8 @@ def test_a_tied_falcon_with_a_stored_output_layer(tmp_path: Path) -> None:
 
 def test_facts_are_the_fields_of_a_model() -> None:
     """What is added to the one must be added to the other, or stages would build another model than was downloaded."""
-    assert set(a.ModelFacts.model_fields) == {field.name for field in fields(ModelConfig)} | {"dtype", "parameters"}
+    others = {"dtype", "parameters", "added_tokens", "new_rows"}
+    assert set(a.ModelFacts.model_fields) == {field.name for field in fields(ModelConfig)} | others
     config = ModelConfig(
         family="mistral", vocab_size=5, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=4, max_position_embeddings=9, rope_scaling=RopeScaling(kind="linear", factor=2.0),

@@ -121,12 +121,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_full_disk_is_said_and_leaves_nothing(small_disk: Path, tmp_path: Path) -> None:
     hf = HF | {"vocab_size": 4000}
     model = make_model(small_disk, random_model(hf), hf=hf)  # 560 kB: it fits once
-    done = start(ConvertSpec(workspace=str(small_disk), inputs={"model": ref(model)}), tmp_path)
+    weights = runtime.execute(ConvertSpec(workspace=str(small_disk), inputs={"model": ref(model)}), convert.run)  # a link
+    done = start(ShardSpec(workspace=str(small_disk), inputs={"weights": ref(weights)}), tmp_path)
     assert done.returncode == runtime.ExitCode.BAD_INPUT, done.stderr
-    assert done.stderr.startswith("error: convert: no space left at ")
+    assert done.stderr.startswith("error: shard: no space left at ")
     assert "rank-0000.safetensors: make room or choose another workspace, then run again" in done.stderr
     assert "Traceback" not in done.stderr
-    assert published(small_disk, "convert") == []
+    assert published(small_disk, "shard") == []
 
 
 def test_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

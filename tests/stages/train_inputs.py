@@ -37,6 +37,7 @@ def put_weights(workspace: Path, model: ModelConfig = MODEL, tp: int = 1, pp: in
     return put(
         ShardSpec(workspace=str(workspace), inputs=source, tp=tp, pp=pp), write_weights, a.WeightsArtifact,
         model=a.ModelFacts(**asdict(model), dtype="float32", parameters=5_000), tp=tp, pp=pp, tensors=21, bytes=1,
+        content=f"the weights of {hash(model)}",
     )  # fmt: skip
 
 

@@ -1,0 +1,380 @@
+"""Checkpoints of Meta and Megatron-LLM as `model.source`: taken in bit for bit, and all the way through the stages."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from download_runs import data_spec, done, model_spec
+from foreign_checkpoints import (
+    FALCON,
+    FALCON40,
+    HF,
+    LLAMA1,
+    MISTRAL,
+    check_equal,
+    in_llama_s_words,
+    taken_in,
+    write_megatron,
+    write_meta,
+    write_small_tokenizer,
+)
+from safetensors.torch import load_file
+from weights_inputs import random_model
+from workspaces import read_canonical, references, sentencepiece_model, start
+
+from megatron_core_impl.models import families
+from stages import download, preprocess, runtime
+from stages.contracts import artifacts as a
+from stages.contracts import config as c
+from stages.contracts import preflight, specs
+from stages.runtime import BadInput, GateFailed
+
+GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "megatron_llm"
+needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="needs ../shared")
+
+SAID = {"max_position_embeddings": 64}
+
+
+# ── The reference's own files ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@needs_golden
+@pytest.mark.parametrize(("model", "form"), [("llama2_gqa", "tp1pp1"), ("llama2_gqa", "tp2pp2"), ("falcon7", "tp1pp1")])
+def test_golden_checkpoints_equal_their_source(
+    tmp_path: Path, model: str, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "checkpoint"
+    shutil.copytree(GOLDEN / model / form, source)
+    write_small_tokenizer(source)
+    hf, tensors, artifact = taken_in(tmp_path / "ws", source)
+    check_equal(tensors, load_file(GOLDEN / model / "hf" / "model.safetensors"))
+    expected = json.loads((GOLDEN / model / "hf" / "config.json").read_text())
+    assert families.config_from_hf(hf) == families.config_from_hf(expected)
+    assert (hf["bos_token_id"], hf["eos_token_id"]) == (0, 1), "the tokenizer's"
+    assert hf["torch_dtype"] == artifact.model.dtype == "float32"
+    assert artifact.tokenizer_files == ("tokenizer.json", "tokenizer_config.json")
+    assert ("written by Megatron-LLM's checkpoint_util" in capsys.readouterr().out) == (form == "tp2pp2")
+
+
+def through_the_stages(root: Path, source: Path, **settings: Any) -> a.VerificationArtifact:
+    """download, convert and verify as processes; the data, which are as ever, in this one."""
+    workspace = root / "ws"
+    (root / "text.jsonl").write_text(
+        "".join(json.dumps({"text": line * 8}) + "\n" for line in Path(__file__).read_text().split("\n\n\n"))
+    )
+    made: dict[str, a.Artifact] = {"model": done(model_spec(workspace, source, **settings))}
+    made["data"] = runtime.execute(data_spec(workspace, root / "text.jsonl"), download.run)
+    inputs = references({"data": made["data"], "model": made["model"]})
+    made["dataset"] = runtime.execute(specs.PreprocessSpec(workspace=str(workspace), inputs=inputs), preprocess.run)
+    convert = specs.ConvertSpec(workspace=str(workspace), inputs=references({"model": made["model"]}))
+    made["weights"] = finished(convert)
+    inputs = references({name: made[name] for name in ("model", "weights", "dataset")})
+    small = c.VerifySettings(batches=1, batch_size=2, sequence_length=48)
+    result = finished(specs.VerifySpec(workspace=str(workspace), inputs=inputs, settings=small))
+    assert isinstance(result, a.VerificationArtifact)
+    return result
+
+
+def finished(spec: specs.Spec) -> a.Artifact:
+    process = start(spec)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return a.load_artifact(spec.folder)
+
+
+@needs_golden
+def test_a_golden_checkpoint_through_the_stages(tmp_path: Path) -> None:
+    source = tmp_path / "checkpoint"
+    shutil.copytree(GOLDEN / "llama2_gqa" / "tp2pp2", source)
+    write_small_tokenizer(source)
+    assert through_the_stages(tmp_path, source).argmax_agreement == 1
+
+
+def test_a_checkpoint_of_meta_through_the_stages(tmp_path: Path) -> None:
+    source = tmp_path / "checkpoint"
+    hf = HF | {"vocab_size": 400}
+    write_meta(source, hf, random_model(hf), shards=2)
+    (source / "tokenizer.model").write_bytes(sentencepiece_model())
+    assert through_the_stages(tmp_path, source, config=SAID).argmax_agreement == 1
+
+
+# ── Meta ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+MHA = HF | {"num_key_value_heads": 4, "rope_theta": 1e6}  # Code Llama's
+LLAMA3 = HF | {"rope_theta": 500000.0}
+
+
+@pytest.mark.parametrize(
+    ("hf", "shards", "cuts"), [(HF, 1, "columns"), (HF, 2, "columns"), (MHA, 4, "columns"), (LLAMA3, 2, "rows")]
+)
+def test_a_checkpoint_of_meta_equals_its_source(tmp_path: Path, hf: dict[str, Any], shards: int, cuts: str) -> None:
+    tensors = random_model(hf)
+    write_meta(tmp_path / "meta", hf, tensors, shards, cuts=cuts)
+    write_small_tokenizer(tmp_path / "meta")
+    (tmp_path / "meta" / "LICENSE.txt").write_text("Be kind.")
+    found, written, artifact = taken_in(tmp_path / "ws", tmp_path / "meta", config=SAID)
+    check_equal(written, tensors)
+    assert families.config_from_hf(found) == families.config_from_hf(hf)
+    assert found["torch_dtype"] == "bfloat16"
+    assert "files/LICENSE.txt" in artifact.files
+    assert not any(name.endswith(".pth") for name in artifact.files)
+
+
+def test_what_params_json_does_not_tell(tmp_path: Path) -> None:
+    source = tmp_path / "meta"
+    write_meta(source, HF, random_model(HF))
+    with pytest.raises(BadInput, match=r"meta has no tokenizer: put the model's tokenizer.model, or tokenizer.json and its "
+                       r"other files, into .*meta, beside params.json$"):  # fmt: skip
+        taken_in(tmp_path / "ws", source, config=SAID)
+    write_small_tokenizer(source)
+    with pytest.raises(
+        BadInput, match=r"does not say for how many positions.*set model.config.max_position_embeddings \(Llama 1"
+    ):
+        taken_in(tmp_path / "ws", source)
+    with pytest.raises(BadInput, match=r"model.config.max_positions: the config.json of this checkpoint has no such field. Did "
+                       r"you mean max_position_embeddings?"):  # fmt: skip
+        taken_in(tmp_path / "ws", source, config=SAID | {"max_positions": 3})
+    with pytest.raises(BadInput, match=r"model.config.vocab_size: 257 exceeds the 256 rows that are stored"):
+        taken_in(tmp_path / "ws", source, config=SAID | {"vocab_size": 257})
+    with pytest.raises(BadInput, match=r"config.json: rms_norm_eps='small' must be a finite number"):
+        taken_in(tmp_path / "ws", source, config=SAID | {"rms_norm_eps": "small"})
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # Llama 3's, for tiktoken
+    with pytest.raises(BadInput, match=r"its tokenizer cannot be read: .*tokenizer.model: is no SentencePiece model"):
+        taken_in(tmp_path / "ws", source, config=SAID)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_experts": 8}, "params.json: n_experts is not supported. Supported: dim, max_seq_len, n_heads"),
+        ({"dim": "wide"}, "params.json: dim='wide' must be a count"),
+        ({"n_layers": 5}, "consolidated.00.pth: lacks layers.4.attention_norm.weight"),
+        ({"n_layers": 3}, "consolidated.00.pth: holds tensors that the model does not have there: layers.3."),
+        (
+            {"n_heads": 8, "n_kv_heads": 2},
+            r"layers.0.attention.wk.weight has shape \[16, 32\], the model needs \[8, 32\] there",
+        ),
+        ({"use_scaled_rope": True}, "params.json: use_scaled_rope does not say how: model.config.rope_scaling must, as the"),
+    ],
+)
+def test_params_that_do_not_fit(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    source = tmp_path / "meta"
+    write_meta(source, HF, random_model(HF))
+    write_small_tokenizer(source)
+    params = json.loads((source / "params.json").read_text())
+    (source / "params.json").write_text(json.dumps(params | change))
+    with pytest.raises(BadInput, match=message):
+        taken_in(tmp_path / "ws", source, config=SAID)
+
+
+def test_a_missing_file_of_meta(tmp_path: Path) -> None:
+    source = tmp_path / "meta"
+    write_meta(source, HF, random_model(HF), 2)
+    write_small_tokenizer(source)
+    (source / "consolidated.00.pth").unlink()
+    with pytest.raises(BadInput, match=r"meta: holds consolidated.NN.pth for NN = 1: others are missing"):
+        taken_in(tmp_path / "ws", source, config=SAID)
+    (source / "consolidated.01.pth").rename(source / "consolidated.00.pth")
+    with pytest.raises(BadInput, match=r"consolidated.00.pth: norm.weight|has shape|the model needs"):
+        taken_in(tmp_path / "ws", source, config=SAID)
+
+
+def test_what_is_wrong_is_told_before_anything_starts(tmp_path: Path) -> None:
+    def problems(**settings: Any) -> list[str]:
+        return preflight.check(
+            c.PipelineConfig.model_validate(
+                {"model": {"source": str(tmp_path / "it"), **settings}, "data": {"source": "ada/text"},
+                 "train": {"steps": 1, "sequence_length": 64}, "verify": {"sequence_length": 32}, "layout": {"pp": 8}}
+            )
+        )  # fmt: skip
+
+    write_meta(tmp_path / "it", HF, random_model(HF))
+    (problem,) = problems()
+    assert "set model.config.max_position_embeddings" in problem
+    layout, length = problems(config={"max_position_embeddings": 63})
+    assert layout.startswith("layout: pp=8 exceeds num_hidden_layers=4")
+    assert length.startswith("train.sequence_length: 64 exceeds max_position_embeddings=63 of ")
+    shutil.rmtree(tmp_path / "it")
+    write_megatron(tmp_path / "it", HF, random_model(HF), pp=2)
+    assert problems() == [layout]
+
+
+def test_config_is_for_checkpoints_without_one(tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(HF))
+    with pytest.raises(
+        BadInput, match=r"^model.config is for checkpoints of Meta and Megatron-LLM, and this model has a config"
+    ):
+        taken_in(tmp_path / "ws", tmp_path / "hf", config=SAID)
+
+
+# ── Megatron-LLM ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("hf", "form"),
+    [
+        (HF, {}),
+        (HF, {"dialect": "converter"}),
+        (HF, {"tp": 2, "iteration": 100}),
+        (HF, {"pp": 4, "iteration": 1234567}),
+        (HF, {"tp": 2, "pp": 2, "model_name": "llama2", "rope_scaling_factor": 4.0}),
+        (HF, {"pp": 2, "vpp": 2}),
+        (LLAMA1, {"tp": 2, "model_name": "llama"}),
+        (MHA, {"tp": 4, "pp": 2, "model_name": "codellama"}),
+        (MISTRAL, {"tp": 2, "dialect": "converter", "sliding_window_size": 4096}),
+        (MISTRAL, {"pp": 2, "model_name": "mistral"}),  # as resharded: the window is lost, and known
+        (FALCON, {"dialect": "converter"}),
+        (FALCON, {"pp": 2, "model_name": "falcon"}),  # tied: the last stage has a copy
+        (FALCON40, {"tp": 2, "parallel_layernorm": True}),
+        (FALCON40, {"tp": 2, "pp": 4, "parallel_layernorm": True}),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_megatron_equals_its_source(tmp_path: Path, hf: dict[str, Any], form: dict[str, Any]) -> None:
+    tensors = random_model(hf)
+    root = tmp_path / "megatron"
+    write_megatron(root, in_llama_s_words(hf), tensors, **form)
+    write_small_tokenizer(root)
+    found, _, artifact = taken_in(tmp_path / "ws", root)
+    check_equal(read_canonical(tmp_path / "ws" / artifact.path / "files"), tensors)
+    expected = hf | ({"rope_scaling": {"type": "linear", "factor": 4.0}} if "rope_scaling_factor" in form else {})
+    assert families.config_from_hf(found) == families.config_from_hf(expected)
+
+
+def test_one_iteration_of_several(tmp_path: Path) -> None:
+    root = tmp_path / "megatron"
+    first = {name: tensor + 1 for name, tensor in random_model(HF).items()}
+    folder = write_megatron(root, HF, first, iteration=100)
+    write_megatron(root, HF, random_model(HF), iteration=200)
+    write_small_tokenizer(root)
+    check_equal(taken_in(tmp_path / "latest", root)[1], random_model(HF))
+    check_equal(taken_in(tmp_path / "named", folder)[1], first)
+
+
+def test_a_padded_vocabulary(tmp_path: Path) -> None:
+    root, hf = tmp_path / "megatron", HF | {"vocab_size": 250}
+    tensors = random_model(hf)
+    write_megatron(root, hf, tensors, tp=2, rows=256)
+    write_small_tokenizer(root)
+    found, written, _ = taken_in(tmp_path / "all", root)
+    assert found["vocab_size"] == 256, "what is stored is kept"
+    assert torch.equal(written["lm_head.weight"][:250], tensors["lm_head.weight"])
+    assert torch.equal(written["lm_head.weight"][250:], tensors["lm_head.weight"][-1:].expand(6, -1))
+    found, written, _ = taken_in(tmp_path / "cut", root, config={"vocab_size": 250})
+    check_equal(written, tensors)
+    assert found["vocab_size"] == 250
+    found, written, _ = taken_in(tmp_path / "half", root, config={"vocab_size": 100})  # less than the first rank has
+    assert torch.equal(written["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"][:100])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"model_name": "codellama"}, r"its arguments give rope_theta=10000, and a codellama has 1e\+06. Megatron-LLM does not "
+         r"keep this argument when it loads or reshards a checkpoint, so say what is true: model.config.rope_theta: 1e"),
+        ({"model_name": "llama"}, "its arguments give rms_norm_eps=1e-05, and a llama has 1e-06"),
+        ({"model_name": "gpt"}, "args.model_name='gpt' is not supported where parallel_attn=False; it must be codellama or"),
+        ({"use_bias": True}, "args.use_bias=True is not supported where parallel_attn=False: its Llama, Code Llama"),
+        ({"glu_activation": "geglu"}, "args.glu_activation='geglu' is not supported"),
+        ({"use_rms_norm": False}, "args.use_rms_norm=False is not supported"),
+        ({"position_embedding_type": "absolute"}, "args.position_embedding_type='absolute' is not supported"),
+        ({"kv_channels": 16}, "args.kv_channels=16 is not hidden_size / num_attention_heads"),
+        ({"num_layers": None}, "args.num_layers=None must be a whole number"),
+        ({"tensor_model_parallel_size": 2}, "say 2 tensor and 1 pipeline parallel ranks, and it holds the files of mp_rank_00"),
+        ({"tensor_model_parallel_size": "2"}, "args.tensor_model_parallel_size='2' is no number of ranks"),
+        ({"num_layers": 3}, "model_optim_rng.pt: holds tensors that the model does not have there: encoder.layers.3."),
+        ({"ffn_hidden_size": 40}, r"dense_h_to_4h.weight has shape \[96, 32\], the model needs \[80, 32\] there"),
+        ({"tie_embed_logits": True}, "holds tensors that the model does not have there: lm_head"),
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_fit(tmp_path: Path, args: dict[str, Any], message: str) -> None:
+    root = tmp_path / "megatron"
+    write_megatron(root, HF, random_model(HF), **args) if "tensor_model_parallel_size" not in args else _with_args(root, args)
+    write_small_tokenizer(root)
+    with pytest.raises(BadInput, match=message):
+        taken_in(tmp_path / "ws", root)
+
+
+def _with_args(root: Path, args: dict[str, Any]) -> None:
+    folder = write_megatron(root, HF, random_model(HF))
+    path = folder / "mp_rank_00" / "model_optim_rng.pt"
+    content = torch.load(path, weights_only=False)
+    vars(content["args"]).update(args)
+    torch.save(content, path)
+
+
+def test_what_the_person_says_is_true(tmp_path: Path) -> None:
+    root = tmp_path / "megatron"
+    write_megatron(root, HF, random_model(HF), model_name="codellama")
+    write_small_tokenizer(root)
+    assert taken_in(tmp_path / "ws", root, config={"rope_theta": 1e6})[0]["rope_theta"] == 1e6
+
+
+def test_a_falcon_that_was_cut_through_its_heads(tmp_path: Path) -> None:
+    """The reference's tool does so without a word where there is one key/value head."""
+    root = tmp_path / "megatron"
+    write_megatron(root, in_llama_s_words(FALCON), random_model(FALCON), tp=2)
+    write_small_tokenizer(root)
+    with pytest.raises(BadInput, match=r"tp=2 cannot share out num_attention_heads=4 with num_key_value_heads=1 "
+                       r"and intermediate_size=48 in Megatron-LLM, whose ranks hold whole .* Legal here: 1$"):  # fmt: skip
+        taken_in(tmp_path / "ws", root)
+
+
+def test_ranks_that_disagree(tmp_path: Path) -> None:
+    root = tmp_path / "megatron"
+    folder = write_megatron(root, HF, random_model(HF), tp=2)
+    write_small_tokenizer(root)
+    path = folder / "mp_rank_01" / "model_optim_rng.pt"
+    content = torch.load(path, weights_only=False)
+    content["model"]["language_model"]["encoder"]["layers.2.input_layernorm.weight"] += 1
+    torch.save(content, path)
+    with pytest.raises(
+        GateFailed, match=r"mp_rank_01/model_optim_rng.pt: encoder.layers.2.input_layernorm.weight is not what the "
+    ):
+        taken_in(tmp_path / "ws", root)
+
+
+def test_damaged_checkpoints_of_megatron(tmp_path: Path) -> None:
+    root = tmp_path / "megatron"
+    folder = write_megatron(root, HF, random_model(HF), pp=2)
+    write_small_tokenizer(root)
+    tracker = root / "latest_checkpointed_iteration.txt"
+    for text, message in (
+        ("soon", "latest_checkpointed_iteration.txt: says 'soon'; it must be release or the number of an iteration"),
+        ("7", "latest_checkpointed_iteration.txt: says 7, and there is no iter_0000007. There is: release"),
+    ):
+        tracker.write_text(text)
+        with pytest.raises(BadInput, match=message):
+            taken_in(tmp_path / "ws", root)
+    tracker.write_text("release")
+    torch.save({"a": torch.ones(1)}, folder / "mp_rank_00_001" / "model_optim_rng.pt")
+    with pytest.raises(BadInput, match=r"mp_rank_00_001/model_optim_rng.pt: has no dictionary by name at model"):
+        taken_in(tmp_path / "ws", root)
+    (folder / "mp_rank_00_001" / "model_optim_rng.pt").unlink()
+    with pytest.raises(BadInput, match=r"mp_rank_00_001: has no model_optim_rng.pt"):
+        taken_in(tmp_path / "ws", root)
+    shutil.rmtree(folder / "mp_rank_00_001")
+    with pytest.raises(BadInput, match=r"say 1 tensor and 2 pipeline parallel ranks, and it holds the files of mp_rank_00_000"):
+        taken_in(tmp_path / "ws", root)
+    (folder / "mp_rank_00_000" / "model_optim_rng.pt").write_bytes(b"PK\x03\x04")
+    with pytest.raises(BadInput, match=r"mp_rank_00_000/model_optim_rng.pt: is no intact PyTorch file"):
+        taken_in(tmp_path / "ws", root)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    class Touch:
+        def __reduce__(self) -> Any:
+            return (os.system, (f"touch {tmp_path / 'touched'}",))
+
+    root = tmp_path / "megatron"
+    write_megatron(root, HF, random_model(HF), extra={"rng_state": [{"x": Touch()}]})
+    write_small_tokenizer(root)
+    with pytest.raises(
+        BadInput, match=r"model_optim_rng.pt: names posix.system, which is none of the tensors, arguments and enums"
+    ):
+        taken_in(tmp_path / "ws", root)
+    assert not (tmp_path / "touched").exists()
