@@ -141,6 +141,7 @@ SPLITTERS: dict[str, tuple[Any, Any, bool]] = {  # name: splitter, normalizer, w
     },
     "qwen-2": (steps(split("qwen-2")), normalizers.NFC(), True),
     "phi-4": (steps(split("cl100k", "removed", invert=True)), None, True),
+    "removed-between": (steps(split("deepseek-coder-letters", "removed", invert=True)), None, True),
     "o200k": (steps(split("o200k")), normalizers.NFKC(), True),
     "lower-joined": (steps(split("joined")), normalizers.Lowercase(), True),
     "lower": (steps(split("o200k")), normalizers.Lowercase(), True),
