@@ -14,8 +14,9 @@ What is compared:
     library-2  the same with two threads, so that it shares the machine with itself as our two workers do.
 
 Tokenizers: Llama-2's where it can be found (--llama, by default that of the golden files), else a BPE model like it, trained on
-the spot; a unigram model of sentencepiece; byte-level BPE of tokenizers, trained on the spot, with GPT-2's words, Llama 3's and
-GPT-4o's; and a list of words, for which the library has least to do.
+the spot; a unigram model of sentencepiece; byte-level BPE of tokenizers, trained on the spot, with GPT-2's words, Llama 3's,
+GPT-4o's, those behind a normalizer that Python does not do (normalized), and Bloom's, of which no cuts are known (no-cuts); one
+like Gemma's, with its added tokens for rows of newlines and spaces; and a list of words, for which the library has least to do.
 
 The text is Python source: that of the golden files where there, and the files of this Python's library and packages, up to
 --megabytes.
@@ -49,7 +50,8 @@ OTHER_WORDS = (  # GPT-4o's
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-NAMES = ("llama", "unigram", "byte-level", "llama3", "other-words", "word-list")
+BLOOM_WORDS = r" ?[^(\s|[.,!?…。，、।۔،])]+"
+NAMES = ("llama", "unigram", "byte-level", "llama3", "other-words", "normalized", "no-cuts", "gemma", "word-list")
 SIDES = ("ours", "library", "library-2")
 
 
@@ -118,8 +120,14 @@ def make_tokenizers(folder: Path, llama: Path) -> dict[str, Path]:
     settings = {"special_tokens": ["<|endoftext|>"], "show_progress": False}
     after = splits.ByteLevel(add_prefix_space=False, use_regex=False)
     splitters = {"byte-level": splits.ByteLevel(add_prefix_space=False), "word-list": splits.Whitespace()}
-    for name, words in (("llama3", LLAMA3_WORDS), ("other-words", OTHER_WORDS)):
+    patterns = {"llama3": LLAMA3_WORDS, "other-words": OTHER_WORDS, "normalized": OTHER_WORDS, "no-cuts": BLOOM_WORDS}
+    for name, words in patterns.items():
         splitters[name] = splits.Sequence([splits.Split(tokenizers.Regex(words), "isolated"), after])
+    normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Strip(), tokenizers.normalizers.Replace(tokenizers.Regex("[\u2018\u2019]"), "'")]
+    )
+    if not (folders["gemma"] / "tokenizer.json").is_file():
+        train_gemma(lines).save(str(folders["gemma"] / "tokenizer.json"))
     for name, splitter in splitters.items():
         if (folders[name] / "tokenizer.json").is_file():
             continue
@@ -130,10 +138,33 @@ def make_tokenizers(folder: Path, llama: Path) -> dict[str, Path]:
             library = tokenizers.Tokenizer(models.BPE())
             trainer = trainers.BpeTrainer(vocab_size=32000, initial_alphabet=splits.ByteLevel.alphabet(), **settings)
         library.pre_tokenizer = splitter
+        if name == "normalized":
+            library.normalizer = normalizer
         library.train_from_iterator(sample, trainer)
         library.save(str(folders[name] / "tokenizer.json"))
         (folders[name] / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     return folders
+
+
+def train_gemma(lines: list[str]) -> Any:
+    """A tokenizer that merges a whole text, but for rows of newlines and of spaces, which are found before."""
+    import tokenizers
+
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never")
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    rows = ["\n" * count for count in range(1, 32)] + ["▁" * count for count in range(2, 32)]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=32000, special_tokens=["<unk>", "<eos>", *names, *rows], limit_alphabet=1000, show_progress=False
+    )
+    library.train_from_iterator(lines, trainer)
+    definition = json.loads(library.to_str())
+    definition["added_tokens"] = [token for token in definition["added_tokens"] if token["content"] not in names]
+    for token in definition["added_tokens"]:
+        token["special"] = token["content"] not in rows
+    definition["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    at_spaces = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    return tokenizers.Tokenizer.from_str(json.dumps(definition | {"pre_tokenizer": at_spaces}))
 
 
 def ours(corpus: Path, tokenizer: Path, folder: Path) -> dict[str, float]:

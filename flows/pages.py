@@ -32,9 +32,9 @@ def stage_page(node: str, artifact: a.Artifact, *, cached: bool) -> str:
     if facts or figures:
         blocks.append("### Facts and figures\n" + _table(("", ""), facts + figures))
     files = sorted(artifact.files.items(), key=lambda item: -item[1].size)
-    rows = [(name, size(record.size), record.sha256) for name, record in files[:MOST_FILES]]
+    rows = [(name, size(record.size), record.blake3) for name, record in files[:MOST_FILES]]
     more = f"\n\nand {count(len(files) - MOST_FILES)} smaller ones" if len(files) > MOST_FILES else ""
-    blocks.append("### Files\n" + _table(("file", "size", "SHA-256"), rows) + more)
+    blocks.append("### Files\n" + _table(("file", "size", "BLAKE3"), rows) + more)
     settings = {k: v for k, v in artifact.spec.items() if k != "inputs"}
     if settings:
         blocks.append("### Settings\n" + _table(("", ""), list(_flat(settings))))

@@ -100,7 +100,7 @@ def save(job: Job, mesh: Mesh, optimizer: ZeroOptimizer, loss_scale: LossScale, 
     _barrier(mesh)
     own = write_rank_file(folder, mesh.rank, optimizer.named_pieces())
     digests = torch.zeros(mesh.layout.world_size, 1 + 32, dtype=torch.int64)  # size, and the bytes of the digest
-    digests[mesh.rank] = torch.tensor([own.size, *bytes.fromhex(own.sha256)])
+    digests[mesh.rank] = torch.tensor([own.size, *bytes.fromhex(own.blake3)])
     digests = all_reduce_(digests.to(mesh.device), mesh.world_group).cpu()  # also: all have written
     if mesh.rank == 0:
         found = {
@@ -126,10 +126,10 @@ def newest_intact(job: Job, mesh: Mesh, report: Report) -> dict[str, Any] | None
     for step in steps:
         folder, record, damage = checkpoints.step_folder(job.checkpoints, step), None, ""
         try:
-            record = checkpoints.read_state(job.checkpoints, step)
-            files = checkpoints.recorded_files(job.checkpoints, step, record)
+            record = checkpoints.read_state(folder)
+            files = checkpoints.recorded_files(folder, record)
             mine = sorted(files)[mesh.rank :: mesh.layout.world_size]
-            checkpoints.check_files(job.checkpoints, step, {name: files[name] for name in mine})
+            checkpoints.check_files(folder, {name: files[name] for name in mine})
         except checkpoints.DamagedCheckpoint as error:
             damage = str(error)
         if not any_says(bool(damage), mesh):

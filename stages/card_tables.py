@@ -15,6 +15,7 @@ NOT_SHOWN = {
 }  # fmt: skip
 ONLY_ON_HUB = ("subset", "data_dir", "split")
 MEAN_ERROR = "mean |Δlogit|"  # as a report of a comparison calls it
+FINGERPRINT = 16  # characters of one that a reader is shown
 BARS = 20  # characters of the longest bar
 
 
@@ -110,12 +111,15 @@ def model_rows(export: a.ExportArtifact, tokenizer: a.TokenizerFacts) -> list[Ro
     """The architecture, in the words of config.json, and the tokenizer."""
     facts = export.model.model_dump(exclude={"parameters", "family"})
     added = ", ".join(f"`{token}` = {number}" for token, number in tokenizer.added_tokens.items())
+    override: Mapping[str, str] = export.spec.get("settings", {}).get("override_special_tokens", {})
+    others = ", ".join(f"{role} = `{token}`" for role, token in override.items())
     return [
         ("family", export.model.family),
         ("parameters", f"{export.model.parameters:,}"),
         *settings_rows(facts, leave_out={"added_tokens"}),
         ("tokenizer", f"{tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}"),
         *([("added tokens", added)] if added else []),
+        *([("other special tokens", others)] if others else []),
     ]
 
 
@@ -140,13 +144,14 @@ def verification_rows(base: Mapping[str, Any], export: Mapping[str, Any]) -> lis
     """One row per comparison: of the base model on the data and on each probe, and of this model."""
     rows: list[Row] = []
     for what, report in (("base model", base), ("this model", export)):
-        allowed = next((gate["allowed"] for gate in report.get("gates", []) if gate.get("name") == MEAN_ERROR), None)
+        allowed = {gate.get("probe"): gate["allowed"] for gate in report.get("gates", []) if gate.get("name") == MEAN_ERROR}
         probes = [(probe.get("probe", "a probe"), probe) for probe in report.get("probes", [])]
         for name, found in [("the data", report), *probes]:
+            limit = allowed.get(found.get("probe"))  # the data are no probe
             rows.append(
                 (
                     f"{what}, {name}", _number(found.get("mean_error")), _number(found.get("max_error")),
-                    f"{allowed:g}" if allowed is not None and found is report else "", _number(found.get("loss_difference")),
+                    "" if limit is None else f"{limit:g}", _number(found.get("loss_difference")),
                     _percent(found.get("argmax_agreement")), f"{found['tokens']:,}" if "tokens" in found else "",
                 )
             )  # fmt: skip
@@ -160,9 +165,13 @@ def circumstances(what: str, report: Mapping[str, Any]) -> str:
     if topology:
         parts.append("on the ranks of " + " · ".join(f"{axis} {size}" for axis, size in topology.items()))
     if tensors:
-        count, exact = tensors["tensors"], tensors["exact"]
+        count, exact, rounded = tensors["tensors"], tensors["exact"], tensors.get("rounded")
         same = "all of them" if exact == count else f"{exact:,} of them"
-        parts.append(f"{count:,} tensors, {same} the source's bit for bit")
+        found = [f"{same} the source's bit for bit"] if exact or not rounded else []
+        if rounded:
+            found.append(f"{'all of them' if rounded == count else f'{rounded:,}'} the source's rounded to "
+                         f"{' and '.join(tensors['dtypes'])}, as asked")  # fmt: skip
+        parts.append(f"{count:,} tensors, {', '.join(found)}")
     return f"{what}: {', '.join(parts)}." if parts else ""
 
 
@@ -175,12 +184,19 @@ def module_rows(report: Mapping[str, Any]) -> list[Row]:
 
 
 def version_rows(checkpoint: a.CheckpointArtifact, made: Mapping[str, a.Artifact]) -> list[Row]:
-    """What it was made with, and the fingerprints of what it was made from."""
+    """What it was trained with, and the libraries that any of these artifacts was made with."""
     versions = checkpoint.versions
     rows: list[Row] = [("megatron-flows", versions.package), ("python", versions.python), ("torch", versions.torch or "")]
-    if versions.image:
-        rows.append(("container image", f"`{versions.image}`"))
-    return [*rows, *((f"fingerprint of {name}", f"`{artifact.fingerprint[:16]}`") for name, artifact in made.items())]
+    loaded = [pair for artifact in made.values() for pair in artifact.versions.libraries.items()]
+    for library in dict.fromkeys(name for name, _ in loaded):
+        rows.append((library, ", ".join(sorted({version for name, version in loaded if name == library}))))
+    return [*rows, *([("container image", f"`{versions.image}`")] if versions.image else [])]
+
+
+def fingerprint_rows(base_model: str, made: Mapping[str, a.Artifact]) -> list[Row]:
+    """Of the base model, and of everything that was made on the way from it."""
+    prints = {"the base model": base_model, **{f"the {name}": artifact.fingerprint for name, artifact in made.items()}}
+    return [(f"fingerprint of {name}", f"`{value[:FINGERPRINT]}`") for name, value in prints.items()]
 
 
 def _percent(share: Any) -> str:

@@ -22,11 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
-from megatron_core_impl.checkpoint.digests import file_sha256
+from megatron_core_impl.checkpoint.digests import file_blake3
 from megatron_core_impl.checkpoint.safetensors_io import format_slice
 from megatron_core_impl.checkpoint.slicing import shape_of
+from megatron_core_impl.checkpoint.training import STATE_FILE, DamagedCheckpoint, is_checkpoint
 from stages import reshard_checkpoint
 from stages.checkpoint_contents import Contents, Recorded, Stored, contents_of, locate, recorded_of
+from stages.contracts import artifacts as a
 from stages.contracts.words import counted, size
 
 BAD, DIFFERS = 2, 3
@@ -146,7 +148,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _files(contents: Contents) -> list[str]:
-    digests = {recorded.file: recorded.digest.sha256 for recorded in contents.recorded}
+    digests = {recorded.file: recorded.digest.blake3 for recorded in contents.recorded}
     lines = _table([(name, size(count), digests.get(name, "")[:16]) for name, count in contents.files.items()])
     without = [name for name in contents.files if name not in digests]
     if not digests:
@@ -154,7 +156,7 @@ def _files(contents: Contents) -> list[str]:
     elif without:
         told = f"No digest is recorded of {', '.join(without)}. The others are not compared: finetune checkpoint verify does."
     else:
-        told = "SHA-256 as recorded, begun. The files are not compared with it: finetune checkpoint verify does."
+        told = "BLAKE3 as recorded, begun. The files are not compared with it: finetune checkpoint verify does."
     return [*lines, f"  {told}"]
 
 
@@ -164,7 +166,12 @@ def _files(contents: Contents) -> list[str]:
 def _verify(arguments: argparse.Namespace) -> int:
     folder, _ = locate(arguments.folder)
     by_file: dict[str, list[Recorded]] = {}
-    for recorded in recorded_of(arguments.folder):
+    try:
+        found = recorded_of(arguments.folder)
+    except DamagedCheckpoint as error:  # its state, which has the digest of itself
+        print(f"error: {error}", file=sys.stderr)
+        return DIFFERS
+    for recorded in found:
         by_file.setdefault(recorded.file, []).append(recorded)
     if not by_file:
         raise ValueError(f"{folder}: no digests are recorded of its files: a {contents_of(folder).form} has none")
@@ -176,12 +183,17 @@ def _verify(arguments: argparse.Namespace) -> int:
             zip(largest_first, pool.map(lambda name: _fault(folder, by_file[name], teller), largest_first), strict=True)
         )
     teller.clear()
-    for line in _table([(name, size(sizes[name]), faults[name] or "ok") for name in sorted(by_file)]):
+    if is_checkpoint(folder) and STATE_FILE not in by_file:
+        sizes[STATE_FILE], faults[STATE_FILE] = (folder / STATE_FILE).stat().st_size, ""
+    for line in _table([(name, size(sizes[name]), faults[name] or "ok") for name in sorted(faults)]):
         print(line)
-    bad = [name for name in sorted(by_file) if faults[name]]
-    total = f"{counted(len(by_file), 'file')}, {size(sum(sizes.values()))}"
+    bad = [name for name in sorted(faults) if faults[name]]
+    total = f"{counted(len(faults), 'file')}, {size(sum(sizes.values()))}"
     if not bad:
-        print(f"{folder}: {total}: every one is what was written")
+        known = {*faults, a.ARTIFACT_FILE}
+        others = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in known)
+        verdict = f"what was written; nothing is recorded of {', '.join(others)}" if others else "every one is what was written"
+        print(f"{folder}: {total}: {verdict}")
         return 0
     print(f"{folder}: {total}: {len(bad)} {'is' if len(bad) == 1 else 'are'} not what was written")
     for name in bad:
@@ -199,10 +211,12 @@ def _fault(folder: Path, recorded: Sequence[Recorded], teller: "_Teller") -> str
     for _, digest, by in recorded:
         if count != digest.size:
             return f"has {count:,} bytes, {by} says {digest.size:,}"
-    found = file_sha256(path, teller)
+    found = file_blake3(path, teller)
     for _, digest, by in recorded:
-        if found != digest.sha256:
-            return f"its SHA-256 is {found[:16]}…, {by} says {digest.sha256[:16]}…"
+        if found != digest.blake3:
+            alike = next(n for n, (one, other) in enumerate(zip(found, digest.blake3, strict=True)) if one != other)
+            shown = max(16, alike + 4)
+            return f"its BLAKE3 is {found[:shown]}…, {by} says {digest.blake3[:shown]}…"
     return ""
 
 

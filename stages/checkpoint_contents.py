@@ -69,7 +69,7 @@ def locate(path: Path) -> tuple[Path, a.Artifact | None]:
         ValueError: there is nothing, or the result of a stage that makes no weights.
     """
     if not path.is_dir():
-        raise ValueError(f"{path}: no such folder")
+        raise ValueError(f"{path}: is a file; name the folder that it lies in" if path.exists() else f"{path}: no such folder")
     if (path / a.ARTIFACT_FILE).is_file():
         artifact = a.load_artifact(path)
         match artifact:
@@ -100,6 +100,7 @@ def contents_of(path: Path) -> Contents:
     if meta.is_checkpoint([file.name for file in folder.iterdir()]):
         return _of_meta(folder)
     reader = open_weights(folder, allow_pickle=True)  # its tensors are not read, and code in it is never run
+    reader.check_headers()
     tensors = tuple(
         Stored(
             name, _plain(stored.dtype), stored.shape,
@@ -141,15 +142,14 @@ def _records(path: Path, folder: Path, artifact: a.Artifact | None) -> Iterator[
     if (folder / INDEX_FILE).is_file():
         for name, digest in read_index_file(folder / INDEX_FILE).files.items():
             yield Recorded(name, digest, INDEX_FILE)
-    step = folder.name.removeprefix("step-")
-    if (folder / checkpoints.STATE_FILE).is_file() and step.isdigit():
-        state = checkpoints.read_state(folder.parent, int(step))
+    if checkpoints.is_checkpoint(folder):
+        state = checkpoints.read_state(folder)
         recorded = parse_digests({INDEX_FILE: state["index"]})
         yield Recorded(INDEX_FILE, recorded[INDEX_FILE], checkpoints.STATE_FILE)
     if artifact is not None:
         for name, record in artifact.files.items():
             if (path / name).parent == folder:
-                yield Recorded((path / name).name, FileDigest(record.size, record.sha256), a.ARTIFACT_FILE)
+                yield Recorded((path / name).name, FileDigest(record.size, record.blake3), a.ARTIFACT_FILE)
 
 
 def _of_megatron_llm(folder: Path) -> Contents:

@@ -4,12 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_core_impl.checkpoint.foreign import Rearranged, invert
 from megatron_core_impl.checkpoint.grown import Grown
-from megatron_core_impl.checkpoint.index import read_json
-from megatron_core_impl.checkpoint.reshard import NotEqual, list_names, reshard, same_bits
+from megatron_core_impl.checkpoint.json_files import read_json
+from megatron_core_impl.checkpoint.proven import NotEqual, same_bytes
+from megatron_core_impl.checkpoint.reshard import list_names, reshard
 from megatron_core_impl.checkpoint.safetensors_io import WeightsError, row_blocks
 from megatron_core_impl.checkpoint.sharded import WeightsReader, count_bytes, open_weights
 from megatron_core_impl.checkpoint.slicing import whole
@@ -25,7 +24,7 @@ from stages.linked_weights import files_of, is_canonical, link_files
 from stages.runtime import BadInput, Context, GateFailed
 from stages.stored_dtypes import listed, other_dtypes
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = ("float32", "bfloat16", "float16", "float64")
 BUFFERS = ".inv_freq"  # old transformers saved these tables of rotary embeddings; they follow from config.json
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -80,7 +79,7 @@ def convert(spec: ConvertSpec, ctx: Context, model: a.ModelArtifact, folder: Pat
         a.WeightsArtifact,
         figure=f"{len(specs):,} tensors, {words.size(size)}, bit for bit{rows}{', hard-linked' if hard_linked else ''}",
         metrics={"hard_linked": hard_linked, "tensors": proven(written, vocabulary, specs).report()},
-        digests={name: digest.sha256 for name, digest in written.index.files.items()},
+        digests={name: digest.blake3 for name, digest in written.index.files.items()},
         model=model.model.model_copy(update=facts),
         tp=1,
         pp=1,
@@ -103,9 +102,11 @@ def _added_tokens(spec: ConvertSpec, files: Path) -> dict[str, int]:
 def _read_config(path: Path, facts: a.ModelFacts) -> ModelConfig:
     """The model of config.json, which must be the one that the artifact's facts describe."""
     try:
-        config = families.config_from_hf(read_json(path))
-    except WeightsError:
-        raise
+        hf = read_json(path)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    try:
+        config = families.config_from_hf(hf)
     except ValueError as error:
         raise BadInput(f"{path.parent}: {error}") from error
     in_file = families.family_of(config).hf_fields
@@ -134,9 +135,9 @@ def _check(source: WeightsReader, config: ModelConfig) -> None:
             f"{list_names(unexpected)}. Is it a plain {config.family} model: no adapter, no quantization, no further head?"
         )
     for name in expected:
-        if (dtype := source.dtype(name)) not in FLOATS:
+        if (dtype := source.dtype(name).name) not in FLOATS:
             raise BadInput(
-                f"{source.folder}: {name} is stored as {str(dtype).removeprefix('torch.')}: quantized weights cannot "
+                f"{source.folder}: {name} is stored as {dtype}: quantized weights cannot "
                 "be trained. Start from the model's float32, bfloat16 or float16 weights"
             )
 
@@ -183,7 +184,7 @@ def _tied_copies(source: WeightsReader, config: ModelConfig) -> set[str]:
     embedding = next(iter(untied))  # tensors are in the order of the forward pass
     for name in copies:
         if not all(
-            same_bits(source.read(name, rows), source.read(embedding, rows))
+            same_bytes(source.read_bytes(name, rows), source.read_bytes(embedding, rows))
             for rows in row_blocks(whole(source.shape(embedding)), source.dtype(embedding).itemsize)
         ):
             raise BadInput(

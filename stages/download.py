@@ -22,21 +22,22 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.hf_api import RepoSibling
 
+from megatron_core_impl.checkpoint.digests import file_sha256
+from megatron_core_impl.checkpoint.json_files import read_json
 from megatron_core_impl.models import families
 from stages import runtime
 from stages.contracts import artifacts as a
 from stages.contracts import words
 from stages.contracts.model_sources import CONFIG_IS_THERE, kind_of
 from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec
-from stages.foreign_model import take_in
 from stages.hub_errors import Repo, endpoint, hub_token, is_unreachable, names_of_revisions, told
 from stages.local_source import local_name, local_source
 from stages.model_files import (
     CONFIG,
     TOKENIZER_FILES,
     copy_file,
-    read_json,
-    stored_dtype,
+    most_common_dtype,
+    stored_tensors,
     unpickle,
     wanted,
 )
@@ -64,7 +65,10 @@ def _model(spec: DownloadModelSpec, ctx: Context) -> a.ModelArtifact:
     source, files = spec.model.source, ctx.scratch / "files"
     files.mkdir()
     folder = local_source(source, "model.source")
-    kind = kind_of(folder) if folder is not None and folder.is_dir() else "huggingface"
+    try:
+        kind = kind_of(folder) if folder is not None and folder.is_dir() else "huggingface"
+    except ValueError as error:
+        raise BadInput(f"model.source: {error}") from None
     if spec.model.config and kind == "huggingface":
         raise BadInput(f"{CONFIG_IS_THERE}: change it there, in a local copy")
     if folder is None:
@@ -74,16 +78,17 @@ def _model(spec: DownloadModelSpec, ctx: Context) -> a.ModelArtifact:
         if not folder.is_dir():
             raise BadInput(f"model.source: {folder} is a file; it must be a folder with a model in it")
         if kind != "huggingface":
+            from stages.foreign_model import take_in  # needs torch, whose import takes two seconds
+
             take_in(folder, kind, spec.model.config, files, ctx)
         else:
             names = {path.name for path in folder.iterdir() if path.is_file()}
             for name in wanted(names, lambda name: read_json(folder / name), str(folder), spec.model.allow_pickle):
                 copy_file(folder / name, files / name)
-    unpickle(files)
+    unpickle(files, source if folder is None else str(folder))
     artifact = _describe(spec, ctx, files, revision, source if folder is None else local_name(folder))
     for name, digest in arrived_as.items():
-        record = artifact.files.get(f"files/{name}")
-        if record is not None and record.sha256 != digest:
+        if f"files/{name}" in artifact.files and file_sha256(files / name) != digest:
             shutil.rmtree(_cache(spec, ctx))
             raise BadInput(f"model.source: {name} of {source} arrived damaged: its SHA-256 is not the Hub's. Run again")
     shutil.rmtree(_cache(spec, ctx), ignore_errors=True)  # the artifact has the files now
@@ -93,8 +98,13 @@ def _model(spec: DownloadModelSpec, ctx: Context) -> a.ModelArtifact:
 def _describe(spec: DownloadModelSpec, ctx: Context, files: Path, revision: str | None, source: str) -> a.ModelArtifact:
     """The artifact of the model in `files`: its facts, from its configuration and the headers of its weights."""
     config = families.config_from_hf(read_json(files / CONFIG))
+    stored = stored_tensors(files)
+    try:
+        families.check_stored(config, {name: shape for name, (_, shape) in stored.items()})
+    except ValueError as error:
+        raise BadInput(f"model.source: {spec.model.source}: {error}") from None
+    dtype = most_common_dtype(stored)
     parameters = families.count_parameters(config)
-    dtype = stored_dtype(files)
     size = sum(path.stat().st_size for path in files.glob("*.safetensors"))
     return ctx.artifact(
         a.ModelArtifact,
@@ -119,7 +129,7 @@ def _fetch_model(spec: DownloadModelSpec, ctx: Context, files: Path) -> tuple[st
         commit = str(info.sha)
         siblings = {s.rfilename: s for s in info.siblings or [] if "/" not in s.rfilename}
 
-        def read(name: str) -> Any:
+        def read(name: str) -> dict[str, Any]:
             path = hf_hub_download(repo_id, name, revision=commit, cache_dir=cache, token=hub_token())
             return read_json(Path(path))
 

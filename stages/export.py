@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from megatron_core_impl.checkpoint.index import read_json
+from megatron_core_impl.checkpoint.json_files import read_json
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.config import Layout
 from megatron_core_impl.data.tokenizer import load_tokenizer
@@ -92,7 +92,7 @@ def run(spec: ExportSpec, ctx: Context) -> a.ExportArtifact:
         a.ExportArtifact,
         figure=f"Hugging Face folder, {words.size(written.bytes)} · logits equal to training's (mean |Δ| {mean_error:.1e})"
         + told(right),
-        digests={f"{MODEL_FOLDER}/{name}": sha256 for name, sha256 in written.digests.items()},
+        digests={f"{MODEL_FOLDER}/{name}": digest for name, digest in written.digests.items()},
         metrics={"samples": samples, "comparison": verdict.metrics, "answers": right},
         model=weights.model,
         loss_before=checkpoint.loss_before,

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_core_impl.checkpoint import megatron_llm, meta
+from megatron_core_impl.checkpoint.digests import Follower
 from megatron_core_impl.checkpoint.foreign import Rearranged, invert
+from megatron_core_impl.checkpoint.proven import Advance, NotEqual, Target, write_tensors
 from megatron_core_impl.checkpoint.ranks import StoredRank, open_ranks, prove_ranks, up_to
-from megatron_core_impl.checkpoint.reshard import Advance, NotEqual, write_piece
 from megatron_core_impl.checkpoint.safetensors_io import SafetensorsWriter
-from megatron_core_impl.checkpoint.sharded import WeightsSource, count_bytes, open_weights
+from megatron_core_impl.checkpoint.sharded import count_bytes, open_weights
 from megatron_core_impl.checkpoint.slicing import whole
+from megatron_core_impl.checkpoint.source import WeightsSource
 from megatron_core_impl.checkpoint.torch_tensors import TorchTensors
 from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.data.tokenizer import load_tokenizer
@@ -49,8 +51,13 @@ def take_in(folder: Path, kind: Kind, said: Mapping[str, Any], files: Path, ctx:
     try:
         hf = describe(folder, said)
         config = families.config_from_hf(hf)
+        if kind == "meta":
+            meta.check_listed(folder, ctx.progress)
         rows, ranks = _ranks_of_meta(folder, config) if kind == "meta" else _ranks_of_megatron(folder, config, ctx)
         stored = families.tensors(replace(config, vocab_size=rows))
+        for rank in ranks:
+            if isinstance(rank.file, TorchTensors) and not rank.file.has_checksums:
+                ctx.warn(f"{rank.name} was written without checksums: damage of its numbers would not be found")
         source = open_ranks(folder, {spec.name: spec.shape for spec in stored}, ranks)
         _write(source, config, files, ctx)
         written = Rearranged(open_weights(files), invert(families.family_of(config).hf_tensors(config)))
@@ -59,7 +66,7 @@ def take_in(folder: Path, kind: Kind, said: Mapping[str, Any], files: Path, ctx:
         raise GateFailed(f"model.source: {error}") from error
     except ValueError as error:
         raise BadInput(f"model.source: {error}") from error
-    dtype = str(source.dtype(source.names[0])).removeprefix("torch.")
+    dtype = source.dtype(source.names[0]).name
     (files / CONFIG).write_text(json.dumps({**hf, "torch_dtype": dtype, **_special_ids(files)}, indent=2) + "\n")
 
 
@@ -103,9 +110,9 @@ def _write(source: WeightsSource, config: ModelConfig, files: Path, ctx: Context
     reader = Rearranged(kept, families.family_of(config).hf_tensors(config))
     entries = [(name, reader.dtype(name), reader.shape(name)) for name in reader.names]
     advance = Advance(ctx.progress, count_bytes(reader, reader.names))
-    with SafetensorsWriter(files / SAFE[0], entries, {"format": "pt"}) as writer:
-        for name in writer.names:
-            write_piece(writer, name, reader, whole(reader.shape(name)), None, advance)
+    with Follower() as follower, SafetensorsWriter(files / SAFE[0], entries, {"format": "pt"}, follower) as writer:
+        target = Target(writer, {name: whole(reader.shape(name)) for name in reader.names})
+        write_tensors([target], reader, None, advance, open_weights(files), follower)
 
 
 def _copy_files(folder: Path, kind: Kind, files: Path) -> None:

@@ -101,18 +101,7 @@ def card_of(title: str, evidence: Evidence, gates: tuple[Gate, ...], settings: V
             f"Tensors: {proof.tensors:,} in {words.size(proof.bytes)}; {proof.exact:,} the source's bit for bit{rounded}, "
             f"{len(proof.differing) + len(proof.unexpected):,} different.",
             "",
-            *_table(
-                ("", "value", "allowed", ""),
-                [
-                    (
-                        f"{gate.name}{'' if gate.probe is None else f', {gate.probe}'}",
-                        percent(gate.value) if gate.at_least else f"{gate.value:.2g}",
-                        f"at least {percent(gate.allowed)}" if gate.at_least else short(gate.allowed),
-                        "passed" if gate.passed else "**failed**",
-                    )
-                    for gate in gates
-                ],
-            ),
+            *_table(("", "value", "allowed", ""), _gate_rows(evidence, gates)),
             "## Logits and loss",
             "",
             "The loss is the mean cross-entropy of the next token, ours as training computes it.",
@@ -133,6 +122,27 @@ def card_of(title: str, evidence: Evidence, gates: tuple[Gate, ...], settings: V
             *_table(*_rows(data, evidence.rounding_of(data))),
         ]
     )  # fmt: skip
+
+
+def _gate_rows(evidence: Evidence, gates: Sequence[Gate]) -> list[Sequence[str]]:
+    """Those of the data and of all, then those of each probe. The best tokens of a probe are told, and judge nothing: there
+    are too few of them for a share.
+    """
+    rows = [_gate_row(gate) for gate in gates if gate.probe is None]
+    agreement = next(gate.name for gate in gates if gate.at_least)
+    for probe in evidence.comparisons[1:]:
+        rows += [_gate_row(gate) for gate in gates if gate.probe == probe.name]
+        rows.append((f"{agreement}, {probe.name}", percent(probe.argmax_agreement), "", f"{probe.tokens:,} tokens, not judged"))
+    return rows
+
+
+def _gate_row(gate: Gate) -> Sequence[str]:
+    return (
+        f"{gate.name}{'' if gate.probe is None else f', {gate.probe}'}",
+        percent(gate.value) if gate.at_least else f"{gate.value:.2g}",
+        f"at least {percent(gate.allowed)}" if gate.at_least else short(gate.allowed),
+        "passed" if gate.passed else "**failed**",
+    )
 
 
 def _rows(data: Comparison, rounding: Comparison | None) -> tuple[Sequence[str], list[Sequence[str]]]:

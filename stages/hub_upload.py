@@ -70,11 +70,13 @@ class Push:
     settings: PushSettings
     repo_id: str
     sources: Mapping[str, Path]  # name in the repo -> file here
-    records: Mapping[str, a.FileRecord]
+    records: Mapping[str, a.PublishedFile]
     ctx: Context
 
 
-def to_hub(settings: PushSettings, sources: Mapping[str, Path], records: Mapping[str, a.FileRecord], ctx: Context) -> Published:
+def to_hub(
+    settings: PushSettings, sources: Mapping[str, Path], records: Mapping[str, a.PublishedFile], ctx: Context
+) -> Published:
     """Make the repo and the branch, upload, compare, tag.
 
     Raises:
@@ -260,7 +262,7 @@ def _differing(push: Push, commit: str) -> list[str]:
     return differing
 
 
-def _same(there: RepoFile | None, record: a.FileRecord, here: Path) -> bool:
+def _same(there: RepoFile | None, record: a.PublishedFile, here: Path) -> bool:
     """Whether a file of the Hub has the content of one here: by SHA-256 where it is a large file, else by git's hash."""
     if there is None or there.size != record.size:
         return False

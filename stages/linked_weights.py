@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_core_impl.checkpoint.digests import FileDigest, file_sha256
+from megatron_core_impl.checkpoint.digests import FileDigest, file_blake3
 from megatron_core_impl.checkpoint.index import Index, write_index_file
-from megatron_core_impl.checkpoint.reshard import NotEqual
+from megatron_core_impl.checkpoint.proven import NotEqual
 from megatron_core_impl.checkpoint.sharded import WeightsReader
 from megatron_core_impl.config import Layout, Rows, StackedTensor, TensorSpec
 from stages.contracts import artifacts as a
@@ -53,7 +53,7 @@ def link_files(files: WeightsReader, folder: Path, specs: Sequence[TensorSpec], 
     tensors = {spec.name: files.index.tensors[spec.name] for spec in specs}
     names = sorted({piece.file for tensor in tensors.values() for piece in tensor.pieces})
     is_linked = [_link(files.folder / name, folder / name, records[name]) for name in names]
-    digests = {name: FileDigest(records[name].size, records[name].sha256) for name in names}
+    digests = {name: FileDigest(records[name].size, records[name].blake3) for name in names}
     write_index_file(folder, Index(tensors, digests, {"layout": asdict(Layout())}))
     return names if all(is_linked) else []
 
@@ -73,6 +73,6 @@ def _link(source: Path, target: Path, record: a.FileRecord) -> bool:
     else:
         return True
     copy_file(source, target)
-    if file_sha256(target) != record.sha256:
+    if file_blake3(target) != record.blake3:
         raise NotEqual(f"{target.name}: its copy differs. The disk or the memory of this machine is not to be trusted")
     return False

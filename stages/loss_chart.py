@@ -12,12 +12,13 @@ TRAIN, HELD_OUT, RATE, FRAME = "#7ba6d0", "#d9541e", "#72778a", "#c9ccd3"
 
 
 def draw_losses(lines: Sequence[Mapping[str, Any]], target: Path) -> bool:
-    """Draw the lines of a metrics.jsonl as PNG. False, and no picture, where there is no curve to draw.
+    """Draw the lines of a metrics.jsonl as PNG. False, and no picture, where neither loss has two points to make a curve.
 
-    A value that was not finite, which the lines have as null, is a gap.
+    A short training may have told its loss once, and its held-out loss more often. A value that was not finite, which the
+    lines have as null, is a gap.
     """
-    trained = _curve(lines, "loss")
-    if len(trained) < 2:
+    trained, held_out, rates = (_curve(lines, name) for name in ("loss", "valid_loss", "lr"))
+    if max(len(trained), len(held_out)) < 2:
         return False
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its font cache
     import matplotlib
@@ -25,17 +26,19 @@ def draw_losses(lines: Sequence[Mapping[str, Any]], target: Path) -> bool:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    held_out, rates = _curve(lines, "valid_loss"), _curve(lines, "lr")
     with matplotlib.rc_context(matplotlib.rcParamsDefault):  # whatever style this machine has
         figure = Figure(figsize=(8, 4.6), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        loss.plot(*zip(*trained, strict=True), color=TRAIN, linewidth=1.2, label="training")
+        if trained:
+            loss.plot(
+                *zip(*trained, strict=True), color=TRAIN, linewidth=1.2, marker=_marker(trained), markersize=3, label="training"
+            )
         if held_out:
             loss.plot(
                 *zip(*held_out, strict=True), color=HELD_OUT, linewidth=1.2, marker="o", markersize=4.5, label="held-out data"
             )
-            for (step, value), right in ((held_out[0], False), (held_out[-1], True)):
+            for (step, value), right in {held_out[0]: False, held_out[-1]: True}.items():
                 loss.annotate(
                     f"{value:.2f}", (step, value), (-2 if right else 8, 8), textcoords="offset points", color=HELD_OUT,
                     fontsize=9, ha="right" if right else "left", zorder=5,
@@ -44,7 +47,8 @@ def draw_losses(lines: Sequence[Mapping[str, Any]], target: Path) -> bool:
         loss.margins(y=0.09)
         loss.set_ylabel("loss")
         loss.legend(frameon=False, loc="upper right")
-        rate.plot(*zip(*rates, strict=True), color=RATE, linewidth=1.2)
+        if rates:
+            rate.plot(*zip(*rates, strict=True), color=RATE, linewidth=1.2, marker=_marker(rates), markersize=3)
         rate.set_ylim(bottom=0)
         rate.set_ylabel("learning rate")
         rate.yaxis.set_major_locator(MaxNLocator(2))
@@ -60,6 +64,11 @@ def draw_losses(lines: Sequence[Mapping[str, Any]], target: Path) -> bool:
         target.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(target, format="png", metadata={"Software": None})
     return True
+
+
+def _marker(points: Sequence[tuple[float, float]]) -> str | None:
+    """A line of one point is invisible."""
+    return "o" if len(points) == 1 else None
 
 
 def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:

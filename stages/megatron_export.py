@@ -9,9 +9,11 @@ from pathlib import Path
 
 from megatron_core_impl.checkpoint import megatron_llm as files
 from megatron_core_impl.checkpoint.grown import Grown
+from megatron_core_impl.checkpoint.proven import NotEqual
 from megatron_core_impl.checkpoint.ranks import StoredRank, blocks, open_ranks, prove_ranks, rank_tensors
-from megatron_core_impl.checkpoint.reshard import NotEqual, check_tensors
-from megatron_core_impl.checkpoint.sharded import WeightsSource, open_weights
+from megatron_core_impl.checkpoint.reshard import check_tensors
+from megatron_core_impl.checkpoint.sharded import open_weights
+from megatron_core_impl.checkpoint.source import WeightsSource
 from megatron_core_impl.checkpoint.torch_tensors import TorchTensors
 from megatron_core_impl.checkpoint.torch_writer import TensorToCome, write_torch_file
 from megatron_core_impl.config import Layout, ModelConfig, padded_vocab_size
@@ -82,7 +84,9 @@ def write_checkpoint(
         path = files.rank_path(root, layout, pp_rank, tp_rank)
         path.parent.mkdir(parents=True)
         tensors = rank_tensors(padded, form.stored_by(config, rows, layout, pp_rank, tp_rank))
-        model = files.nested({name: TensorToCome(name, tensors.dtype(name), tensors.shape(name)) for name in tensors.names})
+        model = files.nested(
+            {name: TensorToCome(name, tensors.dtype(name).torch, tensors.shape(name)) for name in tensors.names}
+        )
         content = {"args": args, "checkpoint_version": files.VERSION, "iteration": files.RELEASE, "model": model}
         write_torch_file(path, content, lambda name, of=tensors: blocks(of, name))  # type: ignore[misc]
         ctx.progress(rank + 1, layout.world_size, f"writing {path.parent.name} for Megatron-LLM")

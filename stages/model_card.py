@@ -89,7 +89,7 @@ def model_card(lineage: Lineage, name: str, *, revision: str | None = None, has_
             *_verification(lineage),
             "## Made with",
             "",
-            *table(("", ""), *tables.version_rows(checkpoint, _made(lineage))),
+            *table(("", ""), *_made_with(lineage)),
             "## Licence",
             "",
             *licence_section(export.license, lineage.terms),
@@ -99,8 +99,8 @@ def model_card(lineage: Lineage, name: str, *, revision: str | None = None, has_
 
 
 def _base(export: a.ExportArtifact) -> str:
-    if export.source_revision is None:  # a folder
-        return export.source
+    if export.source_revision is None:  # a folder, whose name says little
+        return f"{export.source} (a local model, fingerprint `{export.inputs['model'][: tables.FINGERPRINT]}`)"
     return f"[{export.source}](https://huggingface.co/{export.source}) at `{export.source_revision[:12]}`"
 
 
@@ -177,8 +177,13 @@ def _verification(lineage: Lineage) -> list[str]:
     ]
 
 
-def _made(lineage: Lineage) -> dict[str, a.Artifact]:
-    return {"export": lineage.export, "checkpoint": lineage.checkpoint, "dataset": lineage.dataset, "data": lineage.data}
+def _made_with(lineage: Lineage) -> list[tables.Row]:
+    made = {
+        "data": lineage.data, "dataset": lineage.dataset, "verification": lineage.verification,
+        "checkpoint": lineage.checkpoint, "export": lineage.export,
+    }  # fmt: skip
+    base_model = lineage.export.inputs["model"]
+    return [*tables.version_rows(lineage.checkpoint, made), *tables.fingerprint_rows(base_model, made)]
 
 
 def _without_empty(head: tables.Row, rows: list[tables.Row]) -> list[str]:

@@ -10,13 +10,14 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
+from megatron_core_impl.checkpoint.shown import shown
 from megatron_core_impl.models import families
 from stages.runtime import BadInput
 
@@ -33,16 +34,23 @@ COPY_BYTES = 1 << 30
 DTYPES: dict[str, Literal["float32", "bfloat16", "float16"]] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-def wanted(names: set[str], read: Callable[[str], Any], where: str, allow_pickle: bool) -> list[str]:
+def wanted(names: set[str], read: Callable[[str], dict[str, Any]], where: str, allow_pickle: bool) -> list[str]:
     """The files that make the model, out of the names of those that a folder or repo has at its top.
 
     Raises:
         BadInput: the configuration, tokenizer or weights are missing, not supported, or pickled and that is not allowed.
     """
+
+    def parsed(name: str) -> dict[str, Any]:
+        try:
+            return read(name)
+        except ValueError as error:
+            raise BadInput(f"model.source: {error}") from None
+
     if CONFIG not in names:
         raise BadInput(f"model.source: {where} has no {CONFIG}, so it is no Hugging Face model. It holds: {listed(names)}")
     try:
-        families.config_from_hf(read(CONFIG))
+        families.config_from_hf(parsed(CONFIG))
     except ValueError as error:
         raise BadInput(f"model.source: {where}: {error}") from None
     if not names & {"tokenizer.model", "tokenizer.json"}:
@@ -52,10 +60,7 @@ def wanted(names: set[str], read: Callable[[str], Any], where: str, allow_pickle
         if single in names:
             return [*chosen, single]
         if index in names:
-            try:
-                parts = set(read(index)["weight_map"].values())
-            except (KeyError, TypeError, AttributeError):
-                raise BadInput(f"model.source: {index} of {where} has no weight_map") from None
+            parts = _parts(parsed(index).get("weight_map"), f"model.source: {index} of {where}")
             if missing := parts - names:
                 raise BadInput(f"model.source: {where} is incomplete: {index} names {listed(missing)}, which it does not have")
             return [*chosen, index, *sorted(parts)]
@@ -68,11 +73,24 @@ def wanted(names: set[str], read: Callable[[str], Any], where: str, allow_pickle
     raise BadInput(f"model.source: {where} has no weights, neither {SAFE[0]} nor {SAFE[1]}. It holds: {listed(names)}")
 
 
-def unpickle(files: Path) -> None:
+def _parts(weight_map: Any, where: str) -> set[str]:
+    """The files that an index names."""
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadInput(f"{where} has no weight_map, or an empty one: it must say which file each tensor is in")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or name != Path(name).name:
+            raise BadInput(f"{where}: weight_map has {shown(name)} for {shown(tensor)}, which is no name of a file beside it")
+    return set(weight_map.values())
+
+
+def unpickle(files: Path, where: str) -> None:
     """Turn pickled weights into safetensors, one file in memory at a time (mapped, where torch can).
 
+    Args:
+        where: they came from, for messages.
+
     Raises:
-        BadInput: a file holds anything but tensors by name.
+        BadInput: a file holds anything but tensors by name, or is damaged.
     """
     pickles = sorted(files.glob("*.bin"))
     if not pickles:
@@ -82,41 +100,51 @@ def unpickle(files: Path) -> None:
 
     weight_map: dict[str, str] = {}
     for path in pickles:
+        safe = path.with_name(path.name.replace("pytorch_model", "model").replace(".bin", ".safetensors"))
         try:
             pickled = PickledReader(path)
+            entries = [(name, dtype, shape) for name, (dtype, shape) in pickled.tensors.items()]
+            with SafetensorsWriter(safe, entries, {"format": "pt"}) as writer:
+                for name in writer.names:
+                    writer.write(name, pickled.read(name))
+                    weight_map[name] = safe.name
         except WeightsError as error:
             reason = str(error).removeprefix(f"{path}: ")
-            raise BadInput(
-                f"model.source: {path.name} is refused: it holds more than tensors, or is damaged: {reason}"
-            ) from None
-        safe = path.with_name(path.name.replace("pytorch_model", "model").replace(".bin", ".safetensors"))
-        entries = [(name, dtype, shape) for name, (dtype, shape) in pickled.tensors.items()]
-        with SafetensorsWriter(safe, entries, {"format": "pt"}) as writer:
-            for name in writer.names:
-                writer.write(name, pickled.read(name))
-                weight_map[name] = safe.name
+            raise BadInput(f"model.source: {path.name} of {where} is refused: {reason}") from None
         path.unlink()
     if (files / PICKLED[1]).exists():
         (files / PICKLED[1]).unlink()
         (files / SAFE[1]).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1) + "\n")
 
 
-def stored_dtype(files: Path) -> Literal["float32", "bfloat16", "float16"]:
-    """The precision in which most of the weights are stored, read from the headers of the safetensors files.
+def stored_tensors(files: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype, in safetensors' words, and shape of the weights, from the headers of the safetensors files.
 
     Raises:
-        BadInput: a file is damaged, or the weights are stored in a precision that is not supported.
+        BadInput: a file is damaged.
     """
-    stored = Counter[str]()  # numbers by dtype, in safetensors' words
+    stored = {}
     for path in sorted(files.glob("*.safetensors")):
         try:
             with safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118  (it is no dict)
                     tensor = file.get_slice(name)
-                    stored[tensor.get_dtype()] += prod(tensor.get_shape())
+                    stored[name] = (tensor.get_dtype(), tuple(tensor.get_shape()))
         except SafetensorError as error:
             raise BadInput(f"model.source: {path.name} is no intact safetensors file: {error}") from None
-    most = max(stored, key=lambda name: stored[name], default="nothing")
+    return stored
+
+
+def most_common_dtype(stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> Literal["float32", "bfloat16", "float16"]:
+    """The precision in which most of the weights are stored.
+
+    Raises:
+        BadInput: it is not supported.
+    """
+    numbers = Counter[str]()
+    for dtype, shape in stored.values():
+        numbers[dtype] += prod(shape)
+    most = max(numbers, key=lambda name: numbers[name], default="nothing")
     if most not in DTYPES:
         raise BadInput(f"model.source: its weights are stored as {most}; supported: {', '.join(DTYPES)}")
     return DTYPES[most]
@@ -135,13 +163,6 @@ def copy_file(source: Path, target: Path) -> None:
             if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
             shutil.copyfileobj(read, write)
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise BadInput(f"{path.name}: not JSON: {error}") from None
 
 
 def listed(names: Collection[str]) -> str:

@@ -12,12 +12,14 @@ and SHA-256.
 import json
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_core_impl.checkpoint.digests import file_sha256
 from megatron_core_impl.checkpoint.durable import sync
+from megatron_core_impl.checkpoint.json_files import read_json
 from megatron_core_impl.metrics import METRICS_FILE, read_metrics
 from stages import runtime
 from stages.contracts import artifacts as a
@@ -30,11 +32,11 @@ from stages.hub_upload import Published, to_hub
 from stages.licence import NOTICE, Terms, read_terms
 from stages.loss_chart import draw_losses
 from stages.model_card import Lineage, model_card
-from stages.model_files import copy_file, read_json
+from stages.model_files import copy_file
 from stages.runtime import BadInput, Context
 
 Sources = dict[str, Path]  # what is published: its name there -> the file here
-Records = dict[str, a.FileRecord]
+Records = dict[str, a.PublishedFile]
 
 
 def run(spec: PushSpec, ctx: Context) -> a.PushArtifact:
@@ -50,36 +52,32 @@ def run(spec: PushSpec, ctx: Context) -> a.PushArtifact:
     dataset, data = ctx.facts("dataset", a.DatasetArtifact), ctx.facts("data", a.RawDataArtifact)
 
     settings = spec.settings
-    records = {n.removeprefix("model/"): r for n, r in export.files.items() if n.startswith("model/")}
-    if not any(name.endswith(".safetensors") for name in records):
+    names = [name.removeprefix("model/") for name in export.files if name.startswith("model/")]
+    if not any(name.endswith(".safetensors") for name in names):
         raise BadInput(f"inputs.export: {folder / 'model'} holds no weights")
-    sources = {name: folder / "model" / name for name in records if name != CARD}
-
-    def publish(name: str) -> None:
-        sources[name] = ctx.scratch / name
-        records[name] = a.FileRecord(size=sources[name].stat().st_size, sha256=file_sha256(sources[name]))
+    sources = {name: folder / "model" / name for name in names if name != CARD}
 
     terms = _terms(sources, settings, ctx)
     if terms.notice is not None and NOTICE not in sources and (ctx.scratch / NOTICE).exists():
-        publish(NOTICE)
+        sources[NOTICE] = ctx.scratch / NOTICE
     has_chart = draw_losses(_curve(ctx, checkpoint), ctx.scratch / CHART)
     if has_chart:
-        publish(CHART)
+        sources[CHART] = ctx.scratch / CHART
     lineage = Lineage(
         export, checkpoint, dataset, data, verification, _report(verified / "verification.json"),
         _report(folder / "comparison.json"), terms,
     )  # fmt: skip
     revision = None if settings.to == "folder" else settings.tag or (settings.branch if settings.branch != "main" else None)
-    name = settings.repo or settings.folder or "model"
-    (ctx.scratch / CARD).write_text(model_card(lineage, name, revision=revision, has_chart=has_chart))
-    publish(CARD)
+    (ctx.scratch / CARD).write_text(model_card(lineage, _name(settings), revision=revision, has_chart=has_chart))
+    sources[CARD] = ctx.scratch / CARD
+    records = _records(sources)
 
     published = {"dry-run": _list, "folder": _to_folder, "hub": to_hub}[settings.to](settings, sources, records, ctx)
     on_hub = settings.to == "hub"
     receipt = {
         "to": settings.to, "target": published.target, "branch": settings.branch if on_hub else None,
         "tag": settings.tag if on_hub else None, "commit": published.commit,
-        "files": {name: record.model_dump(include={"size", "sha256"}) for name, record in sorted(records.items())},
+        "files": {name: record.model_dump() for name, record in sorted(records.items())},
     }  # fmt: skip
     (ctx.scratch / "receipt.json").write_text(json.dumps(receipt, indent=1) + "\n")
     return ctx.artifact(
@@ -92,6 +90,23 @@ def run(spec: PushSpec, ctx: Context) -> a.PushArtifact:
         tag=settings.tag if on_hub else None,
         published=records,
     )
+
+
+def _name(settings: PushSettings) -> str:
+    """What the card calls the model: where its readers find it. Where it lies on this machine is nobody's business."""
+    if settings.repo:
+        return settings.repo
+    return f"path/to/{publishing.target_folder(settings).resolve().name if settings.folder else 'model'}"
+
+
+def _records(sources: Sources) -> Records:
+    """Size and SHA-256 of every file."""
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(file_sha256, sources.values())
+    return {
+        name: a.PublishedFile(size=path.stat().st_size, sha256=digest)
+        for (name, path), digest in zip(sources.items(), digests, strict=True)
+    }
 
 
 def _terms(sources: Sources, settings: PushSettings, ctx: Context) -> Terms:

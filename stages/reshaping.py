@@ -6,9 +6,9 @@ Importing this brings PyTorch, which takes as long as hashing a gigabyte: a stag
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from megatron_core_impl.checkpoint.reshard import NotEqual, reshard
+from megatron_core_impl.checkpoint.dtypes import dtype_of
+from megatron_core_impl.checkpoint.proven import NotEqual
+from megatron_core_impl.checkpoint.reshard import reshard
 from megatron_core_impl.checkpoint.safetensors_io import WeightsError
 from megatron_core_impl.checkpoint.sharded import WeightsReader, count_bytes, open_weights
 from megatron_core_impl.config import Layout, ModelConfig
@@ -23,7 +23,7 @@ class Reshaped(NamedTuple):
 
     is_rounded: bool  # some tensors were stored in another precision
     facts: dict[str, Any]  # of a WeightsArtifact: tensors, bytes, other_dtypes; and its metrics
-    digests: dict[str, str]  # SHA-256 of the files, taken while they were written
+    digests: dict[str, str]  # BLAKE3 of the files, taken while they were written
 
 
 def reshape(ctx: Context, folder: Path, config: ModelConfig, layout: Layout, *, dtype: str, rounds: bool) -> Reshaped:
@@ -36,7 +36,7 @@ def reshape(ctx: Context, folder: Path, config: ModelConfig, layout: Layout, *, 
         BadInput: the weights are not those of the model, or damaged.
         GateFailed: what was written is not what was read.
     """
-    wanted: torch.dtype | None = getattr(torch, dtype) if rounds else None
+    wanted = dtype_of(dtype) if rounds else None
     specs = families.tensors(config)
     try:
         source = open_weights(folder)
@@ -59,5 +59,5 @@ def reshape(ctx: Context, folder: Path, config: ModelConfig, layout: Layout, *, 
 
 
 def digests_of(written: WeightsReader) -> dict[str, str]:
-    """SHA-256 of the files of a folder by name, as its index gives them."""
-    return {name: digest.sha256 for name, digest in written.index.files.items()}
+    """BLAKE3 of the files of a folder by name, as its index gives them."""
+    return {name: digest.blake3 for name, digest in written.index.files.items()}

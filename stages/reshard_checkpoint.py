@@ -40,38 +40,43 @@ def reshard(arguments: argparse.Namespace) -> None:
         ValueError: there is no intact checkpoint, or the layout cannot hold the model.
         OSError: there is one at the target already, or it cannot be written.
     """
+    from megatron_core_impl.checkpoint.proven import NotEqual
     from megatron_core_impl.checkpoint.relayout import relayout
-    from megatron_core_impl.checkpoint.reshard import NotEqual
     from megatron_core_impl.checkpoint.sharded import open_weights
     from megatron_core_impl.models import families
 
-    root, step = find_checkpoint(arguments.checkpoint)
-    state = checkpoints.read_state(root, step)
-    model = model_of(state, checkpoints.step_folder(root, step))
+    folder = find_checkpoint(arguments.checkpoint)
+    state = checkpoints.read_state(folder)
+    model = model_of(state, folder)
     layout = Layout(**{axis: getattr(arguments, axis) for axis in AXES})
     layout.check(model)
     try:
-        made = relayout(root, step, arguments.output, families.tensors(model), layout, progress=_Teller())
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--output: {arguments.output} cannot be made: {error.strerror}. Name a folder where you may write"
+        ) from error
+    try:
+        made = relayout(folder, arguments.output, families.tensors(model), layout, progress=_Teller())
     except NotEqual as error:
         raise ValueError(str(error)) from error
     tensors = len(open_weights(made).names)
     bytes_ = sum(path.stat().st_size for path in made.iterdir())
     print(
-        f"step {step:,}, {_shown(state['layout'])} → {_shown(vars(layout))}: {counted(tensors, 'tensor')}, {size(bytes_)}, "
-        f"bit for bit, in {made}"
+        f"step {state['step']:,}, {_shown(state['layout'])} → {_shown(vars(layout))}: {counted(tensors, 'tensor')}, "
+        f"{size(bytes_)}, bit for bit, in {made}"
     )
 
 
-def find_checkpoint(path: Path) -> tuple[Path, int]:
-    """The folder of checkpoints, and the step, of the checkpoint that a path means.
+def find_checkpoint(path: Path) -> Path:
+    """The folder of the training checkpoint that a path means; it need not be called step-NNNNNN.
 
     Raises:
         ValueError: there is none.
     """
     folder, _ = locate(path)
-    number = folder.name.removeprefix("step-")
-    if (folder / checkpoints.STATE_FILE).is_file() and number.isdigit():
-        return folder.parent, int(number)
+    if (folder / checkpoints.STATE_FILE).is_file():
+        return folder
     raise ValueError(
         f"{path}: holds no training checkpoint. Name the result of a train stage, the .KEY.partial of one that is not "
         "finished, a folder of checkpoints, or a step-NNNNNN"

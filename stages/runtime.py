@@ -38,13 +38,14 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 import megatron_core_impl
-from megatron_core_impl.checkpoint.digests import file_sha256
+from megatron_core_impl.checkpoint.digests import file_blake3
 from megatron_core_impl.checkpoint.durable import sync, sync_tree
 from stages.contracts import artifacts as a
 from stages.contracts.specs import SPECS, Spec
 from stages.input_check import InputCheck
 
 EVENT_PREFIX = "@@stage "
+LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "safetensors")  # told of where a stage loaded them
 SWITCH_SECONDS = 0.0002  # that a thread waits before it takes the interpreter from another, while something is imported
 
 S = TypeVar("S", bound=Spec)
@@ -190,7 +191,7 @@ class Context:
         """The artifact of everything that now lies in the scratch folder.
 
         Args:
-            digests: SHA-256 of files by name, where it was taken already, of bytes that are proven to lie there.
+            digests: BLAKE3 of files by name, where it was taken already, of bytes that are proven to lie there.
             volatile: files, or folders with a trailing slash, that are kept but do not decide the fingerprint.
         """
         known = digests or {}
@@ -199,8 +200,8 @@ class Context:
         def record(name: str) -> a.FileRecord:
             path = self.scratch / name
             is_volatile = any(name == v or (v.endswith("/") and name.startswith(v)) for v in volatile)
-            sha256 = known.get(name) or file_sha256(path)
-            return a.FileRecord(size=path.stat().st_size, sha256=sha256, volatile=is_volatile)
+            digest = known.get(name) or file_blake3(path)
+            return a.FileRecord(size=path.stat().st_size, blake3=digest, volatile=is_volatile)
 
         with ThreadPoolExecutor(max_workers=2) as pool:
             files = dict(zip(names, pool.map(record, names), strict=True))
@@ -217,6 +218,7 @@ class Context:
                 package=megatron_core_impl.__version__,
                 python=platform.python_version(),
                 torch=torch_version or _torch_version(),
+                libraries={name: metadata.version(name) for name in LIBRARIES if name in sys.modules},
                 image=os.environ.get("STAGE_IMAGE"),
             ),
             figure=figure,
@@ -233,7 +235,7 @@ def importing() -> Iterator[None]:
     """Around the import of something large while inputs are hashed.
 
     The threads that hash get their turn at once: otherwise each block of theirs waits 5 ms for the interpreter, longer than it
-    takes. And no garbage is looked for, as there is none: with PyTorch that search is a fifth of the time.
+    takes. And no garbage is looked for, as there is none, then or later: with PyTorch that search is a fifth of the time.
     """
     interval = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -241,6 +243,7 @@ def importing() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.freeze()
         gc.enable()
         sys.setswitchinterval(interval)
 
@@ -288,7 +291,8 @@ def _main(node: str | dict[str, str], run: Callable[[Any, Context], a.Artifact],
         if told is None:
             traceback.print_exc()
             return _fail(stage, f"{error}. This is a defect of ours; the traceback is above", ExitCode.CRASH)
-        where = f" at {error.filename}" if error.filename else ""
+        path = error.filename2 or error.filename  # of a copy that fails the second is what is written
+        where = f" at {path}" if path else ""
         return _fail(stage, f"{told}{where}: make room or choose another workspace, then run again", ExitCode.BAD_INPUT)
     except Exception as error:
         traceback.print_exc()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_core_impl.checkpoint.index import read_json
+from megatron_core_impl.checkpoint.json_files import read_json
 from megatron_core_impl.data.tokenizer import load_tokenizer
 from stages import both_models
 from stages.contracts import artifacts as a
@@ -84,12 +84,22 @@ def check_special_tokens(folder: Path, ids: Mapping[SpecialName, int], tokenizer
             if number not in (found if isinstance(found, list) else [found]):
                 raise GateFailed(f"{SETTING}.{role} is {number}, but {where} of the exported folder has {name}={found}")
     moved = {getattr(base, f"{role}_token_id"): number for role, number in ids.items()}
-    expected, found = [moved.get(number, number) for number in base("a").input_ids], tokenizer("a").input_ids
-    if found != expected:
+    expected = tuple([moved.get(number, number) for number in side] for side in _around(base))
+    if (found := _around(tokenizer)) != expected:
         raise GateFailed(
-            f"{SETTING}: the exported tokenizer puts the ids {found} around a text, where it should {expected}: its "
-            "tokenizer.json adds the base model's special tokens in a way that is not understood. Leave bos and eos as they are"
+            f"{SETTING}: the exported tokenizer puts the ids {found[0]} before and {found[1]} behind a text, where it should "
+            f"{expected[0]} and {expected[1]}: its tokenizer.json adds the base model's special tokens in a way that is not "
+            "understood. Leave bos and eos as they are"
         )
+
+
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before and behind a text. What it makes of the text is another question, asked elsewhere:
+    the base model's may be one that transformers takes for another.
+    """
+    bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    first = next((k for k in range(len(whole) - len(bare) + 1) if whole[k : k + len(bare)] == bare), len(whole))
+    return whole[:first], whole[first + len(bare) :]
 
 
 def _id_of(role: SpecialName, token: str, facts: a.TokenizerFacts, source: Path, vocab_size: int) -> int:

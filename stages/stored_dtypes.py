@@ -4,14 +4,14 @@ from collections import Counter
 from collections.abc import Iterable
 from math import prod
 
-from megatron_core_impl.checkpoint.sharded import WeightsSource
+from megatron_core_impl.checkpoint.source import WeightsSource
 
 
 def other_dtypes(source: WeightsSource, names: Iterable[str], dtype: str) -> dict[str, int]:
     """How many numbers are stored otherwise than a model's facts say, by their dtype."""
     stored: Counter[str] = Counter()
     for name in names:
-        stored[str(source.dtype(name)).removeprefix("torch.")] += prod(source.shape(name))
+        stored[source.dtype(name).name] += prod(source.shape(name))
     del stored[dtype]
     return dict(sorted(stored.items()))
 

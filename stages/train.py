@@ -201,7 +201,7 @@ def publish(
     for step in older:
         shutil.rmtree(checkpoints.step_folder(root, step))
     (ctx.scratch / SPEC_FILE).unlink()
-    state = checkpoints.read_state(root, last)
+    state = checkpoints.read_state(checkpoints.step_folder(root, last))
     before, after = state["loss_before"], state["loss_after"]
     gone_through = length.length_of(spec.settings, epoch)
     assert gone_through is not None

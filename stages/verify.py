@@ -19,6 +19,7 @@ from megatron_core_impl.config import Layout
 from stages import gate, runtime
 from stages.contracts import artifacts as a
 from stages.contracts.specs import VerifySpec
+from stages.megatron_export import check_megatron
 from stages.tokenizer_files import write_tokenizer
 
 REPORT = "verification.json"
@@ -35,6 +36,7 @@ def run(spec: VerifySpec, ctx: runtime.Context) -> a.VerificationArtifact:
     weights, weights_folder = ctx.input("weights", a.WeightsArtifact)
     dataset, dataset_folder = ctx.input("dataset", a.DatasetArtifact)
     gate.check_model(weights.model, model.model)
+    check_megatron(spec.megatron_llm, weights.model)
     with TemporaryDirectory(dir=ctx.scratch) as published:  # as export will: what cannot be published need not be trained
         shutil.copyfile(model_folder / "files" / "config.json", Path(published) / "config.json")  # it decides the class, too
         write_tokenizer(

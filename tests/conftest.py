@@ -1,11 +1,21 @@
 """What tests of several parts share."""
 
-from collections.abc import Iterator
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 from distributed import GlooPool
 
-# Files of a minute and more. They begin first, so that none is left alone at the end when files run side by side.
+from flows.server import Server, serving
+
+# A thread per process, also of those that tests start. Where there are more threads than cores, OpenMP's wait for each other
+# in loops: tests then took five times the cores' time. Torch is imported after this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Files of half a minute and more. They begin first, so that none is left alone at the end when files run side by side.
 LONG = ("test_end_to_end", "test_parallel", "test_trainer_golden", "test_train", "test_command")
 
 
@@ -19,3 +29,29 @@ def pool() -> Iterator[GlooPool]:
     gloo = GlooPool()
     yield gloo
     gloo.close()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A local server as `finetune run` starts it, in a workspace of its own; one for all who test side by side."""
+    with serving(_shared(tmp_path_factory), say=lambda text: None) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def put_database(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
+    """Gives a workspace a database for its server: to set up a new one takes that longer than to start."""
+
+    def put(workspace: Path) -> None:
+        home = workspace / "prefect"
+        home.mkdir(parents=True)
+        source = _shared(tmp_path_factory) / "prefect" / "prefect.db"
+        with closing(sqlite3.connect(source)) as ours, closing(sqlite3.connect(home / "prefect.db")) as copy:
+            ours.backup(copy)
+
+    return put
+
+
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "server"

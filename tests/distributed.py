@@ -65,9 +65,10 @@ class GlooPool:
     """Runs functions on several ranks at once. Workers start when first needed and live until `close`."""
 
     def __init__(self) -> None:
-        # Workers are copies of one process that has imported what takes seconds to import.
+        # Workers are copies of one process that has imported what takes seconds to import: torch._dynamo is what PyTorch's
+        # optimizers import when they are first made.
         self._context = mp.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch.distributed", "torch.optim", "megatron_core_impl.train_step"])
+        self._context.set_forkserver_preload(["torch.distributed", "torch._dynamo", "megatron_core_impl.trainer", "pytest"])
         self._workers: list[tuple[Any, Connection]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="gloo-")
         self._groups = 0

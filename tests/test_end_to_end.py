@@ -129,8 +129,9 @@ def states(record: RunRecord, state: str) -> set[str]:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Iterator[Job]:
+def job(tmp_path: Path, put_database: Callable[[Path], None]) -> Iterator[Job]:
     job = Job(tmp_path)
+    put_database(job.workspace)
     yield job
     while left := job.processes():  # those of a test that failed
         for pid in left:

@@ -5,17 +5,23 @@ rearranges by it shows the foreign tensors of canonical weights; by the table tu
 folder. Slices are read through, so either way costs only the bytes that are asked for. Nothing here knows a family.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from megatron_core_impl.checkpoint.dtypes import Bytes, Dtype
 from megatron_core_impl.checkpoint.safetensors_io import WeightsError, check_slice
-from megatron_core_impl.checkpoint.sharded import WeightsSource
 from megatron_core_impl.checkpoint.slicing import Slice, shape_of, whole
+from megatron_core_impl.checkpoint.source import WeightsSource
 from megatron_core_impl.config import Range, Rows, StackedTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Matrix = tuple[int, int]
 
@@ -48,11 +54,15 @@ def invert(table: Iterable[StackedTensor]) -> list[StackedTensor]:
 def assemble(stacked: StackedTensor, tensor: Callable[[str], Tensor]) -> Tensor:
     """A tensor of a table in memory: a view where it is a part of one tensor. `tensor` gives those it is made of by name."""
     parts = [_in_order(tensor(rows.tensor)[rows.start : rows.stop], rows.transposed) for rows in stacked.parts]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if len(parts) == 1:
+        return parts[0]
+    import torch
+
+    return torch.cat(parts)
 
 
-class Rearranged:
-    """The tensors of a table, read out of the tensors that it is made of. A `WeightsSource`, as its source is.
+class Rearranged(WeightsSource):
+    """The tensors of a table, read out of the tensors that it is made of.
 
     Args:
         source: has the tensors that the table's parts name.
@@ -82,8 +92,8 @@ class Rearranged:
         parts = self._parts(name)
         return (sum(rows.stop - rows.start for rows in parts), *self.source.shape(parts[0].tensor)[1:])
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of a tensor.
+    def dtype(self, name: str) -> Dtype:
+        """Stored precision of a tensor.
 
         Raises:
             WeightsError: the tensors it is made of have several.
@@ -98,26 +108,35 @@ class Rearranged:
                 )
         return dtype
 
-    def read(self, name: str, piece: Slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """A slice of a tensor, on the CPU and contiguous: see `WeightsReader.read`."""
+    def check(self, name: str, piece: Slice) -> None:
+        """See `WeightsSource`."""
+        check_slice(f"{self.folder}: {name}", self.shape(name), piece)
+        for _, rows, wanted in _within(self._parts(name), piece[0]):
+            (first, last), columns = _blocks(rows, wanted), piece[1:]
+            self.source.check(rows.tensor, ((rows.start + first, rows.start + last), *columns))
+
+    def read_bytes(self, name: str, piece: Slice | None = None) -> Bytes:
+        """See `WeightsSource`."""
         shape = self.shape(name)
         piece = whole(shape) if piece is None else piece
         check_slice(f"{self.folder}: {name}", shape, piece)
         sources = list(_within(self._parts(name), piece[0]))
         if len(sources) == 1:
             ((_, rows, wanted),) = sources
-            return self._rows(rows, wanted, piece[1:], dtype)
-        out = torch.empty(shape_of(piece), dtype=self.dtype(name) if dtype is None else dtype)
+            return self._rows(rows, wanted, piece[1:])
+        self.check(name, piece)  # before memory is taken
+        out: Bytes = np.empty((*shape_of(piece), self.dtype(name).itemsize), np.uint8)
         for at, rows, wanted in sources:
-            out[slice(*at)] = self._rows(rows, wanted, piece[1:], dtype)
+            out[slice(*at)] = self._rows(rows, wanted, piece[1:])
         return out
 
-    def _rows(self, rows: Rows, wanted: Range, columns: Slice, dtype: torch.dtype | None) -> Tensor:
+    def _rows(self, rows: Rows, wanted: Range, columns: Slice) -> Bytes:
         """Some of the rows of a part: `wanted` counts from its first, in the order that the part gives them."""
-        block = math.prod(rows.transposed or (1,))  # rows that are put in order together
-        first, last = wanted[0] // block * block, -(-wanted[1] // block) * block
-        read = self.source.read(rows.tensor, ((rows.start + first, rows.start + last), *columns), dtype)
-        return _in_order(read, rows.transposed)[wanted[0] - first : wanted[1] - first]
+        first, last = _blocks(rows, wanted)
+        read = self.source.read_bytes(rows.tensor, ((rows.start + first, rows.start + last), *columns))
+        if rows.transposed is not None:
+            read = read.reshape(-1, *rows.transposed, *read.shape[1:]).swapaxes(1, 2).reshape(read.shape)
+        return read[wanted[0] - first : wanted[1] - first]
 
     def _parts(self, name: str) -> tuple[Rows, ...]:
         if name not in self._table:
@@ -130,6 +149,12 @@ def _in_order(rows: Tensor, transposed: Matrix | None) -> Tensor:
     if transposed is None:
         return rows
     return rows.reshape(-1, *transposed, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _blocks(rows: Rows, wanted: Range) -> Range:
+    """The rows of a part that must be read for some of it: whole blocks, where rows are put in order together."""
+    block = math.prod(rows.transposed or (1,))
+    return wanted[0] // block * block, -(-wanted[1] // block) * block
 
 
 def _within(parts: Iterable[Rows], wanted: Range) -> Iterator[tuple[Range, Rows, Range]]:

@@ -18,17 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from megatron_core_impl.checkpoint.dtypes import Bytes, Dtype, Floats, from_floats, to_floats
 from megatron_core_impl.checkpoint.safetensors_io import check_slice, row_blocks
-from megatron_core_impl.checkpoint.sharded import WeightsSource
 from megatron_core_impl.checkpoint.slicing import Slice, shape_of, whole
+from megatron_core_impl.checkpoint.source import WeightsSource
 from megatron_core_impl.config import NewRows, Range
 
 
-class Grown:
-    """A `WeightsSource` that shows some tensors of another with further rows.
+class Grown(WeightsSource):
+    """Shows some tensors of another with further rows.
 
     Args:
         source: what is stored.
@@ -42,7 +41,7 @@ class Grown:
         self.rows = rows
         self.new_rows = new_rows
         self._grown = tuple(names)
-        self._moments: dict[str, tuple[Tensor, Tensor]] = {}
+        self._moments: dict[str, tuple[Floats, Floats]] = {}
 
     @property
     def folder(self) -> Path:
@@ -59,57 +58,67 @@ class Grown:
         shape = self.source.shape(name)
         return (max(self.rows, shape[0]), *shape[1:]) if name in self._grown else shape
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of a tensor."""
+    def dtype(self, name: str) -> Dtype:
+        """Stored precision of a tensor."""
         return self.source.dtype(name)
 
-    def read(self, name: str, piece: Slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """A slice of a tensor, on the CPU and contiguous: see `WeightsReader.read`."""
+    def check(self, name: str, piece: Slice) -> None:
+        """See `WeightsSource`."""
+        check_slice(f"{self.folder}: {name}", self.shape(name), piece)
+        self.source.check(name, piece if name not in self._grown else self._stored(name, piece))
+
+    def read_bytes(self, name: str, piece: Slice | None = None) -> Bytes:
+        """See `WeightsSource`."""
         if name not in self._grown:
-            return self.source.read(name, piece, dtype)
+            return self.source.read_bytes(name, piece)
         piece = whole(self.shape(name)) if piece is None else piece
         check_slice(f"{self.folder}: {name}", self.shape(name), piece)
         (start, stop), stored = piece[0], self.source.shape(name)[0]
         if stop <= stored:
-            return self.source.read(name, piece, dtype)
-        out = torch.empty(shape_of(piece), dtype=dtype or self.dtype(name))
+            return self.source.read_bytes(name, piece)
+        out: Bytes = np.empty((*shape_of(piece), self.dtype(name).itemsize), np.uint8)
         if start < stored:
-            out[: stored - start] = self.source.read(name, ((start, stored), *piece[1:]), dtype)
-        columns = tuple(slice(*bounds) for bounds in piece[1:])
-        first = max(start, stored)
-        new = self._new(name, (first, stop)).to(self.dtype(name))  # rounded once, to what the stored rows have
-        out[first - start :] = new[:, *columns]
+            out[: stored - start] = self.source.read_bytes(name, self._stored(name, piece))
+        first, columns = max(start, stored), tuple(slice(*bounds) for bounds in piece[1:])
+        out[first - start :] = self._new(name, (first, stop))[:, *columns]
         return out
 
-    def _new(self, name: str, rows: Range) -> Tensor:
-        """Rows that are not stored, whole, in fp64 where they are computed."""
+    def _stored(self, name: str, piece: Slice) -> Slice:
+        """What of a slice is stored."""
+        stored = self.source.shape(name)[0]
+        return (min(piece[0][0], stored), min(piece[0][1], stored)), *piece[1:]
+
+    def _new(self, name: str, rows: Range) -> Bytes:
+        """Rows that are not stored, whole."""
         stored, *rest = self.source.shape(name)
-        count = rows[1] - rows[0]
+        count, dtype = rows[1] - rows[0], self.dtype(name)
         match self.new_rows:
-            case "mean":
-                return self._mean_and_deviation(name)[0].expand(count, *rest)
             case "zeros":
-                return torch.zeros(count, *rest)
+                return np.zeros((count, *rest, dtype.itemsize), np.uint8)
             case "last":
-                return self.source.read(name, ((stored - 1, stored), *whole(rest))).expand(count, *rest)
+                last = self.source.read_bytes(name, ((stored - 1, stored), *whole(tuple(rest))))
+                return np.broadcast_to(last, (count, *last.shape[1:]))
+            case "mean":
+                return np.broadcast_to(from_floats(self._mean_and_deviation(name)[0], dtype), (count, *rest, dtype.itemsize))
             case "normal":
                 mean, deviation = self._mean_and_deviation(name)
-                return torch.stack([mean + deviation * _noise(self._grown.index(name), row, rest) for row in range(*rows)])
+                drawn = [mean + deviation * _noise(self._grown.index(name), row, rest) for row in range(*rows)]
+                return from_floats(np.stack(drawn), dtype)
 
-    def _mean_and_deviation(self, name: str) -> tuple[Tensor, Tensor]:
+    def _mean_and_deviation(self, name: str) -> tuple[Floats, Floats]:
         """Of the stored rows, column by column; read some rows at a time."""
         if name not in self._moments:
-            shape = self.source.shape(name)
-            total, squares = torch.zeros(2, *shape[1:], dtype=torch.float64)
-            for rows in row_blocks(whole(shape), torch.float64.itemsize):
-                block = self.source.read(name, rows, torch.float64)
+            shape, dtype = self.source.shape(name), self.dtype(name)
+            total, squares = np.zeros(shape[1:]), np.zeros(shape[1:])
+            for rows in row_blocks(whole(shape), np.dtype(np.float64).itemsize):
+                block = to_floats(self.source.read_bytes(name, rows), dtype)
                 total += block.sum(0)
-                squares += block.square_().sum(0)
+                squares += np.square(block).sum(0)
             mean = total / shape[0]
-            self._moments[name] = mean, (squares / shape[0] - mean.square()).clamp_(min=0).sqrt_()
+            self._moments[name] = mean, np.sqrt(np.maximum(squares / shape[0] - np.square(mean), 0))
         return self._moments[name]
 
 
-def _noise(tensor: int, row: int, shape: Sequence[int]) -> Tensor:
+def _noise(tensor: int, row: int, shape: Sequence[int]) -> Floats:
     """Standard normal numbers that are a tensor's and a row's own. NumPy keeps the stream of this generator for ever."""
-    return torch.from_numpy(np.random.RandomState([tensor, row]).standard_normal(tuple(shape)))
+    return np.random.RandomState([tensor, row]).standard_normal(tuple(shape))

@@ -3,7 +3,7 @@
 Our own folders say so in `index.json`:
 
     {"format": "megatron-flows weights", "version": 2, "layout": {"tp": 2, "pp": 1, "dp": 1},
-     "files": {"rank-0000.safetensors": {"size": 6738421000, "sha256": "9f86d0…"}, …},
+     "files": {"rank-0000.safetensors": {"size": 6738421000, "blake3": "9f86d0…"}, …},
      "tensors": {"lm_head.weight": {"dtype": "bfloat16", "shape": [32000, 4096],
                                     "pieces": [{"file": "rank-0000.safetensors", "slice": [[0, 16000], [0, 4096]]}, …]}}}
 
@@ -18,18 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_core_impl.checkpoint.digests import INDEX_FILE as INDEX_FILE
 from megatron_core_impl.checkpoint.digests import FileDigest, format_digests, parse_digests
-from megatron_core_impl.checkpoint.safetensors_io import CODES, WeightsError, check_slice, format_slice
+from megatron_core_impl.checkpoint.dtypes import NAMES, Dtype
+from megatron_core_impl.checkpoint.json_files import read_json
+from megatron_core_impl.checkpoint.safetensors_io import WeightsError, check_slice, format_slice
+from megatron_core_impl.checkpoint.shown import shown
 from megatron_core_impl.checkpoint.slicing import Slice, shape_of
 
 FORMAT = "megatron-flows weights"
-VERSION = 2
-
-_DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in CODES}
-_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Piece:
 class StoredTensor:
     """A tensor of a folder."""
 
-    dtype: torch.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
 
@@ -101,7 +99,7 @@ def write_index_file(folder: Path, index: Index) -> None:
     content: dict[str, Any] = {"format": FORMAT, "version": VERSION, **index.extra, "files": format_digests(index.files)}
     content["tensors"] = {
         name: {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "dtype": tensor.dtype.name,
             "shape": list(tensor.shape),
             "pieces": [{"file": piece.file, "slice": [list(bounds) for bounds in piece.slice]} for piece in tensor.pieces],
         }
@@ -116,10 +114,10 @@ def read_index_file(path: Path) -> Index:
     Raises:
         WeightsError: it is not ours, malformed, the pieces of a tensor do not tile it, or a file has no digest.
     """
-    content = read_json(path)
+    content = read_object(path)
     kind, version = content.get("format"), content.get("version")
     if kind != FORMAT or version != VERSION:
-        raise WeightsError(f"{path}: is {kind!r}, version {version!r}; this reads {FORMAT!r}, version {VERSION}")
+        raise WeightsError(f"{path}: is {shown(kind)}, version {shown(version)}; this reads {FORMAT!r}, version {VERSION}")
     try:
         files = parse_digests(content.get("files"))
     except ValueError as error:
@@ -139,18 +137,18 @@ def read_index_file(path: Path) -> Index:
 
 def _parse_tensor(where: str, entry: dict[str, Any]) -> StoredTensor:
     dtype, shape, pieces = entry.get("dtype"), entry.get("shape"), entry.get("pieces")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise WeightsError(f"{where}: dtype {dtype!r} is unknown; known: {', '.join(_DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in NAMES:
+        raise WeightsError(f"{where}: dtype {shown(dtype)} is unknown; known: {', '.join(NAMES)}")
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-        raise WeightsError(f"{where}: shape {shape!r} must be a list of sizes")
+        raise WeightsError(f"{where}: shape {shown(shape)} must be a list of sizes")
     if not isinstance(pieces, list):
         raise WeightsError(f"{where}: pieces must be a list")
-    return StoredTensor(_DTYPES[dtype], tuple(shape), tuple(_parse_piece(where, piece) for piece in pieces))
+    return StoredTensor(NAMES[dtype], tuple(shape), tuple(_parse_piece(where, piece) for piece in pieces))
 
 
 def _parse_piece(where: str, piece: Any) -> Piece:
     if not isinstance(piece, dict):
-        raise WeightsError(f"{where}: a piece must have file and slice, this is {piece!r}")
+        raise WeightsError(f"{where}: a piece must have file and slice, this is {shown(piece)}")
     return Piece(plain_file_name(where, piece.get("file")), parse_slice(where, piece.get("slice")))
 
 
@@ -159,31 +157,27 @@ def parse_slice(where: str, ranges: Any) -> Slice:
     if not isinstance(ranges, list) or not all(
         isinstance(bounds, list) and len(bounds) == 2 and all(type(bound) is int for bound in bounds) for bounds in ranges
     ):
-        raise WeightsError(f"{where}: slice {ranges!r} must be a list of [start, stop]")
+        raise WeightsError(f"{where}: slice {shown(ranges)} must be a list of [start, stop]")
     return tuple((start, stop) for start, stop in ranges)
 
 
 def plain_file_name(where: str, name: Any) -> str:
     """A file name that stays in its folder. `where` begins the message of the WeightsError."""
     if not isinstance(name, str) or name != Path(name).name or not name:
-        raise WeightsError(f"{where}: file {name!r} must be the name of a file in the same folder")
+        raise WeightsError(f"{where}: file {shown(name)} must be the name of a file in the same folder")
     return name
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that tells of weights.
 
     Raises:
         WeightsError: there is no such file, or it holds something else.
     """
     try:
-        return _object(path, "content", json.loads(path.read_bytes()))
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: no such file") from None
-    except WeightsError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: not JSON: {error}") from None
+        return read_json(path)
+    except ValueError as error:
+        raise WeightsError(str(error)) from None
 
 
 def _object(path: Path, what: str, value: Any) -> dict[str, Any]:
@@ -203,8 +197,8 @@ def merge_pieces(folder: Path, found: Iterable[tuple[str, StoredTensor]]) -> dic
         known = tensors.setdefault(name, StoredTensor(part.dtype, part.shape, ()))
         if (known.dtype, known.shape) != (part.dtype, part.shape):
             raise WeightsError(
-                f"{folder}: {name}: {part.pieces[0].file} says {_DTYPE_NAMES[part.dtype]} {list(part.shape)}, "
-                f"{known.pieces[0].file} says {_DTYPE_NAMES[known.dtype]} {list(known.shape)}"
+                f"{folder}: {name}: {part.pieces[0].file} says {part.dtype} {list(part.shape)}, "
+                f"{known.pieces[0].file} says {known.dtype} {list(known.shape)}"
             )
         tensors[name] = StoredTensor(known.dtype, known.shape, known.pieces + part.pieces)
     for name, tensor in tensors.items():

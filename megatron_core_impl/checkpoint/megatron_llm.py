@@ -11,12 +11,13 @@ otherwise than its training does; here they have the names of its training. Laye
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_core_impl.checkpoint.restricted_pickle import RefusedPickle, TensorRecord, entries
+from megatron_core_impl.checkpoint.shown import shown
 from megatron_core_impl.checkpoint.torch_archive import TorchArchive
 from megatron_core_impl.config import Layout
 
@@ -24,6 +25,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE, VERSION = "release", 3.0
 MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")
 EMBEDDING, EMBEDDING_FOR_HEAD = "embedding.word_embeddings.weight", "word_embeddings_for_head.weight"
+_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 
 
@@ -70,7 +72,7 @@ def iteration_folder(folder: Path) -> Path:
         return folder
     latest = tracker.read_text(errors="replace").strip()
     if latest != RELEASE and not latest.isdecimal():
-        raise RefusedPickle(f"{tracker}: says {latest[:40]!r}; it must be {RELEASE} or the number of an iteration")
+        raise RefusedPickle(f"{tracker}: says {shown(latest)}; it must be {RELEASE} or the number of an iteration")
     found = folder / (latest if latest == RELEASE else f"iter_{int(latest):07d}")
     if not found.is_dir():
         there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no folder"
@@ -110,6 +112,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         for pp_rank, tp_rank in sorted(expected)
         for chunk, tensors in enumerate(_models(archives[pp_rank, tp_rank], layout.vpp))
     )
+    _check_sizes(folder, args, files)
     return Checkpoint(folder, args, layout, files)
 
 
@@ -159,7 +162,7 @@ def _args(archive: TorchArchive) -> Mapping[str, Any]:
     version = state.get("checkpoint_version", 0)
     if not isinstance(version, int | float) or version < VERSION:
         raise RefusedPickle(
-            f"{archive.path}: checkpoint_version={version!r} is not supported; 3.0 is, which orders q, k and v by head"
+            f"{archive.path}: checkpoint_version={shown(version)} is not supported; 3.0 is, which orders q, k and v by head"
         )
     return args
 
@@ -169,16 +172,30 @@ def _layout(folder: Path, args: Mapping[str, Any]) -> Layout:
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         sizes[name] = args.get(name, 1)
         if type(sizes[name]) is not int or not 1 <= sizes[name] <= 100_000:
-            raise RefusedPickle(f"{folder}: args.{name}={sizes[name]!r} is no number of ranks")
+            raise RefusedPickle(f"{folder}: args.{name}={shown(sizes[name])} is no number of ranks")
     tp, pp = sizes.values()
     per_stage, layers = args.get("num_layers_per_virtual_pipeline_stage"), args.get("num_layers")
     if per_stage is None or pp == 1:
         return Layout(tp=tp, pp=pp)
     if type(per_stage) is not int or type(layers) is not int or per_stage < 1 or layers % (pp * per_stage):
         raise RefusedPickle(
-            f"{folder}: args.num_layers_per_virtual_pipeline_stage={per_stage!r} does not share out num_layers={layers!r}"
+            f"{folder}: args.num_layers_per_virtual_pipeline_stage={shown(per_stage)} does not share out "
+            f"num_layers={shown(layers)}"
         )
     return Layout(tp=tp, pp=pp, vpp=layers // (pp * per_stage))
+
+
+def _check_sizes(folder: Path, args: Mapping[str, Any], files: Iterable[RankFile]) -> None:
+    """Refuse sizes that the files contradict: before anything is built that is as large as they say."""
+    layers, width = 0, None
+    for file in files:
+        if file.tp_rank == 0:
+            layers += len({found[1] for name in file.tensors if (found := _LAYER.match(name))})
+        if EMBEDDING in file.tensors and len(shape := file.tensors[EMBEDDING].shape) == 2:
+            width = shape[1]
+    for name, stored in (("num_layers", layers), ("hidden_size", width)):
+        if stored is not None and type(args.get(name)) is int and args[name] != stored:
+            raise RefusedPickle(f"{folder}: args.{name}={shown(args[name])}, and its files hold {stored:,}")
 
 
 def _models(archive: TorchArchive, chunks: int) -> Iterator[dict[str, TensorRecord]]:
@@ -195,9 +212,9 @@ def _flat(model: Mapping[str, Any]) -> dict[str, TensorRecord]:
 
     def take(name: str, value: Any) -> None:
         if not isinstance(value, TensorRecord):
-            raise RefusedPickle(f"has no tensor at {name}")
+            raise RefusedPickle(f"has no tensor at {name[:100]}")
         if name in tensors:
-            raise RefusedPickle(f"has the tensor {name} twice")
+            raise RefusedPickle(f"has the tensor {name[:100]} twice")
         tensors[name] = value
 
     language_model = entries(model.get("language_model"), "language_model")

@@ -5,20 +5,26 @@ tensors through the tables turned round. `prove_ranks` goes the other way: out o
 every rank again, and compares it with the file, bit for bit. Both together show that nothing was lost and nothing made up.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from megatron_core_impl.checkpoint.dtypes import Bytes, Dtype
 from megatron_core_impl.checkpoint.foreign import Rearranged, invert
-from megatron_core_impl.checkpoint.index import Index, Piece, StoredTensor, merge_pieces
-from megatron_core_impl.checkpoint.reshard import NotEqual, Progress, list_names, same_bits
+from megatron_core_impl.checkpoint.index import Index, Piece, StoredTensor, intersect, merge_pieces
+from megatron_core_impl.checkpoint.proven import NotEqual, Progress, same_bits
+from megatron_core_impl.checkpoint.reshard import list_names
 from megatron_core_impl.checkpoint.safetensors_io import WeightsError, check_slice, format_slice, row_blocks
-from megatron_core_impl.checkpoint.sharded import TensorFile, WeightsReader, WeightsSource, count_bytes
+from megatron_core_impl.checkpoint.sharded import TensorFile, WeightsReader, count_bytes
 from megatron_core_impl.checkpoint.slicing import Slice, shape_of, whole
+from megatron_core_impl.checkpoint.source import WeightsSource
 from megatron_core_impl.config import RankForm, Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,8 @@ class StoredRank:
     form: RankForm
 
 
-class Part:
-    """Slices of the tensors of a source, as tensors of their own: a `WeightsSource`."""
+class Part(WeightsSource):
+    """Slices of the tensors of a source, as tensors of their own."""
 
     def __init__(self, source: WeightsSource, pieces: Mapping[str, Slice]) -> None:
         self.source = source
@@ -51,17 +57,23 @@ class Part:
         """Shape of a slice."""
         return shape_of(self.pieces[name])
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of a tensor."""
+    def dtype(self, name: str) -> Dtype:
+        """Stored precision of a tensor."""
         return self.source.dtype(name)
 
-    def read(self, name: str, piece: Slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """A slice of a slice, on the CPU and contiguous: see `WeightsReader.read`."""
+    def check(self, name: str, piece: Slice) -> None:
+        """See `WeightsSource`."""
+        check_slice(f"{self.folder}: {name}", self.shape(name), piece)
+        self.source.check(name, self._of_source(name, piece))
+
+    def read_bytes(self, name: str, piece: Slice | None = None) -> Bytes:
+        """See `WeightsSource`."""
         piece = whole(self.shape(name)) if piece is None else piece
         check_slice(f"{self.folder}: {name}", self.shape(name), piece)
-        return self.source.read(
-            name, tuple((base + a, base + b) for (a, b), (base, _) in zip(piece, self.pieces[name], strict=True)), dtype
-        )
+        return self.source.read_bytes(name, self._of_source(name, piece))
+
+    def _of_source(self, name: str, piece: Slice) -> Slice:
+        return tuple((base + a, base + b) for (a, b), (base, _) in zip(piece, self.pieces[name], strict=True))
 
 
 class _Canonical:
@@ -71,8 +83,8 @@ class _Canonical:
         self._reader = Rearranged(_as_source(folder, rank), invert(rank.form.table))
         self.tensors = {name: (self._reader.dtype(name), self._reader.shape(name)) for name in self._reader.names}
 
-    def read(self, name: str, piece: Slice | None = None) -> Tensor:
-        return self._reader.read(name, piece)
+    def read_bytes(self, name: str, piece: Slice | None = None) -> Bytes:
+        return self._reader.read_bytes(name, piece)
 
 
 def open_ranks(folder: Path, shapes: Mapping[str, tuple[int, ...]], ranks: Sequence[StoredRank]) -> WeightsReader:
@@ -104,6 +116,7 @@ def prove_ranks(source: WeightsSource, ranks: Sequence[StoredRank], progress: Pr
 
     Raises:
         NotEqual: naming the file and the tensor.
+        WeightsError: two files hold copies of a tensor that differ: naming both.
     """
     stored = [(rank, _as_source(source.folder, rank)) for rank in ranks]
     total, done = sum(count_bytes(file, file.names) for _, file in stored), 0
@@ -112,9 +125,22 @@ def prove_ranks(source: WeightsSource, ranks: Sequence[StoredRank], progress: Pr
         for name in again.names:
             for block in row_blocks(whole(again.shape(name)), again.dtype(name).itemsize):
                 if not same_bits(again.read(name, block), file.read(name, block)):
+                    _refuse_other_copy(source.folder, ranks, rank, name)
                     raise NotEqual(f"{rank.name}: {name} is not what the model's weights give there, in {format_slice(block)}")
             done += count_bytes(file, [name])
             progress(done, total, f"comparing {rank.name}")
+
+
+def _refuse_other_copy(folder: Path, ranks: Sequence[StoredRank], rank: StoredRank, name: str) -> None:
+    """Tell of a rank's tensor that is a copy of what another rank holds: the model has the other's numbers, which differ."""
+    parts = {rows.tensor for stacked in rank.form.table if stacked.name == name for rows in stacked.parts}
+    for part in sorted(parts - rank.form.counted):
+        for other in ranks:
+            if part in other.form.counted and intersect(other.form.pieces[part], rank.form.pieces[part]) is not None:
+                raise WeightsError(
+                    f"{rank.name}: {name} differs from that of {other.name}: both hold copies of the same numbers. One of the "
+                    "files is damaged, or of another checkpoint"
+                )
 
 
 def up_to(rank: StoredRank, names: Collection[str], rows: int) -> StoredRank:

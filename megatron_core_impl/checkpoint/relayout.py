@@ -12,22 +12,23 @@ from pathlib import Path
 from shutil import rmtree
 
 from megatron_core_impl.checkpoint import training
-from megatron_core_impl.checkpoint.reshard import Progress, reshard
+from megatron_core_impl.checkpoint.proven import Progress
+from megatron_core_impl.checkpoint.reshard import reshard
 from megatron_core_impl.checkpoint.safetensors_io import WeightsError
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.config import Layout, TensorSpec
 
 
 def relayout(
-    source: Path, step: int, target: Path, specs: Sequence[TensorSpec], layout: Layout, *, progress: Progress
+    source: Path, target: Path, specs: Sequence[TensorSpec], layout: Layout, *, progress: Progress
 ) -> Path:  # fmt: skip
-    """Write the checkpoint of a step as another layout would have, and prove every bit of it by reading it back.
+    """Write a checkpoint as another layout would have, and prove every bit of it by reading it back.
 
     One block of rows is in memory at a time. The checkpoint appears whole or not at all.
 
     Args:
-        source: folder of checkpoints; the files of this one are compared with their digests first.
-        target: another folder of checkpoints, which may be new.
+        source: the checkpoint; its files are compared with their digests first.
+        target: another folder of checkpoints, which may be new: step-NNNNNN is made in it.
         specs: the tensors of the model.
 
     Returns:
@@ -39,16 +40,17 @@ def relayout(
         NotEqual: what lies on the disk now differs from the source.
         FileExistsError: the target has a checkpoint of this step.
     """
+    state = training.read_state(source)
+    step = state["step"]
     final, unfinished = training.step_folder(target, step), training.unfinished_folder(target, step)
     if final.exists():
         raise FileExistsError(f"{final} is there already: name another folder, or remove it first")
-    folder, state = training.step_folder(source, step), training.read_state(source, step)
-    training.check_files(source, step, training.recorded_files(source, step, state))
-    reader = open_weights(folder)
+    training.check_files(source, training.recorded_files(source, state))
+    reader = open_weights(source)
     rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        reshard(reader, unfinished, state_specs(folder, reader.names, specs), layout, progress=progress, step=step)
+        reshard(reader, unfinished, state_specs(source, reader.names, specs), layout, progress=progress, step=step)
         training.commit(target, step, {**state, "layout": asdict(layout)}, keep=sys.maxsize)
     except BaseException:
         rmtree(unfinished, ignore_errors=True)

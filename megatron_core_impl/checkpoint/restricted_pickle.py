@@ -11,11 +11,13 @@ The opcodes: https://github.com/python/cpython/blob/3.11/Lib/pickletools.py. Its
 
 import pickletools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MAX_BYTES = 200_000_000  # a checkpoint's is a few KB per layer
+MAX_BYTES = 8_000_000  # a checkpoint's is a few KB per layer: seconds and a few hundred MB, whatever is in it
+MAX_STACK = 10_000  # a list is written a thousand items at a time, and a tuple at once
+MAX_NAME, MAX_DIMS = 100, 64
 ENUMS = re.compile(r"megatron(\.\w+)*\.enums")
 
 STORAGES = {
@@ -34,9 +36,6 @@ _IDLE = {
     *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
 }  # fmt: skip
 
-_CONSTANTS = {
-    "NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (),
-}  # fmt: skip
 _LITERALS = {
     "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES",
     "SHORT_BINBYTES", "BINBYTES8", "BINSTRING", "SHORT_BINSTRING",
@@ -80,6 +79,21 @@ class TensorRecord:
             expected *= size
         return True
 
+    @property
+    def last(self) -> int:
+        """The last number of the storage that it reaches."""
+        return self.offset + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether two of its numbers may be the same one of the storage. Not where each dim steps over all smaller ones."""
+        reached = 0
+        for step, size in sorted((step, size) for size, step in zip(self.shape, self.stride, strict=True) if size != 1):
+            if step <= reached and 0 not in self.shape:
+                return True
+            reached += (size - 1) * step
+        return False
+
 
 @dataclass(frozen=True)
 class EnumMember:
@@ -113,91 +127,128 @@ def load(data: bytes) -> Any:
     if len(data) > MAX_BYTES:
         raise RefusedPickle(f"is larger than {MAX_BYTES:,} bytes")
     try:
-        return _interpret(data)
+        return _Machine(data).run(data)
     except RefusedPickle:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
         raise RefusedPickle(f"is malformed ({type(error).__name__}: {str(error)[:100]})") from None
 
 
-def _interpret(data: bytes) -> Any:
-    stack: list[Any] = []
-    marks: list[int] = []  # how much was on the stack
-    memo: dict[int, Any] = {}
+class _Machine:
+    """What the opcodes work on. Nothing here looks into a value that was made: no comparison, no hash, no text of it."""
 
-    def since_mark() -> list[Any]:
-        at = marks.pop()
-        found = stack[at:]
-        del stack[at:]
+    def __init__(self, data: bytes) -> None:
+        self.stack: list[Any] = []
+        self.marks: list[int] = []  # how much was on the stack
+        self.memo: dict[int, Any] = {}
+        self.copies_left = len(data)  # of entries of one dictionary into another, each of which a pickle has written once
+
+    def run(self, data: bytes) -> Any:
+        for opcode, argument, position in pickletools.genops(data):
+            if opcode.name == "STOP":
+                (result,) = self.stack
+                return result
+            if (do := _OPCODES.get(opcode.name)) is None:
+                raise RefusedPickle(f"uses {opcode.name} at byte {position:,}, which no checkpoint needs")
+            do(self, argument)
+            if len(self.stack) > MAX_STACK:
+                raise RefusedPickle(f"nests or lists more than {MAX_STACK:,} things at byte {position:,}")
+        raise RefusedPickle("is malformed: it has no end")
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def pop(self, count: int) -> list[Any]:
+        if len(self.stack) < count:
+            raise RefusedPickle("is malformed: its stack is empty")
+        found = self.stack[-count:]
+        del self.stack[-count:]
         return found
 
-    argument: Any
-    for opcode, argument, position in pickletools.genops(data):
-        name = opcode.name
-        if name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in _LITERALS:
-            stack.append(argument)
-        elif name in ("PROTO", "FRAME"):
-            pass
-        elif name == "MARK":
-            marks.append(len(stack))
-        elif name == "EMPTY_LIST":
-            stack.append([])
-        elif name == "EMPTY_DICT":
-            stack.append({})
-        elif name == "TUPLE":
-            stack.append(tuple(since_mark()))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            count = int(name[-1])
-            stack[-count:] = [tuple(_popped(stack, count))]
-        elif name == "APPEND":
-            value = stack.pop()
-            _expect(stack[-1], list).append(value)
-        elif name == "APPENDS":
-            values = since_mark()
-            _expect(stack[-1], list).extend(values)
-        elif name == "SETITEM":
-            _set_items(stack, _popped(stack, 2, remove=True))
-        elif name == "SETITEMS":
-            _set_items(stack, since_mark())
-        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-            memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(memo[argument])
-        elif name == "GLOBAL":
-            stack.append(_named(*argument.split(" ", 1)))
-        elif name == "STACK_GLOBAL":
-            stack.append(_named(*_popped(stack, 2, remove=True)))
-        elif name == "BINPERSID":
-            stack.append(_storage(stack.pop()))
-        elif name in ("REDUCE", "NEWOBJ"):
-            function, arguments = _popped(stack, 2, remove=True)
-            stack.append(_made(_expect(function, _Name), _expect(arguments, tuple)))
-        elif name == "BUILD":
-            state = stack.pop()
-            _build(stack[-1], state)
-        elif name == "STOP":
-            (result,) = stack
-            return result
-        else:
-            raise RefusedPickle(f"uses {name} at byte {position:,}, which no checkpoint needs")
-    raise RefusedPickle("is malformed: it has no end")
+    def since_mark(self) -> list[Any]:
+        at = self.marks.pop()
+        found = self.stack[at:]
+        del self.stack[at:]
+        return found
+
+    def mark(self) -> None:
+        self.marks.append(len(self.stack))
+
+    def append(self, values: list[Any]) -> None:
+        _expect(self.stack[-1], list).extend(values)
+
+    def set_items(self, items: list[Any]) -> None:
+        target: dict[Any, Any] = _expect(self.stack[-1], dict)
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # Nor a number that an author could choose for its hash
+            if not isinstance(key, str | None) and not (isinstance(key, int) and abs(key) < 2**31):
+                raise RefusedPickle(f"has a dictionary with a {type(key).__name__} for a key")
+            target[key] = value
+
+    def remember(self, at: int) -> None:
+        self.memo[at] = self.stack[-1]
+
+    def make(self) -> None:
+        function, arguments = self.pop(2)
+        self.push(_made(_expect(function, _Name), _expect(arguments, tuple)))
+
+    def build(self) -> None:
+        """Give something its state: arguments theirs. Attributes of an OrderedDict, and what is idle, are read over."""
+        (state,) = self.pop(1)
+        target = self.stack[-1]
+        if isinstance(target, dict):
+            attributes = _expect(state, dict)
+            self.copies_left -= len(attributes)
+            if self.copies_left < 0:
+                raise RefusedPickle("gives the same state again and again")
+            if not all(isinstance(name, str) for name in attributes):
+                raise RefusedPickle("gives arguments names that are no text")
+            if attributes.keys() != {"_metadata"}:  # that of a module's state: versions of its parts
+                target.update(attributes)
+        elif not isinstance(target, Idle):
+            raise RefusedPickle(f"sets the state of a {type(target).__name__.strip('_')}")
+
+
+_OPCODES: dict[str, Callable[[_Machine, Any], None]] = {
+    **dict.fromkeys(("PROTO", "FRAME"), lambda _, __: None),
+    **dict.fromkeys(_LITERALS, lambda machine, argument: machine.push(argument)),
+    "NONE": lambda machine, _: machine.push(None),
+    "NEWTRUE": lambda machine, _: machine.push(True),
+    "NEWFALSE": lambda machine, _: machine.push(False),
+    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "EMPTY_DICT": lambda machine, _: machine.push({}),
+    "MARK": lambda machine, _: machine.mark(),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.since_mark())),
+    "TUPLE1": lambda machine, _: machine.push(tuple(machine.pop(1))),
+    "TUPLE2": lambda machine, _: machine.push(tuple(machine.pop(2))),
+    "TUPLE3": lambda machine, _: machine.push(tuple(machine.pop(3))),
+    "APPEND": lambda machine, _: machine.append(machine.pop(1)),
+    "APPENDS": lambda machine, _: machine.append(machine.since_mark()),
+    "SETITEM": lambda machine, _: machine.set_items(machine.pop(2)),
+    "SETITEMS": lambda machine, _: machine.set_items(machine.since_mark()),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda machine, at: machine.remember(at)),
+    "MEMOIZE": lambda machine, _: machine.remember(len(machine.memo)),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda machine, at: machine.push(machine.memo[at])),
+    "GLOBAL": lambda machine, names: machine.push(_named(*names.split(" ", 1))),
+    "STACK_GLOBAL": lambda machine, _: machine.push(_named(*machine.pop(2))),
+    "BINPERSID": lambda machine, _: machine.push(_storage(*machine.pop(1))),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda machine, _: machine.make()),
+    "BUILD": lambda machine, _: machine.build(),
+}
 
 
 def _named(module: object, name: object) -> _Name:
     """A name that a checkpoint may hold."""
-    found = _Name(_expect(module, str), _expect(name, str))
+    found = _Name(_expect(module, str)[: MAX_NAME + 1], _expect(name, str)[: MAX_NAME + 1])
     key = (found.module, found.name)
     is_storage = found.module in ("torch", "torch.cuda") and found.name in STORAGES
     is_dtype = found.module == "torch" and found.name in _DTYPES
     is_enum = ENUMS.fullmatch(found.module) is not None and found.name.isidentifier()
-    if key in _OF_TORCH or key in _IDLE or is_storage or is_dtype or is_enum:
+    if max(map(len, key)) <= MAX_NAME and (key in _OF_TORCH or key in _IDLE or is_storage or is_dtype or is_enum):
         return found
     raise RefusedPickle(
-        f"names {found.module[:100]}.{found.name[:100]}, which is none of the tensors, arguments and enums of a checkpoint. "
+        f"names {found.module}.{found.name}, which is none of the tensors, arguments and enums of a checkpoint. "
         "Nothing in it was run"
     )
 
@@ -205,12 +256,7 @@ def _named(module: object, name: object) -> _Name:
 def _made(function: _Name, arguments: tuple[Any, ...]) -> Any:
     """What is pickled as a call: the record of it."""
     match (function.module, function.name):
-        case "collections", "OrderedDict":
-            pairs = [_expect(pair, list, tuple) for pair in (_expect(arguments[0], list, tuple) if arguments else ())]
-            made: dict[Any, Any] = {}
-            _set_items([made], [value for key, item in pairs for value in (key, item)])
-            return made
-        case "argparse", "Namespace" if not arguments:
+        case ("collections", "OrderedDict") | ("argparse", "Namespace") if not arguments:
             return {}
         case "torch._utils", "_rebuild_tensor_v2":
             return _tensor(*arguments[:4])
@@ -223,18 +269,6 @@ def _made(function: _Name, arguments: tuple[Any, ...]) -> Any:
     raise RefusedPickle(f"calls {function} in a way in which no checkpoint is written")
 
 
-def _build(target: Any, state: Any) -> None:
-    """Give something its state: arguments theirs. An OrderedDict's attributes, and the state of what is idle, are read over."""
-    if isinstance(target, dict):
-        attributes = _expect(state, dict)
-        if not all(isinstance(name, str) for name in attributes):
-            raise RefusedPickle("gives arguments names that are no text")
-        if attributes.keys() != {"_metadata"}:  # that of a module's state: versions of its parts
-            target.update(attributes)
-    elif not isinstance(target, Idle):
-        raise RefusedPickle(f"sets the state of a {type(target).__name__.strip('_')}")
-
-
 def _storage(told: Any) -> Storage:
     kind, storage, key, _, size = _expect(told, tuple)[:5]
     name = _expect(storage, _Name)
@@ -245,33 +279,17 @@ def _storage(told: Any) -> Storage:
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> TensorRecord:
     record = TensorRecord(_expect(storage, Storage), _counts((offset,))[0], _counts(shape), _counts(stride))
-    last = record.offset + sum((size - 1) * step for size, step in zip(record.shape, record.stride, strict=True))
-    if 0 not in record.shape and last >= record.storage.size:
+    if len(record.shape) != len(record.stride):
+        raise RefusedPickle("has a tensor with more sizes than strides, or fewer")
+    if 0 not in record.shape and record.last >= record.storage.size:
         raise RefusedPickle(f"has a tensor that reaches beyond its storage {record.storage.key[:20]}")
     return record
 
 
 def _counts(values: Any) -> tuple[int, ...]:
-    if not all(type(value) is int and 0 <= value < 2**63 for value in _expect(values, tuple)):
+    if len(_expect(values, tuple)) > MAX_DIMS or not all(type(value) is int and 0 <= value < 2**63 for value in values):
         raise RefusedPickle("has a tensor whose sizes are no counts")
     return tuple(values)
-
-
-def _set_items(stack: list[Any], items: list[Any]) -> None:
-    target: dict[Any, Any] = _expect(stack[-1], dict)
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, str | int | float | None):
-            raise RefusedPickle(f"has a dictionary with a {type(key).__name__} for a key")
-        target[key] = value
-
-
-def _popped(stack: list[Any], count: int, *, remove: bool = False) -> list[Any]:
-    if len(stack) < count:
-        raise RefusedPickle("is malformed: its stack is empty")
-    found = stack[-count:]
-    if remove:
-        del stack[-count:]
-    return found
 
 
 def _expect(value: Any, *kinds: type) -> Any:

@@ -5,40 +5,37 @@ JSON, `{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": 
 multiple of 8; then the data, row-major and little-endian, without holes. Offsets count from the end of the header.
 
 Files are read with `pread`, never mapped: a slice costs its own bytes, and neither memory nor a descriptor outlives a call.
+Numbers are bytes here (`dtypes`); PyTorch is needed by whoever asks for a tensor.
 """
+
+from __future__ import annotations
 
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
+from blake3 import blake3
 
-from megatron_core_impl.checkpoint.digests import FileDigest, RunningDigest, file_sha256
+from megatron_core_impl.checkpoint.digests import FileDigest, Follower, file_blake3
+from megatron_core_impl.checkpoint.dtypes import DTYPES, Bytes, Dtype, as_bytes, as_tensor, dtype_of
 from megatron_core_impl.checkpoint.durable import begin_write_back
 from megatron_core_impl.checkpoint.slicing import Slice, shape_of, whole
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MAX_HEADER_BYTES = 100_000_000  # the `safetensors` library's own limit
-BLOCK_BYTES = 4 << 20  # what is in memory at a time: a block of rows, or what a read of columns takes beside its result
+BLOCK_BYTES = 1 << 20  # what is in memory at a time: a block of rows, or what a read of columns takes beside its result
 WRITE_BACK_BYTES = 64 << 20  # so much of a file is written before the kernel is told to send it to the disk
 SKIPPED_BYTES = 8 << 10  # what a call of pread costs: gaps between columns that are shorter are read over, not jumped over
-
-Bytes = npt.NDArray[np.uint8]
 
 
 class WeightsError(ValueError):
@@ -54,13 +51,18 @@ class SafetensorsReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self.tensors: dict[str, tuple[Dtype, tuple[int, ...]]] = {}
         self.metadata: dict[str, str] = {}
         self._offsets: dict[str, int] = {}  # name -> position of its data in the file
         self._read_header()
 
     def read(self, name: str, piece: Slice | None = None) -> Tensor:
-        """A tensor, or a slice of it: on the CPU, contiguous, as stored.
+        """A tensor, or a slice of it: on the CPU, contiguous, as stored. Raises as `read_bytes` does."""
+        data = self.read_bytes(name, piece)
+        return as_tensor(data, self.tensors[name][0])
+
+    def read_bytes(self, name: str, piece: Slice | None = None) -> Bytes:
+        """The numbers of a tensor, or of a slice of it, as stored.
 
         Raises:
             WeightsError: the tensor is not in the file, the slice is not in the tensor, or the file became shorter.
@@ -70,14 +72,14 @@ class SafetensorsReader:
         dtype, shape = self.tensors[name]
         piece = whole(shape) if piece is None else piece
         check_slice(f"{self.path}: {name}", shape, piece)
-        out = torch.empty(math.prod(shape_of(piece)) * dtype.itemsize, dtype=torch.uint8)
-        if out.numel():
+        out: Bytes = np.empty((*shape_of(piece), dtype.itemsize), np.uint8)
+        if out.size:
             descriptor = os.open(self.path, os.O_RDONLY)
             try:
-                self._read_slice(descriptor, out.numpy(), self._offsets[name], shape, piece, dtype.itemsize)
+                self._read_slice(descriptor, out.reshape(-1), self._offsets[name], shape, piece, dtype.itemsize)
             finally:
                 os.close(descriptor)
-        return out.view(dtype).reshape(shape_of(piece))
+        return out
 
     def _read_slice(
         self, descriptor: int, out: Bytes, offset: int, shape: tuple[int, ...], piece: Slice, itemsize: int
@@ -168,7 +170,7 @@ class SafetensorsReader:
             fault = "is truncated" if position > data_bytes else "has bytes that no tensor owns"
             raise WeightsError(f"{self.path}: {fault}: its header describes {position:,} bytes of data, it has {data_bytes:,}")
 
-    def _take_entry(self, name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    def _take_entry(self, name: str, entry: Any) -> tuple[Dtype, tuple[int, ...], int, int]:
         """(dtype, shape, begin, end) of a tensor in the header."""
         where = f"{self.path}: {name}"
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
@@ -194,7 +196,9 @@ class SafetensorsWriter:
     The file is complete when the block ends, and on its way to the disk: whoever publishes it waits for that (`durable`).
     When the block fails, the file is removed.
 
-    Its SHA-256 is taken while it is written, in a second thread, from the bytes in memory. That needs the order of the file,
+    It has its full length from the start, so its header can be read, and each tensor as soon as it was written.
+
+    Its digest is taken while it is written, in a second thread, from the bytes in memory. That needs the order of the file,
     which is that of `names`; what was written in another order is read again in the end. A tensor that was given must not
     change before the block ends.
 
@@ -202,19 +206,25 @@ class SafetensorsWriter:
         path: the file to make; one that is there is replaced.
         entries: (name, dtype, shape) of every tensor that will be written.
         metadata: strings for the header.
+        follower: the second thread, where several files share one.
     """
 
     def __init__(
         self,
         path: Path,
-        entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+        entries: Iterable[tuple[str, torch.dtype | Dtype, tuple[int, ...]]],
         metadata: Mapping[str, str] | None = None,
+        follower: Follower | None = None,
     ) -> None:
         self.path = path
-        self._entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for name, dtype, shape in entries:
-            if name in self._entries or dtype not in CODES:
-                raise ValueError(f"{path}: {name}: given twice, or its dtype {dtype} cannot be stored")
+        self._entries: dict[str, tuple[Dtype, tuple[int, ...]]] = {}
+        for name, given, shape in entries:
+            try:
+                dtype = given if isinstance(given, Dtype) else dtype_of(given)
+            except ValueError as error:
+                raise ValueError(f"{path}: {name}: {error}") from None
+            if name in self._entries:
+                raise ValueError(f"{path}: {name}: given twice")
             self._entries[name] = (dtype, tuple(shape))
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         self._offsets: dict[str, int] = {}
@@ -222,7 +232,7 @@ class SafetensorsWriter:
         # Wide dtypes first: then every tensor lies at a multiple of its item size, as readers that map the file need it.
         for name, (dtype, shape) in sorted(self._entries.items(), key=lambda item: -item[1][0].itemsize):
             end = position + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+            header[name] = {"dtype": dtype.code, "shape": list(shape), "data_offsets": [position, end]}
             self._offsets[name] = position
             position = end
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -235,8 +245,11 @@ class SafetensorsWriter:
         self._end = 0  # of what was written without a gap, front to back
         self._sent = 0  # what the kernel was told to send to the disk
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._running = RunningDigest()
+        self._blake3 = blake3()
+        self._follower = Follower() if follower is None else follower
+        self._shares_follower = follower is not None
         try:
+            os.ftruncate(self._descriptor, self._data_start + position)
             self._pwrite(len(text).to_bytes(8, "little") + text, 0)
         except BaseException:
             self._abandon()
@@ -249,7 +262,7 @@ class SafetensorsWriter:
 
     @property
     def digest(self) -> FileDigest:
-        """Size and SHA-256 of the file, once it is complete."""
+        """Size and digest of the file, once it is complete."""
         if self._digest is None:
             raise ValueError(f"{self.path}: has no digest before it is complete")
         return self._digest
@@ -261,14 +274,21 @@ class SafetensorsWriter:
     def write_rows(self, name: str, first: int, rows: Tensor) -> None:
         """Write consecutive indices of dim 0, from `first` on. Each must be written exactly once."""
         dtype, shape = self._entries[name]
-        if rows.dtype != dtype or rows.shape[1:] != shape[1:] or rows.dim() != len(shape):
+        if str(rows.dtype) != f"torch.{dtype}":
             raise ValueError(f"{self.path}: {name}: {rows.dtype} {tuple(rows.shape)} does not fit its entry, {dtype} {shape}")
-        data = rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._missing[name] -= data.size
+        self.write_bytes(name, first, as_bytes(rows))
+
+    def write_bytes(self, name: str, first: int, rows: Bytes) -> None:
+        """The same of rows as bytes, which must not change before the block ends."""
+        dtype, shape = self._entries[name]
+        if rows.ndim != len(shape) + 1 or rows.shape[1 if shape else 0 :] != (*shape[1:], dtype.itemsize):
+            raise ValueError(f"{self.path}: {name}: {rows.shape[:-1]} does not fit its entry, {dtype} {shape}")
+        self._missing[name] -= rows.size
         if self._missing[name] < 0 or (shape and first + len(rows) > shape[0]):
             raise ValueError(f"{self.path}: {name}: more rows written than its shape {shape} has")
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        self._pwrite(data.data, self._data_start + self._offsets[name] + first * row_bytes)
+        data = np.ascontiguousarray(rows).reshape(-1).data
+        self._pwrite(data, self._data_start + self._offsets[name] + first * row_bytes)
 
     def close(self) -> None:
         """Finish the file. Raises ValueError, and removes it, when something was not written."""
@@ -277,13 +297,13 @@ class SafetensorsWriter:
             if missing:
                 raise ValueError(f"{self.path}: {missing[0]} was not written completely ({len(missing)} such tensors)")
             size = os.fstat(self._descriptor).st_size
-            begin_write_back(self._descriptor, self._sent, size - self._sent)
+            self._send(size)
         except BaseException:
             self._abandon()
             raise
-        os.close(self._descriptor)
-        sha256 = self._running.finish()
-        self._digest = FileDigest(size, sha256 if self._end == size else file_sha256(self.path))
+        self._release()
+        digest = self._blake3.hexdigest() if self._end == size else file_blake3(self.path)
+        self._digest = FileDigest(size, digest)
 
     def __enter__(self) -> Self:
         return self
@@ -295,13 +315,24 @@ class SafetensorsWriter:
             self._abandon()
 
     def _abandon(self) -> None:
-        os.close(self._descriptor)
-        self._running.finish()
+        self._release()
         self.path.unlink(missing_ok=True)
+
+    def _release(self) -> None:
+        """Let go of the file, once the thread that follows has no more to do with it."""
+        self._follower.wait()
+        if not self._shares_follower:
+            self._follower.stop()
+        os.close(self._descriptor)
+
+    def _send(self, end: int) -> None:
+        """Have the file sent to the disk up to here. Where the disk is slow, this takes its time."""
+        self._follower.do(partial(begin_write_back, self._descriptor, self._sent, end - self._sent))
+        self._sent = end
 
     def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
         if offset == self._end:
-            self._running.update(data)
+            self._follower.do(partial(self._blake3.update, data))
             self._end += len(data)
         view = memoryview(data)
         try:
@@ -312,8 +343,7 @@ class SafetensorsWriter:
             error.filename = str(self.path)  # the kernel knows a number only; a person wants the file
             raise
         if self._end - self._sent >= WRITE_BACK_BYTES:
-            begin_write_back(self._descriptor, self._sent, self._end - self._sent)
-            self._sent = self._end
+            self._send(self._end)
 
 
 def check_slice(where: str, shape: tuple[int, ...], piece: Slice) -> None:

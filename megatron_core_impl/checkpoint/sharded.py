@@ -10,16 +10,18 @@ Forms, told apart by what a folder holds:
 So what was written under one layout loads under any other: a reader asks for slices, never for files.
 """
 
+from __future__ import annotations
+
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from megatron_core_impl.checkpoint.digests import DamagedFile, FileDigest, check_size, file_digest
+from megatron_core_impl.checkpoint.digests import DamagedFile, FileDigest, Follower, check_size, file_digest
+from megatron_core_impl.checkpoint.dtypes import Bytes, Dtype
 from megatron_core_impl.checkpoint.durable import sync
 from megatron_core_impl.checkpoint.index import (
     INDEX_FILE,
@@ -31,18 +33,23 @@ from megatron_core_impl.checkpoint.index import (
     parse_slice,
     plain_file_name,
     read_index_file,
-    read_json,
+    read_object,
     write_index_file,
 )
-from megatron_core_impl.checkpoint.pickled import PickledReader
 from megatron_core_impl.checkpoint.safetensors_io import (
     SafetensorsReader,
     SafetensorsWriter,
     WeightsError,
     check_slice,
+    format_slice,
     row_blocks,
 )
-from megatron_core_impl.checkpoint.slicing import Slice, shape_of, whole
+from megatron_core_impl.checkpoint.slicing import Slice, relative, shape_of, whole
+from megatron_core_impl.checkpoint.source import WeightsSource
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 RANK_FILES = "rank-*.safetensors"
 
@@ -50,28 +57,12 @@ RANK_FILES = "rank-*.safetensors"
 class TensorFile(Protocol):
     """A file of tensors that can be read by slices."""
 
-    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    tensors: dict[str, tuple[Dtype, tuple[int, ...]]]
 
-    def read(self, name: str, piece: Slice | None = None) -> Tensor: ...
-
-
-class WeightsSource(Protocol):
-    """Weights that can be read by global slices: a folder's, or the same under other names (`checkpoint.foreign`)."""
-
-    @property
-    def folder(self) -> Path: ...
-
-    @property
-    def names(self) -> tuple[str, ...]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-    def read(self, name: str, piece: Slice | None = None, dtype: torch.dtype | None = None) -> Tensor: ...
+    def read_bytes(self, name: str, piece: Slice | None = None) -> Bytes: ...
 
 
-class WeightsReader:
+class WeightsReader(WeightsSource):
     """The tensors of a folder by global slices. Made by `open_weights`.
 
     Args:
@@ -80,10 +71,16 @@ class WeightsReader:
     """
 
     def __init__(self, folder: Path, index: Index, files: dict[str, TensorFile]) -> None:
-        self.folder = folder
+        self._folder = folder
         self.index = index
         self._tensors = index.tensors
         self._files = files
+        self._described: dict[str, dict[str, StoredTensor]] = {}  # what our own files say of their pieces
+
+    @property
+    def folder(self) -> Path:
+        """Where the files lie."""
+        return self._folder
 
     @property
     def extra(self) -> dict[str, Any]:
@@ -99,37 +96,47 @@ class WeightsReader:
         """Global shape of a tensor."""
         return self._tensor(name).shape
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of a tensor."""
+    def dtype(self, name: str) -> Dtype:
+        """Stored precision of a tensor."""
         return self._tensor(name).dtype
 
-    def read(self, name: str, piece: Slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """A slice of a tensor, put together from the stored pieces it overlaps: on the CPU, contiguous.
+    def check(self, name: str, piece: Slice) -> None:
+        """Refuse a slice that is not there, or that lies in files which are not what the index says.
 
-        Reads only the bytes of the slice. `dtype` converts as `Tensor.to` does; default: as stored.
+        Raises:
+            WeightsError: naming the file.
+        """
+        self._parts(name, piece)
+
+    def read_bytes(self, name: str, piece: Slice | None = None) -> Bytes:
+        """The numbers of a slice, put together from the stored pieces it overlaps. Reads only the bytes of the slice.
 
         Raises:
             WeightsError: there is no such tensor or slice, or a file is missing, damaged or not what the index says.
         """
         tensor = self._tensor(name)
         piece = whole(tensor.shape) if piece is None else piece
+        parts = self._parts(name, piece)
+        if len(parts) == 1:
+            file, origin, common = parts[0]
+            return file.read_bytes(name, relative(common, origin))
+        out: Bytes = np.empty((*shape_of(piece), tensor.dtype.itemsize), np.uint8)
+        for file, origin, common in parts:
+            for block in row_blocks(common, tensor.dtype.itemsize):
+                place = tuple(slice(*bounds) for bounds in relative(block, piece))
+                out[place] = file.read_bytes(name, relative(block, origin))
+        return out
+
+    def _parts(self, name: str, piece: Slice) -> list[tuple[TensorFile, Slice, Slice]]:
+        """The files that hold a slice: (file, what it has of the tensor, what that is of the slice)."""
+        tensor = self._tensor(name)
         check_slice(f"{self.folder}: {name}", tensor.shape, piece)
-        dtype = tensor.dtype if dtype is None else dtype
         # Every file is checked against the index before memory is taken at the word of the index.
-        parts = [
+        return [
             (self._file(name, tensor, stored), stored.slice, common)
             for stored in tensor.pieces
             if (common := intersect(stored.slice, piece)) is not None
         ]
-        if len(parts) == 1 and dtype == tensor.dtype:
-            file, origin, common = parts[0]
-            return file.read(name, _relative(common, origin))
-        out = torch.empty(shape_of(piece), dtype=dtype)
-        for file, origin, common in parts:
-            for block in row_blocks(common, tensor.dtype.itemsize):
-                place = tuple(slice(*bounds) for bounds in _relative(block, piece))
-                out[place] = file.read(name, _relative(block, origin))
-        return out
 
     def _tensor(self, name: str) -> StoredTensor:
         if name not in self._tensors:
@@ -138,15 +145,36 @@ class WeightsReader:
 
     def _file(self, name: str, tensor: StoredTensor, piece: Piece) -> TensorFile:
         if piece.file not in self._files:
-            self._files[piece.file] = SafetensorsReader(self.folder / piece.file)
-        file = self._files[piece.file]
+            opened = SafetensorsReader(self.folder / piece.file)
+            self._files[piece.file] = opened
+            self._described[piece.file] = dict(_described_pieces(opened)) if "pieces" in opened.metadata else {}
+        file, where = self._files[piece.file], f"{self.folder / piece.file}: {name}"
         says, needs = file.tensors.get(name), (tensor.dtype, shape_of(piece.slice))
         if says != needs:
             held = "holds no such tensor" if says is None else f"holds {says[0]} {list(says[1])}"
+            raise WeightsError(f"{where}: the index says {needs[0]} {list(needs[1])}, the file {held}")
+        described = self._described.get(piece.file, {}).get(name)
+        if described is not None and (described.shape, described.pieces[0].slice) != (tensor.shape, piece.slice):
             raise WeightsError(
-                f"{self.folder / piece.file}: {name}: the index says {needs[0]} {list(needs[1])}, the file {held}"
+                f"{where}: the index says {format_slice(piece.slice)} of {list(tensor.shape)}, the file holds "
+                f"{format_slice(described.pieces[0].slice)} of {list(described.shape)}"
             )
         return file
+
+    def check_headers(self) -> None:
+        """Compare what the index says with the headers of all files. Reads no tensor. `read` does so for what it reads.
+
+        Raises:
+            WeightsError: naming a file that is missing, or holds something else than the index says, or more.
+        """
+        told: dict[str, set[str]] = {}
+        for name, tensor in self._tensors.items():
+            for piece in tensor.pieces:
+                self._file(name, tensor, piece)
+                told.setdefault(piece.file, set()).add(name)
+        for file, names in told.items():
+            if more := self._described.get(file, {}).keys() - names:
+                raise WeightsError(f"{self.folder / file}: holds {min(more)}, of which the index says nothing")
 
 
 def open_weights(folder: Path, *, allow_pickle: bool = False) -> WeightsReader:
@@ -187,6 +215,8 @@ def _open_hugging_face(folder: Path, allow_pickle: bool) -> dict[str, TensorFile
             f"{folder}: has only pickled weights ({pickles[0]}), which can carry code. Choose a revision with safetensors, "
             "or set model.allow_pickle: true"
         )
+    from megatron_core_impl.checkpoint.pickled import PickledReader  # needs PyTorch
+
     if (folder / "pytorch_model.bin").is_file():
         return {"pytorch_model.bin": PickledReader(folder / "pytorch_model.bin")}
     if (folder / "pytorch_model.bin.index.json").is_file():
@@ -194,9 +224,9 @@ def _open_hugging_face(folder: Path, allow_pickle: bool) -> dict[str, TensorFile
     raise WeightsError(f"{folder}: no weights: neither {INDEX_FILE} nor model.safetensors nor model.safetensors.index.json")
 
 
-def _open_listed(index: Path, reader: type[SafetensorsReader] | type[PickledReader]) -> dict[str, TensorFile]:
+def _open_listed(index: Path, reader: Callable[[Path], TensorFile]) -> dict[str, TensorFile]:
     """The files that a Hugging Face index lists, checked against it."""
-    listed = read_json(index).get("weight_map")
+    listed = read_object(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise WeightsError(f"{index}: weight_map must map tensors to files")
     files: dict[str, TensorFile] = {}
@@ -212,14 +242,17 @@ def _open_listed(index: Path, reader: type[SafetensorsReader] | type[PickledRead
 
 
 def open_rank_file(
-    folder: Path, rank: int, entries: Iterable[tuple[str, torch.dtype, tuple[int, ...], Slice]]
+    folder: Path,
+    rank: int,
+    entries: Iterable[tuple[str, torch.dtype | Dtype, tuple[int, ...], Slice]],
+    follower: Follower | None = None,
 ) -> SafetensorsWriter:
     """Begin a rank's file: the writer of `rank-NNNN.safetensors` for pieces (name, dtype, global shape, slice)."""
     entries = list(entries)
     pieces = {name: {"shape": list(shape), "slice": [list(r) for r in piece]} for name, _, shape, piece in entries}
     metadata = {"format": "pt", "pieces": json.dumps(pieces, separators=(",", ":"))}
     stored = [(name, dtype, shape_of(piece)) for name, dtype, _, piece in entries]
-    return SafetensorsWriter(folder / f"rank-{rank:04d}.safetensors", stored, metadata)
+    return SafetensorsWriter(folder / f"rank-{rank:04d}.safetensors", stored, metadata, follower)
 
 
 def write_rank_file(folder: Path, rank: int, pieces: Iterable[tuple[str, tuple[int, ...], Slice, Tensor]]) -> FileDigest:
@@ -260,31 +293,26 @@ def write_index(folder: Path, digests: Mapping[str, FileDigest] | None = None, *
 
 def described_tensors(folder: Path) -> dict[str, StoredTensor]:
     """What the headers of the rank files in a folder say that they hold. Raises as `write_index` does."""
-    return merge_pieces(folder, _described_pieces(folder))
+    readers = (SafetensorsReader(path) for path in sorted(folder.glob(RANK_FILES)))
+    return merge_pieces(folder, (found for reader in readers for found in _described_pieces(reader)))
 
 
-def _described_pieces(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """What the headers of all rank files say, each piece as a tensor of one piece."""
-    for path in sorted(folder.glob(RANK_FILES)):
-        reader = SafetensorsReader(path)
-        try:
-            described = json.loads(reader.metadata["pieces"])
-            entries = {name: (tuple(described[name]["shape"]), described[name]["slice"]) for name in reader.tensors}
-        except (KeyError, TypeError, ValueError):
-            raise WeightsError(f"{path}: not a rank's file: its header does not say which slices it holds") from None
-        for name, (shape, ranges) in entries.items():
-            dtype, stored_shape = reader.tensors[name]
-            piece = parse_slice(f"{path}: {name}", ranges)
-            if shape_of(piece) != stored_shape:
-                raise WeightsError(f"{path}: {name}: its slice has shape {shape_of(piece)}, its data {stored_shape}")
-            yield name, StoredTensor(dtype, shape, (Piece(path.name, piece),))
+def _described_pieces(reader: SafetensorsReader) -> Iterator[tuple[str, StoredTensor]]:
+    """What the header of a rank's file says, each piece as a tensor of one piece."""
+    path = reader.path
+    try:
+        described = json.loads(reader.metadata["pieces"])
+        entries = {name: (tuple(described[name]["shape"]), described[name]["slice"]) for name in reader.tensors}
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise WeightsError(f"{path}: not a rank's file: its header does not say which slices it holds") from None
+    for name, (shape, ranges) in entries.items():
+        dtype, stored_shape = reader.tensors[name]
+        piece = parse_slice(f"{path}: {name}", ranges)
+        if shape_of(piece) != stored_shape:
+            raise WeightsError(f"{path}: {name}: its slice has shape {shape_of(piece)}, its data {stored_shape}")
+        yield name, StoredTensor(dtype, shape, (Piece(path.name, piece),))
 
 
 def count_bytes(reader: WeightsSource, names: Iterable[str]) -> int:
     """Bytes of the values of some tensors, as stored."""
     return sum(math.prod(reader.shape(name)) * reader.dtype(name).itemsize for name in names)
-
-
-def _relative(piece: Slice, origin: Slice) -> Slice:
-    """A slice of a tensor as a slice of that part of it which is `origin`."""
-    return tuple((start - base, stop - base) for (start, stop), (base, _) in zip(piece, origin, strict=True))

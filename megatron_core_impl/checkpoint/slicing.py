@@ -116,3 +116,8 @@ def stored_slices(specs: Sequence[TensorSpec], num_layers: int, layout: Layout, 
             if shape_of(piece)[0]:
                 stored[spec.name] = piece
     return stored
+
+
+def relative(piece: Slice, origin: Slice) -> Slice:
+    """A slice of a tensor as a slice of that part of it which is `origin`."""
+    return tuple((start - base, stop - base) for (start, stop), (base, _) in zip(piece, origin, strict=True))

@@ -3,20 +3,23 @@
 Since PyTorch 1.6 such a file is a ZIP archive without compression: NAME/data.pkl, the pickle, whose tensors refer to storages;
 NAME/data/KEY, the bytes of each storage; NAME/version and NAME/byteorder. So a tensor is read at its place in the file, and
 memory holds what is asked for only. The pickle is read by `restricted_pickle`: nothing in it is run.
+
+A pickle takes time and memory by its length, and what a checkpoint needs of it goes with the number of its storages. One that
+is longer is refused before it is read.
 """
 
-import struct
-import zipfile
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 from megatron_core_impl.checkpoint.restricted_pickle import MAX_BYTES, RefusedPickle, Storage, load
+from megatron_core_impl.checkpoint.stored_zip import StoredZip
 
 SIZES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
     "bool": 1,
 }  # fmt: skip
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, …, lengths of the name and of the extra field that follow it
+PICKLE_BYTES, BYTES_PER_STORAGE = 500_000, 4_000  # a tensor takes some 100, arguments 10,000, a generator's state 7,000
 _OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled magic number
 
 
@@ -25,6 +28,7 @@ class TorchArchive:
 
     Attributes:
         content: what its pickle holds, tensors as `TensorRecord`s.
+        has_checksums: whether what was read can be compared with what was written.
 
     Raises:
         RefusedPickle: it is no such file, damaged, or its pickle holds what no checkpoint needs; the message names the file.
@@ -33,40 +37,43 @@ class TorchArchive:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with zipfile.ZipFile(path) as archive:
-                self._members = {member.filename: member for member in archive.infolist()}
-                (pickled,) = (name for name in self._members if name.endswith("/data.pkl") and name.count("/") == 1)
-                self._name = pickled.removesuffix("/data.pkl")
-                if self._members[pickled].file_size > MAX_BYTES:
-                    raise RefusedPickle(f"is larger than {MAX_BYTES:,} bytes")
-                order = f"{self._name}/byteorder"
-                if order in self._members and (self._members[order].file_size != 6 or archive.read(order) != b"little"):
-                    raise RefusedPickle("holds big-endian numbers, which are not supported")
-                self.content: Any = load(archive.read(pickled))
+            self._zip = StoredZip(path)
+            self.has_checksums = self._zip.has_checksums
+            (pickled,) = (name for name in self._zip.sizes if name.endswith("/data.pkl") and name.count("/") == 1)
+            self._name = pickled.removesuffix("/data.pkl")
+            order = f"{self._name}/byteorder"
+            if order in self._zip.sizes and (self._zip.sizes[order] != 6 or self._zip.read(order) != b"little"):
+                raise RefusedPickle("holds big-endian numbers, which are not supported")
+            storages = sum(name.startswith(f"{self._name}/data/") for name in self._zip.sizes)
+            most = min(MAX_BYTES, PICKLE_BYTES + BYTES_PER_STORAGE * storages)
+            if self._zip.sizes[pickled] > most:
+                raise RefusedPickle(
+                    f"its pickle of {self._zip.sizes[pickled]:,} bytes is longer than a checkpoint of {storages:,} storages "
+                    f"needs: {most:,}"
+                )
+            self.content: Any = load(self._zip.read(pickled))
         except FileNotFoundError:
             raise RefusedPickle(f"{path}: no such file") from None
         except RefusedPickle as error:
             raise RefusedPickle(f"{path}: {error}") from None
-        except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, RuntimeError, OSError) as error:
+        except (BadZipFile, ValueError, NotImplementedError, EOFError, RuntimeError, OSError) as error:
             raise RefusedPickle(f"{path}: {_no_archive(path, error)}") from None
 
     def place(self, storage: Storage) -> int:
-        """Where in the file the numbers of a storage begin.
+        """Where in the file the numbers of a storage begin, which are compared with their checksum before.
 
         Raises:
-            RefusedPickle: the archive does not hold as many.
+            RefusedPickle: the archive does not hold as many, or they are not those that were written. The message leaves the
+                file to be named.
         """
-        member = self._members.get(f"{self._name}/data/{storage.key}")
-        size = storage.size * SIZES[storage.dtype]
-        if member is None or member.compress_type != zipfile.ZIP_STORED or member.file_size < size or member.header_offset < 0:
-            raise RefusedPickle(f"{self.path}: is damaged: storage {storage.key[:20]} does not hold {size:,} bytes")
-        with self.path.open("rb") as file:
-            file.seek(member.header_offset)
-            header = file.read(_LOCAL_HEADER.size)
-            if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
-                raise RefusedPickle(f"{self.path}: is damaged: storage {storage.key[:20]} has no header")
-            _, name, extra = _LOCAL_HEADER.unpack(header)
-        return member.header_offset + _LOCAL_HEADER.size + int(name) + int(extra)
+        name, size = f"{self._name}/data/{storage.key}", storage.size * SIZES[storage.dtype]
+        if self._zip.sizes.get(name, -1) < size:
+            raise RefusedPickle(f"is damaged: storage {storage.key[:20]} does not hold {size:,} bytes")
+        try:
+            self._zip.check(name)
+            return self._zip.place(name)
+        except BadZipFile as error:
+            raise RefusedPickle(str(error)) from None
 
 
 def _no_archive(path: Path, error: Exception) -> str:

@@ -1,12 +1,17 @@
-"""Tensors of PyTorch's files by slices, read at their place in the file."""
+"""Tensors of PyTorch's files by slices, read at their place in the file.
+
+Before the first of the numbers of a storage are used, all of them are compared with the checksum in the archive.
+"""
 
 import math
 import os
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_core_impl.checkpoint.dtypes import Bytes, as_bytes, as_tensor, dtype_of
 from megatron_core_impl.checkpoint.restricted_pickle import RefusedPickle, TensorRecord
 from megatron_core_impl.checkpoint.safetensors_io import WeightsError, check_slice
 from megatron_core_impl.checkpoint.slicing import Slice, whole
@@ -17,35 +22,48 @@ class TorchTensors:
     """Some tensors of a PyTorch file under names: a `TensorFile`.
 
     Raises:
-        WeightsError: one of them is not stored row by row.
+        WeightsError: one of them uses a number of its storage twice.
     """
 
     def __init__(self, archive: TorchArchive, records: Mapping[str, TensorRecord]) -> None:
         self.path = archive.path
-        self.tensors = {name: (getattr(torch, record.dtype), record.shape) for name, record in records.items()}
+        self.tensors = {name: (dtype_of(record.dtype), record.shape) for name, record in records.items()}
+        self.has_checksums = archive.has_checksums
         self._archive = archive
         self._records = dict(records)
         self._places: dict[str, int] = {}
         for name, record in records.items():
-            if not record.is_contiguous:
+            if record.overlaps:
                 raise WeightsError(
-                    f"{self.path}: {name} is stored with strides {list(record.stride)}, not row by row. Save it anew with "
-                    "PyTorch, after .contiguous()"
+                    f"{self.path}: {name} has shape {list(record.shape)} and strides {list(record.stride)}: it repeats numbers "
+                    "that are stored once. Save it anew with PyTorch, after .contiguous()"
                 )
 
     def read(self, name: str, piece: Slice | None = None) -> Tensor:
-        """A tensor, or a slice of it: on the CPU, contiguous, as stored."""
+        """A tensor, or a slice of it: on the CPU, contiguous, as stored. Raises as `read_bytes` does."""
+        return as_tensor(self.read_bytes(name, piece), self.tensors[name][0])
+
+    def read_bytes(self, name: str, piece: Slice | None = None) -> Bytes:
+        """The numbers of a tensor, or of a slice of it, as stored.
+
+        Raises:
+            WeightsError: there is no such tensor or slice, or its numbers are not those that were written.
+        """
         if name not in self.tensors:
             raise WeightsError(f"{self.path}: holds no tensor {name}")
         dtype, shape = self.tensors[name]
         piece = whole(shape) if piece is None else piece
         check_slice(f"{self.path}: {name}", shape, piece)
+        place = self._place(name)
+        if not self._records[name].is_contiguous:
+            part = self._mapped(name, place)[tuple(slice(*bounds) for bounds in piece)]
+            return as_bytes(part.clone(memory_format=torch.contiguous_format))
         first, last = piece[0] if shape else (0, 1)
         row = math.prod(shape[1:]) * dtype.itemsize
-        rows = self._bytes(self._place(name) + first * row, (last - first) * row).view(dtype).reshape(-1, *shape[1:])
+        rows = self._bytes(place + first * row, (last - first) * row).reshape(-1, *shape[1:], dtype.itemsize)
         if not shape:
-            return rows.reshape(())
-        return rows[:, *(slice(*bounds) for bounds in piece[1:])].contiguous()
+            return rows.reshape(-1)
+        return np.ascontiguousarray(rows[:, *(slice(*bounds) for bounds in piece[1:])])
 
     def _place(self, name: str) -> int:
         if name not in self._places:
@@ -53,15 +71,22 @@ class TorchTensors:
             try:
                 start = self._archive.place(record.storage)
             except RefusedPickle as error:
-                raise WeightsError(str(error)) from None
+                raise WeightsError(f"{self.path}: {name}: {error}") from None
             self._places[name] = start + record.offset * self.tensors[name][0].itemsize
         return self._places[name]
 
-    def _bytes(self, place: int, count: int) -> Tensor:
+    def _mapped(self, name: str, place: int) -> Tensor:
+        """A tensor that is not stored row by row, such as a transposed one: mapped into memory, to be copied from."""
+        record = self._records[name]
+        count = record.last + 1 - record.offset
+        data = np.memmap(self.path, np.uint8, "c", place, (count * self.tensors[name][0].itemsize,))
+        return torch.from_numpy(data).view(self.tensors[name][0].torch).as_strided(record.shape, record.stride)
+
+    def _bytes(self, place: int, count: int) -> Bytes:
         if place + count > self.path.stat().st_size:  # before memory is taken at the word of a header
             raise WeightsError(f"{self.path}: is truncated: it ends inside its data")
-        out = torch.empty(count, dtype=torch.uint8)
-        view = out.numpy().data if count else memoryview(b"")
+        out: Bytes = np.empty(count, np.uint8)
+        view = out.data if count else memoryview(b"")
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             while view:

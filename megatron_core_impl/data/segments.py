@@ -10,9 +10,12 @@ A byte-level BPE model (GPT-2's, Falcon's) splits a text into words before it me
 ends where the class of character changes. Text can be cut there too, if the white space before a word stays with it. Of other
 tokenizers that split a text into words, by patterns of their own or at white space, these are the segments (`words`).
 
+A tokenizer of Hugging Face finds added tokens before anything else (`found_first`), and normalizes what lies between
+(`normalizing`). What has been normalized is cut, each piece like a text of its own, and encoded without its normalizer.
+
 Whether this holds is read from the tokenizer's own definition; where it does not, the library does it all. So it does for a
-text that holds what the library looks for before anything else: a word mark, which sentencepiece takes for a space, or an
-added token.
+text in which sentencepiece would take a word mark for a space, and for one with an added token that has to do with what is
+around it.
 """
 
 import json
@@ -25,20 +28,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
+from megatron_core_impl.data.found_first import Piece, found_first
 from megatron_core_impl.data.indexed_dataset import Tokens
+from megatron_core_impl.data.normalizing import normalizing
 from megatron_core_impl.data.words import words_of
 
 WORD_MARK = "▁"
 MAX_SEGMENTS = 1 << 18  # that are remembered: some 50 MB
 MAX_CHARACTERS = 1 << 24  # of them together, where segments are long
 LONGEST = 256  # characters of a segment that is remembered
+NOTHING_REMOVED = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase")  # normalizers that leave something of each character
 AT_ONCE = 1 << 18  # segments that are listed at once, and characters of a text that is cut at once
 GUARD = "\n"  # stands in front of a segment that is encoded, so that the word mark of a text's beginning does not touch it
 
-_OTHERS = "".join(chr(i) for i in range(128) if chr(i) not in ascii_letters + digits + " ")  # punctuation and controls
-_NOT_ASCII = r"[^\x00-\x7f][^ \n]*"  # with what follows, up to the next word: few pieces are known apart there
+_OTHERS = "".join(chr(i) for i in range(128) if chr(i) not in ascii_letters + digits)  # punctuation, controls, the space
 
 
 def sentencepiece_cuts(model: bytes) -> re.Pattern[str] | None:
@@ -62,18 +67,21 @@ def sentencepiece_cuts(model: bytes) -> re.Pattern[str] | None:
     )
     merged = [p.piece for p in proto.pieces if p.type in (piece.NORMAL, piece.UNUSED)]
     pairs = {pair for text in merged for pair in pairwise(text)}
-    return _cuts_between(pairs) if is_known else None
+    touches_guard = any(GUARD in pair for pair in pairs)
+    return _cuts_between(pairs, " ") if is_known and not touches_guard else None
 
 
-def _cuts_between(pairs: set[tuple[str, str]]) -> re.Pattern[str] | None:
-    """The same, of the characters that pieces have side by side; the word mark among them stands for a space."""
-    crosses_newline = any("\n" in pair for pair in pairs)
-    crosses_word = any(b == WORD_MARK != a for a, b in pairs)
-    if crosses_newline or crosses_word:
+def _cuts_between(pairs: set[tuple[str, str]], mark: str) -> re.Pattern[str] | None:
+    """The same, of the characters that pieces have side by side.
+
+    Args:
+        mark: how the text has the word mark.
+    """
+    if any(b != a and b in (WORD_MARK, "\n") for a, b in pairs):
         return None
     # Classes of ASCII characters that no piece joins are cut apart, and a class that no piece has two of in a row, into single
     # characters.
-    joined = [{c} for c in (ascii_letters, digits, _OTHERS)]
+    joined = [{c} for c in (ascii_letters, digits, _OTHERS.replace(mark, ""))]
     for a, b in pairs:
         touched = [group for group in joined if any(a in cls for cls in group) or any(b in cls for cls in group)]
         if len(touched) == 2 and _is_ascii(a) and _is_ascii(b):
@@ -82,7 +90,8 @@ def _cuts_between(pairs: set[tuple[str, str]]) -> re.Pattern[str] | None:
     classes = ["".join(sorted(group)) for group in joined]
     runs = [f"[{re.escape(cls)}]{'+' if any(a in cls and b in cls for a, b in pairs) else ''}" for cls in classes]
     # The last alternative is a text that ends in spaces, or begins with something else than ASCII.
-    return re.compile(f" *(?:{'|'.join(runs)}|)(?:{_NOT_ASCII})?")
+    # With that go what follows, up to the next word: few pieces are known apart there.
+    return re.compile(f"{mark}*(?:{'|'.join(runs)}|)(?:[^\\x00-\\x7f{mark}][^{mark}\\n]*)?")
 
 
 def _is_ascii(character: str) -> bool:
@@ -90,25 +99,17 @@ def _is_ascii(character: str) -> bool:
 
 
 def merge_cuts(definition: dict[str, Any]) -> Callable[[str], Iterable[str]] | None:
-    """What cuts a text for a tokenizer of Hugging Face that does not split it: BPE as sentencepiece's, as Llama 2 has it.
+    """What cuts a normalized text for a tokenizer of Hugging Face that does not split it: BPE as sentencepiece's, as Llama 2
+    and Gemma have it.
 
     Args:
         definition: the content of tokenizer.json.
     """
-    model, normalizer, splitter = definition["model"], definition.get("normalizer"), definition.get("pre_tokenizer")
-    if normalizer is None and splitter is not None and splitter["type"] == "Metaspace":
-        is_plain = splitter["replacement"] == WORD_MARK and not splitter["split"]
-        prefix = ("", ()) if splitter["prepend_scheme"] == "never" else (" ", (" ",))
-    else:
-        steps = [
-            {"type": "Prepend", "prepend": WORD_MARK},
-            {"type": "Replace", "pattern": {"String": " "}, "content": WORD_MARK},
-        ]
-        is_plain = normalizer == {"type": "Sequence", "normalizers": steps} and splitter is None
-        prefix = (" ", ())
+    model, splitter = definition["model"], definition.get("pre_tokenizer") or {}
     names = {f"<0x{byte:02X}>" for byte in range(256)}
+    is_marked = splitter.get("type") == "Metaspace" and splitter["replacement"] == WORD_MARK and not splitter["split"]
     is_known = (
-        is_plain
+        (not splitter or is_marked or (splitter == AT_SPACES and _leaves_no_space(definition.get("normalizer"))))
         and model["type"] == "BPE"
         and not model.get("dropout")
         and not model.get("ignore_merges")
@@ -118,10 +119,19 @@ def merge_cuts(definition: dict[str, Any]) -> Callable[[str], Iterable[str]] | N
         and names <= model["vocab"].keys()
         and not any(a in names or b in names for a, b in model["merges"])  # no merge of what the fallback gives
     )
-    if not is_known:
+    cuts = _cuts_between({pair for a, b in model["merges"] for pair in pairwise(a + b)}, WORD_MARK) if is_known else None
+    if cuts is None:
         return None
-    cuts = _cuts_between({pair for a, b in model["merges"] for pair in pairwise(a + b)})
-    return None if cuts is None else cutter(cuts, *prefix)
+    cut = cutter(cuts, WORD_MARK if is_marked and splitter["prepend_scheme"] != "never" else "")
+    return (lambda text: cut(text.replace(" ", WORD_MARK))) if is_marked else cut
+
+
+AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}  # as Gemma has it
+
+
+def _leaves_no_space(normalizer: dict[str, Any] | None) -> bool:
+    steps = (normalizer or {}).get("normalizers") or [normalizer or {}]
+    return steps[-1].get("pattern") == {"String": " "} and " " not in steps[-1]["content"]
 
 
 # The white space before a word; the word; and what follows from the first character of which more must be known on, up to white
@@ -144,8 +154,7 @@ def byte_level_cuts(definition: dict[str, Any]) -> re.Pattern[str] | None:
     if model.get("type") != "BPE" or model.get("dropout") or model.get("fuse_unk"):
         return None
     is_known = (
-        definition.get("normalizer") is None
-        and all(step.get("type") in _SPLITTERS or _is_three_digits(step) for step in steps)
+        all(step.get("type") in _SPLITTERS or _is_three_digits(step) for step in steps)
         and any(step.get("type") == "ByteLevel" and step.get("use_regex", True) for step in steps)
         and not any(step.get("add_prefix_space") for step in steps)
         and all(step.get("behavior") == "Contiguous" for step in steps if step.get("type") == "Punctuation")
@@ -158,27 +167,26 @@ def _is_three_digits(step: dict[str, Any]) -> bool:
     return step.get("type") == "Split" and step.get("pattern") == {"Regex": "[0-9][0-9][0-9]"}
 
 
-def cutter(cuts: re.Pattern[str], prefix: str = "", prefixed: tuple[str, ...] = ()) -> Callable[[str], Iterable[str]]:
+def cutter(cuts: re.Pattern[str], prefix: str = "") -> Callable[[str], Iterable[str]]:
     """What cuts a text into the matches of a pattern.
 
     Args:
-        prefix: what the library puts before a text, unless it begins with one of `prefixed`.
+        prefix: what a text is to begin with, and gets where it does not.
     """
 
     def cut(text: str) -> Iterable[str]:
-        if not text.startswith(prefixed):
+        if not text.startswith(prefix):
             text = prefix + text
         return cuts.findall(text) if len(text) <= AT_ONCE else (match[0] for match in cuts.finditer(text))
 
     return cut
 
 
-class SegmentMemory(dict[str, bytes]):
+class SegmentMemory(dict[Piece, bytes]):
     """The ids of segments met before, as bytes.
 
     Args:
-        cut: gives the segments of a text.
-        uncut: a text in which this is found is encoded as a whole; None: no text is.
+        cut: gives the segments of a text; None: the text is encoded as a whole.
         encode_segment: ids of a segment.
         encode_text: ids of a whole text.
         vocab_size: ids are below this.
@@ -186,15 +194,13 @@ class SegmentMemory(dict[str, bytes]):
 
     def __init__(
         self,
-        cut: Callable[[str], Iterable[str]],
-        uncut: re.Pattern[str] | None,
+        cut: Callable[[str], Iterable[Piece] | None],
         encode_segment: Callable[[str], list[int]],
         encode_text: Callable[[str], list[int]],
         vocab_size: int,
     ) -> None:
         super().__init__()
-        self._cut, self._uncut = cut, uncut
-        self._encode_segment, self._encode_text = encode_segment, encode_text
+        self._cut, self._encode_segment, self._encode_text = cut, encode_segment, encode_text
         self._dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<i4")
         self._characters = 0
 
@@ -205,17 +211,20 @@ class SegmentMemory(dict[str, bytes]):
         return np.frombuffer(b"".join(parts), self._dtype), sizes
 
     def _encode(self, text: str) -> bytes:
-        if self._uncut is not None and self._uncut.search(text):
+        segments = self._cut(text)
+        if segments is None:
             return self._bytes(self._encode_text(text))
         if len(text) <= AT_ONCE:
-            return b"".join(map(self.__getitem__, self._cut(text)))
+            return b"".join(map(self.__getitem__, segments))
         # Some segments at a time: a list of all takes thirty times the memory of the text.
-        ids, segments = bytearray(), iter(self._cut(text))
-        while some := list(islice(segments, AT_ONCE)):
+        ids, left = bytearray(), iter(segments)
+        while some := list(islice(left, AT_ONCE)):
             ids += b"".join(map(self.__getitem__, some))
         return bytes(ids)
 
-    def __missing__(self, segment: str) -> bytes:
+    def __missing__(self, segment: Piece) -> bytes:
+        if isinstance(segment, int):
+            return self.setdefault(segment, self._bytes([segment]))
         ids = self._bytes(self._encode_segment(segment))
         if len(segment) > LONGEST:
             return ids
@@ -241,42 +250,72 @@ def sentencepiece_memory(model: SentencePieceProcessor) -> SegmentMemory | None:
         ids: list[int] = model.encode(GUARD + segment)
         return ids[guard:]
 
-    return SegmentMemory(cutter(cuts, " "), re.compile(WORD_MARK), encode_segment, model.encode, model.vocab_size())
+    # The library puts a space before any text, also one that begins with a space.
+    cut = cutter(cuts)
+    return SegmentMemory(
+        lambda text: None if WORD_MARK in text else cut(" " + text), encode_segment, model.encode, model.vocab_size()
+    )
 
 
-def huggingface_memory(
-    library: Tokenizer, found_first: list[AddedToken], encode: Callable[[str], list[int]], vocab_size: int
-) -> SegmentMemory | None:
+def huggingface_memory(library: Tokenizer, encode: Callable[[str], list[int]], vocab_size: int) -> SegmentMemory | None:
     """The memory for a tokenizer of Hugging Face; None where nothing is known that allows cuts.
 
     Args:
         library: the tokenizer.
-        found_first: its tokens that are found in a text before anything else.
         encode: by it, ids of a text.
         vocab_size: ids are below this.
     """
-    definition, model = json.loads(library.to_str()), library.model
-    contents = [token.content for token in found_first]
+    definition = json.loads(library.to_str())
+    way, normalizer = _way(definition, library), definition.get("normalizer")
+    # Whether a mark is put before a piece then depends on its place in the text, and on what was removed before it.
+    is_first = (definition.get("pre_tokenizer") or {}).get("prepend_scheme") == "first"
+    if way is None or (is_first and normalizer is not None and normalizer["type"] not in NOTHING_REMOVED):
+        return None
+    cut, encode_segment = way
+    pieces_of = found_first(
+        library.get_added_tokens_decoder().values(),
+        library.token_to_id,
+        normalizing(normalizer, library.normalizer),
+        special=not library.encode_special_tokens,
+        alike=not is_first,
+    )
+
+    def segments(text: str) -> Iterable[Piece] | None:
+        """The segments of a text, its added tokens among them."""
+        pieces = pieces_of(text)
+        if pieces is None:
+            return None
+        if len(pieces) == 1 and isinstance(pieces[0], str):
+            return cut(pieces[0])
+        return chain.from_iterable([piece] if isinstance(piece, int) else cut(piece) for piece in pieces)
+
+    return SegmentMemory(segments, encode_segment, encode, vocab_size)
+
+
+def _way(
+    definition: dict[str, Any], library: Tokenizer
+) -> tuple[Callable[[str], Iterable[str]], Callable[[str], list[int]]] | None:
+    """What cuts a normalized text, and gives the ids of a segment."""
+    model = library.model
+    normal = Tokenizer(model)  # the same without normalizer and added tokens; the model is one
+    if library.pre_tokenizer is not None:
+        normal.pre_tokenizer = library.pre_tokenizer
 
     def ids_of(word: str) -> list[int]:
         return [token.id for token in model.tokenize(word)]
 
-    def memory(cut: Callable[[str], Iterable[str]], encode_segment: Callable[[str], list[int]]) -> SegmentMemory:
-        uncut = re.compile("|".join(map(re.escape, contents))) if contents else None
-        return SegmentMemory(cut, uncut, encode_segment, encode, vocab_size)
+    def encode(segment: str) -> list[int]:
+        ids: list[int] = normal.encode_batch_fast([segment], add_special_tokens=False)[0].ids
+        return ids
 
     if (cuts := byte_level_cuts(definition)) is not None:
-        return memory(cutter(cuts), encode)
+        return cutter(cuts), encode
     if (cut := merge_cuts(definition)) is not None:
-        contents.append(WORD_MARK)
-        return memory(cut, lambda segment: ids_of(segment.replace(" ", WORD_MARK)))
-    words = words_of(definition)
-    # An added token may be found in what the normalizer made of a text.
-    if words is None or (definition["normalizer"] is not None and any(token.normalized for token in found_first)):
+        return cut, ids_of
+    if (words := words_of(definition)) is None:
         return None
-    is_unsure = words.unsure.search
 
-    def encode_segment(segment: str) -> list[int]:
-        return encode(segment) if is_unsure(segment) else list(chain.from_iterable(map(ids_of, words.words(segment))))
+    def encode_words(segment: str) -> list[int]:
+        return list(chain.from_iterable(map(ids_of, words.words(segment)))) if segment.isascii() else encode(segment)
 
-    return memory(words.segments, encode_segment)
+    return words.segments, encode_words

@@ -328,12 +328,7 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def _memory(self) -> SegmentMemory | None:
-        found_first = [
-            token
-            for token in self.library.get_added_tokens_decoder().values()
-            if not (token.special and self.library.encode_special_tokens)
-        ]
-        return huggingface_memory(self.text_library, found_first, self._encode, self.vocab_size)
+        return huggingface_memory(self.text_library, self._encode, self.vocab_size)
 
     def _encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]  # faster than the library's encode, which finds places too

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from megatron_core_impl.data.word_patterns import ASCII, Part, characters, set_pattern, translated
+from megatron_core_impl.data.word_patterns import ASCII, Characters, Part, characters, set_pattern, translated
 
 NEAR = 256  # characters between others than ASCII that are encoded with them, at most
 SHORT = 16  # characters, on average, of others than ASCII with what is around them that may come again
@@ -23,8 +23,6 @@ SAMPLE_LONGEST = 12
 
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PUNCTUATION = r"[!-/:-@\[-`{-~]"
-WITHOUT_SPACES = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer")  # whose words hold no white space
-CONTROLS = characters("".join(map(chr, [*range(9), 11, 12, *range(14, 32), 127])))
 # How a byte is written: printable ASCII as itself, the others by characters from U+0100 on.
 BYTE_NAMES = {byte: chr(256 + number) for number, byte in enumerate([*range(33), 127])}
 
@@ -54,30 +52,17 @@ class Step:
         return self.drops or bool(self.part.alone >> ord(b) & 1)
 
 
-@dataclass(frozen=True)
-class Normal:
-    """What a normalizer does to ASCII."""
-
-    unsure: int = 0  # characters of ASCII for which it is not followed
-    lowers: bool = False
-    makes_spaces: bool = False  # of other characters
-
-
 class Words:
-    """Cuts a text into segments, and segments into words.
+    """Cuts a normalized text into segments, and segments into words.
 
     Args:
-        normal: what is done before.
         prefix: what is put before a text that does not begin with one of `prefixed`.
         steps: the splits.
         finish: how the model sees a word.
     """
 
-    def __init__(self, normal: Normal, prefix: str, prefixed: str, steps: list[Step], finish: Callable[[str], str]) -> None:
-        self._normal, self._prefix, self._prefixed, self._finish = normal, prefix, tuple(prefixed), finish
-        sure = set_pattern(ASCII & ~normal.unsure)
-        self.unsure = re.compile(f"[^{sure[1:]}")
-        self._clusters = re.compile(f"[^{sure[1:]}++(?:{sure}{{1,{NEAR}}}+[^{sure[1:]}++)*+")
+    def __init__(self, prefix: str, prefixed: str, steps: list[Step], finish: Callable[[str], str]) -> None:
+        self._prefix, self._prefixed, self._finish = prefix, tuple(prefixed), finish
         patterns = [step.pattern() for step in steps if step.part.first or step.drops]
         # Segments are the pieces of the first steps that make short ones of text.
         count = 1
@@ -85,28 +70,20 @@ class Words:
             count += 1
         self._cutting, self._within = patterns[:count], patterns[count:]
         # Where the text can be cut: behind these, before a space or a newline.
-        before = {b: self._safe_before(steps, b) for b in (" " if prefix else " \n")}
+        before = {b: _safe_before(steps, b) for b in (" " if prefix else " \n")}
         self._cuts = {b: safe for b, safe in before.items() if safe}
         self._cut = re.compile("|".join(f"(?<={set_pattern(safe)})(?={b})" for b, safe in self._cuts.items()))
-
-    @staticmethod
-    def _safe_before(steps: list[Step], b: str) -> int:
-        if not all(step.part.is_near for step in steps) or not any(step.parts(b) for step in steps):
-            return 0
-        safe = [a for a in map(chr, range(128)) if not any(step.joins(c, b) for step in steps for c in (a, a.lower()))]
-        return characters("".join(safe))
+        self._clusters = re.compile(f"[^\\x00-\\x7f]++(?:[\\x00-\\x7f]{{1,{NEAR}}}+[^\\x00-\\x7f]++)*+")
 
     def segments(self, text: str) -> Iterable[str]:
         """The segments of a text."""
         if self._prefix and not text.startswith(self._prefixed):
             text = self._prefix + text
-        if text.isascii() and not (self._normal.unsure and self.unsure.search(text)):
+        if text.isascii():
             return self._sure(text)
         return self._mixed(text) if self._cuts else [text]
 
     def _sure(self, text: str) -> Iterable[str]:
-        if self._normal.lowers:
-            text = text.lower()
         first, *others = self._cutting
         pieces: Iterable[str] = first.findall(text) if len(text) <= LONG else (match[0] for match in first.finditer(text))
         for pattern in others:
@@ -125,7 +102,7 @@ class Words:
             if done - start > SHORT * len(parts):  # what is long rarely comes again, and is encoded faster at once
                 parts = [text[start:done]]
             for part in parts:
-                yield from (part,) if self.unsure.search(part) else self._sure(part)
+                yield from self._sure(part) if part.isascii() else (part,)
         yield from self._sure(text[done:])
 
     def _cut_before(self, text: str, place: int, least: int) -> int:
@@ -137,8 +114,14 @@ class Words:
         return least
 
     def words(self, segment: str) -> list[str]:
-        """The words of a segment that is sure, as the model sees them."""
+        """The words of a segment of ASCII, as the model sees them."""
         return [self._finish(word) for word in _pieces(self._within, segment)]
+
+
+def _safe_before(steps: list[Step], b: str) -> Characters:
+    if not all(step.part.is_near for step in steps) or not any(step.parts(b) for step in steps):
+        return 0
+    return characters("".join(a for a in map(chr, range(128)) if not any(step.joins(a, b) for step in steps)))
 
 
 def _pieces(patterns: list[re.Pattern[str]], text: str) -> list[str]:
@@ -149,19 +132,18 @@ def _pieces(patterns: list[re.Pattern[str]], text: str) -> list[str]:
 
 
 def words_of(definition: dict[str, Any]) -> Words | None:
-    """How a tokenizer finds its words; None where that is not known. Its added tokens are the caller's matter.
+    """How a tokenizer finds its words in what its normalizer gives; None where that is not known.
 
     Args:
         definition: the content of tokenizer.json.
     """
-    model, splitter = definition["model"], definition.get("pre_tokenizer") or {}
-    normal = _normal(definition.get("normalizer"))
+    splitter = definition.get("pre_tokenizer") or {}
     listed = splitter.get("pretokenizers", []) if splitter.get("type") == "Sequence" else [splitter]
-    if normal is None or model.get("dropout") or not listed:
+    if definition["model"].get("dropout") or not listed:
         return None
     first, last = listed[0], listed[-1]
     if first.get("type") == "Metaspace":
-        return _of_metaspace(first, normal) if len(listed) == 1 and not normal.makes_spaces else None
+        return _of_metaspace(first) if len(listed) == 1 else None
     is_bytes = last.get("type") == "ByteLevel"
     steps = [_step(step) for step in (listed[:-1] if is_bytes else listed)]
     if is_bytes and last["use_regex"]:
@@ -170,38 +152,22 @@ def words_of(definition: dict[str, Any]) -> Words | None:
     if len(known) < len(steps) or not any(step.part.first for step in known):
         return None
     is_prefixed = is_bytes and last["add_prefix_space"]
-    if is_prefixed and (normal.makes_spaces or len(listed) > 1):
+    if is_prefixed and len(listed) > 1:
         return None
-    if normal.unsure and first["type"] not in WITHOUT_SPACES:
-        return None
-    return Words(normal, " " if is_prefixed else "", " ", known, _byte_names if is_bytes else str)
+    return Words(" " if is_prefixed else "", " ", known, _byte_names if is_bytes else str)
 
 
 def _byte_names(word: str) -> str:
     return word.translate(BYTE_NAMES)
 
 
-def _of_metaspace(step: dict[str, Any], normal: Normal) -> Words | None:
+def _of_metaspace(step: dict[str, Any]) -> Words | None:
     """Words that begin with a mark, which stands for a space; a text begins with one."""
     mark, pattern = step["replacement"], _split(" [^ ]*|[^ ]+")
     if not step["split"] or mark.isascii() or pattern is None:  # a text of ASCII must not hold marks of its own
         return None
     prefix = "" if step["prepend_scheme"] == "never" else " "
-    return Words(normal, prefix, f" {mark}", [pattern], lambda word: word.replace(" ", mark))
-
-
-def _normal(normalizer: dict[str, Any] | None) -> Normal | None:
-    """What a normalizer does, if it is known. What it changes is no ASCII, or has something that is none behind it."""
-    kind = (normalizer or {}).get("type")
-    if normalizer is None:
-        return Normal()
-    if kind in ("NFC", "NFD", "NFKC", "NFKD"):
-        return Normal(makes_spaces=True)
-    if kind == "Lowercase":
-        return Normal(lowers=True)
-    if kind == "BertNormalizer":
-        return Normal(CONTROLS if normalizer["clean_text"] else 0, normalizer["lowercase"], makes_spaces=True)
-    return None
+    return Words(prefix, f" {mark}", [pattern], lambda word: word.replace(" ", mark))
 
 
 def _split(pattern: str, *, drops: bool = False) -> Step | None:

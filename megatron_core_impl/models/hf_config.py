@@ -8,6 +8,7 @@ missing, malformed, or asks for something that is not built; the message names t
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_core_impl.checkpoint.shown import shown
 from megatron_core_impl.config import Activation, RopeScaling, is_finite
 
 HF = Mapping[str, Any]  # a parsed config.json
@@ -41,12 +42,14 @@ def llama_fields(hf: HF, *, num_key_value_heads: int | None, max_position_embedd
     """
     refuse_what_is_never_built(hf)
     hidden_size, heads = size(hf, "hidden_size"), size(hf, "num_attention_heads")
-    if (head_dim := hf.get("head_dim")) is None:
+    if hf.get("head_dim") is None:
         if hidden_size % heads:
             raise ValueError(
                 f"config.json: num_attention_heads={heads} does not divide hidden_size={hidden_size}, and no head_dim is given"
             )
         head_dim = hidden_size // heads
+    else:
+        head_dim = size(hf, "head_dim")
     kv_heads = hf.get("num_key_value_heads", num_key_value_heads)
     theta, scaling = rope(hf, max_position_embeddings)
     return {
@@ -55,7 +58,7 @@ def llama_fields(hf: HF, *, num_key_value_heads: int | None, max_position_embedd
         "intermediate_size": size(hf, "intermediate_size"),
         "num_hidden_layers": size(hf, "num_hidden_layers"),
         "num_attention_heads": heads,
-        "num_key_value_heads": heads if kv_heads is None else kv_heads,
+        "num_key_value_heads": heads if kv_heads is None else size({"num_key_value_heads": kv_heads}, "num_key_value_heads"),
         "head_dim": head_dim,
         "max_position_embeddings": size(hf, "max_position_embeddings", max_position_embeddings),
         "norm_eps": number(hf, "rms_norm_eps", 1e-6),
@@ -72,11 +75,11 @@ def refuse_what_is_never_built(hf: HF) -> None:
     for name in ("attention_dropout", "hidden_dropout"):
         if (value := hf.get(name)) not in (None, 0):
             raise ValueError(
-                f"config.json: {name}={value!r} is not supported: dropout is a setting of the training, not of the model. "
+                f"config.json: {name}={shown(value)} is not supported: dropout is a setting of the training, not of the model. "
                 f"Set {name} to 0.0 there"
             )
     if (share := hf.get("partial_rotary_factor")) not in (None, 1):
-        raise ValueError(f"config.json: partial_rotary_factor={share!r} is not supported; only 1.0 is")
+        raise ValueError(f"config.json: partial_rotary_factor={shown(share)} is not supported; only 1.0 is")
 
 
 def size(hf: HF, name: str, default: int | None = None, *, at_least: int = 1) -> int:
@@ -84,9 +87,9 @@ def size(hf: HF, name: str, default: int | None = None, *, at_least: int = 1) ->
     if (value := hf.get(name, default)) is None:
         raise ValueError(f"config.json: {name} is missing")
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"config.json: {name}={value!r} must be a whole number")
+        raise ValueError(f"config.json: {name}={shown(value)} must be a whole number")
     if value < at_least:
-        raise ValueError(f"config.json: {name}={value} must be at least {at_least}")
+        raise ValueError(f"config.json: {name}={shown(value)} must be at least {at_least}")
     return value
 
 
@@ -95,21 +98,21 @@ def number(hf: HF, name: str, default: float | None = None, *, where: str = "con
     if (value := hf.get(name, default)) is None:
         raise ValueError(f"{where}: {name} is missing")
     if not is_finite(value):
-        raise ValueError(f"{where}: {name}={value!r} must be a finite number")
+        raise ValueError(f"{where}: {name}={shown(value)} must be a finite number")
     return float(value)
 
 
 def flag(hf: HF, name: str, default: bool) -> bool:
     """True or false; null is false, as it is to transformers."""
     if not isinstance(value := hf.get(name, default), bool | None):
-        raise ValueError(f"config.json: {name}={value!r} must be true or false")
+        raise ValueError(f"config.json: {name}={shown(value)} must be true or false")
     return bool(value)
 
 
 def activation(hf: HF, name: str, default: str) -> Activation:
     """An activation function, by transformers' name for it."""
     if not isinstance(value := hf.get(name, default), str) or value not in ACTIVATIONS:
-        raise ValueError(f"config.json: {name}={value!r} is not supported. Supported: {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"config.json: {name}={shown(value)} is not supported. Supported: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[value]
 
 
@@ -118,7 +121,7 @@ def rope(hf: HF, max_position_embeddings: int) -> tuple[float, RopeScaling | Non
     field = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
     parameters = hf.get(field) or {}
     if not isinstance(parameters, Mapping):
-        raise ValueError(f"config.json: {field}={parameters!r} must be an object")
+        raise ValueError(f"config.json: {field}={shown(parameters)} must be an object")
     refuse_what_is_never_built({"partial_rotary_factor": parameters.get("partial_rotary_factor")})
     where = f"config.json: {field}"
     theta = number(parameters if parameters.get("rope_theta") is not None else hf, "rope_theta", 10000.0, where="config.json")
@@ -137,5 +140,5 @@ def rope(hf: HF, max_position_embeddings: int) -> tuple[float, RopeScaling | Non
             high_freq_factor=number(parameters, "high_freq_factor", where=where),
             original_max_position_embeddings=size(context, name, max_position_embeddings),
         )
-    reason = _REFUSED_ROPE.get(str(kind), "supported are default, linear and llama3")
-    raise ValueError(f"config.json: rope_type={kind!r} of {field} is not supported: {reason}")
+    reason = _REFUSED_ROPE.get(kind if isinstance(kind, str) else "", "supported are default, linear and llama3")
+    raise ValueError(f"config.json: rope_type={shown(kind)} of {field} is not supported: {reason}")

@@ -13,7 +13,8 @@ from typing import Any
 
 from megatron_core_impl.checkpoint.megatron_llm import EMBEDDING, EMBEDDING_FOR_HEAD
 from megatron_core_impl.checkpoint.restricted_pickle import EnumMember
-from megatron_core_impl.config import VOCAB_MULTIPLE, Layout, ModelConfig, RankForm, padded_vocab_size
+from megatron_core_impl.checkpoint.shown import shown
+from megatron_core_impl.config import VOCAB_MULTIPLE, Layout, ModelConfig, RankForm, is_finite, padded_vocab_size
 from megatron_core_impl.models.forms import Form, evenly_cut, rank_form
 
 FORM = Form(
@@ -89,7 +90,7 @@ def hf_from_args(args: Mapping[str, Any], vocab_size: int, said: Mapping[str, An
     hidden_size, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     if args.get("kv_channels") not in (None, hidden_size // heads):
         raise ValueError(
-            f"args.kv_channels={args['kv_channels']} is not hidden_size / num_attention_heads, which is all it can run"
+            f"args.kv_channels={shown(args['kv_channels'])} is not hidden_size / num_attention_heads, which is all it can run"
         )
     kv_heads = args.get("num_attention_heads_kv") or heads
     ffn = args.get("ffn_hidden_size") or 4 * hidden_size
@@ -120,7 +121,12 @@ def hf_from_args(args: Mapping[str, Any], vocab_size: int, said: Mapping[str, An
             "num_key_value_heads": kv_heads, "rms_norm_eps": eps, "hidden_act": "silu",
             **({"sliding_window": args.get("sliding_window_size") or _WINDOW} if is_mistral else {}),
         }  # fmt: skip
-    _refuse_doubtful(kind if isinstance(args.get("model_name"), str) else None, hf, said)
+    if hf["model_type"] != "mistral" and args.get("sliding_window_size") is not None:
+        raise ValueError(
+            f"args.sliding_window_size={shown(args['sliding_window_size'])} is not supported in a {kind}: of its models, only "
+            f"Mistral has a window, of {_WINDOW}"
+        )
+    _refuse_doubtful(kind, args.get("model_name") is not None, hf, said)
     return hf
 
 
@@ -134,9 +140,10 @@ def is_resharded(args: Mapping[str, Any]) -> bool:
 def _kind(args: Mapping[str, Any]) -> str:
     """Which of its models this is: by name where training wrote it, else by what only one of them has."""
     position = args.get("position_embedding_type")
-    if position != "rotary" and not (isinstance(position, EnumMember) and position.value == 1):
+    position = position.value if isinstance(position, EnumMember) else position
+    if position not in ("rotary", 1):
         raise ValueError(
-            f"args.position_embedding_type={position!r} is not supported: only its models with rotary embeddings are"
+            f"args.position_embedding_type={shown(position)} is not supported: only its models with rotary embeddings are"
         )
     is_falcon = bool(args.get("parallel_attn", False))
     wanted = {
@@ -145,26 +152,30 @@ def _kind(args: Mapping[str, Any]) -> str:
     }  # fmt: skip
     for name, value in wanted.items():
         if (found := args.get(name) or (None if value is None else False)) != value:
+            models = "Falcon has" if is_falcon else "Llama, Code Llama and Mistral have"
             raise ValueError(
-                f"args.{name}={found!r} is not supported where parallel_attn={is_falcon}: "
-                f"{'its Falcon' if is_falcon else 'its Llama, Code Llama and Mistral'} has {value!r}"
+                f"args.{name}={shown(found)} is not supported where parallel_attn={is_falcon}: Megatron-LLM's {models} "
+                f"{name}={value!r}, and only these can be taken in"
             )
     kind = args.get("model_name")
     kinds = {"falcon"} if is_falcon else _USUAL.keys() - {"falcon"}
     if kind is None:
         return "falcon" if is_falcon else "mistral" if args.get("sliding_window_size") else "llama2"
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(
-            f"args.model_name={kind!r} is not supported where parallel_attn={is_falcon}; it must be "
+            f"args.model_name={shown(kind)} is not supported where parallel_attn={is_falcon}; it must be "
             f"{' or '.join(sorted(kinds))}"
         )
-    return str(kind)
+    return kind
 
 
-def _refuse_doubtful(kind: str | None, hf: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+def _refuse_doubtful(kind: str, is_named: bool, hf: Mapping[str, Any], said: Mapping[str, Any]) -> None:
     """What the arguments lose must be what the model's kind has, or the person says what is true."""
-    for name, usual in _USUAL.get(kind or "", {}).items():
-        if name not in said and hf[name] != usual:
+    for name, usual in (_USUAL[kind] | ({"sliding_window": _WINDOW} if kind == "mistral" else {})).items():
+        if not is_finite(hf[name]):
+            raise ValueError(f"its arguments give {name}={shown(hf[name])}, which must be a finite number")
+        # The converter's files name no kind: what can be of any is believed
+        if name not in said and hf[name] != usual and (is_named or name == "sliding_window"):
             raise ValueError(
                 f"its arguments give {name}={hf[name]:g}, and a {kind} has {usual:g}. Megatron-LLM does not keep this argument "
                 f"when it loads or reshards a checkpoint, so say what is true: model.config.{name}: {usual:g} (or "
@@ -173,8 +184,8 @@ def _refuse_doubtful(kind: str | None, hf: Mapping[str, Any], said: Mapping[str,
 
 
 def _argument(args: Mapping[str, Any], name: str) -> int:
-    if type(value := args.get(name)) is not int:
-        raise ValueError(f"args.{name}={value!r} must be a whole number")
+    if type(value := args.get(name)) is not int or value < 1:
+        raise ValueError(f"args.{name}={shown(value)} must be a whole number of at least 1")
     return value
 
 

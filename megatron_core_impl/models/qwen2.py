@@ -1,5 +1,6 @@
 """The Qwen2 family (Qwen2, Qwen2.5): Llama with biases on q, k and v (https://arxiv.org/abs/2407.10671). No torch in here."""
 
+from megatron_core_impl.checkpoint.shown import shown
 from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.models.hf_config import HF, flag, llama_fields, size
 
@@ -19,7 +20,9 @@ def _window(hf: HF, num_layers: int) -> int | None:
     if not flag(hf, "use_sliding_window", False) or hf.get("sliding_window", 4096) is None:
         return None
     first = size(hf, "max_window_layers", 28, at_least=0)
-    kinds = hf.get("layer_types") or ["sliding_attention" if n >= first else "full_attention" for n in range(num_layers)]
+    kinds = hf.get("layer_types") or ["sliding_attention" if n >= first else "full_attention" for n in (0, num_layers - 1)]
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise ValueError(f"config.json: layer_types={shown(kinds)} must be a list of names")
     if set(kinds) == {"full_attention"}:
         return None
     if set(kinds) != {"sliding_attention"}:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megatron_core_impl.checkpoint.sharded import WeightsSource
+from megatron_core_impl.checkpoint.source import WeightsSource
 from megatron_core_impl.config import TensorSpec
 from megatron_core_impl.parity.figures import LOGITS, Difference
 
@@ -67,7 +67,7 @@ def explain_tensors(
     for each in names:
         rows = min(ours.shape(each)[0], source.shape(each)[0])
         piece = ((0, rows), *((0, size) for size in ours.shape(each)[1:]))
-        pairs[each] = ours.read(each, piece), source.read(each, piece, ours.dtype(each))
+        pairs[each] = ours.read(each, piece), source.read(each, piece, ours.dtype(each).torch)
     differing = sorted(each for each, pair in pairs.items() if not torch.equal(*pair))
     if not differing:
         return None

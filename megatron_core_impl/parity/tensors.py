@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from megatron_core_impl.checkpoint.reshard import check_tensors, same_bits
+from megatron_core_impl.checkpoint.proven import read_as, same_bytes
+from megatron_core_impl.checkpoint.reshard import check_tensors
 from megatron_core_impl.checkpoint.safetensors_io import row_blocks
-from megatron_core_impl.checkpoint.sharded import WeightsSource
 from megatron_core_impl.checkpoint.slicing import whole
+from megatron_core_impl.checkpoint.source import WeightsSource
 from megatron_core_impl.config import TensorSpec
 
 LISTED = 20  # names in a report, at most
@@ -76,7 +77,7 @@ def proven(
         bytes=sum(prod(spec.shape) * dtypes[spec.name].itemsize for spec in specs),
         exact=len(specs) - rounded - len(differing),
         rounded=rounded,
-        dtypes=tuple(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})),
+        dtypes=tuple(sorted({dtype.name for dtype in dtypes.values()})),
         differing=tuple(differing),
         unexpected=tuple(name for name in ours.names if name not in names),
     )
@@ -86,6 +87,6 @@ def _is_equal(ours: WeightsSource, source: WeightsSource, spec: TensorSpec) -> b
     dtype = ours.dtype(spec.name)
     size = max(dtype.itemsize, source.dtype(spec.name).itemsize)
     return all(
-        same_bits(ours.read(spec.name, block), source.read(spec.name, block, dtype))
+        same_bytes(ours.read_bytes(spec.name, block), read_as(source, spec.name, block, dtype))
         for block in row_blocks(whole(spec.shape), size)
     )

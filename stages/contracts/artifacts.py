@@ -1,6 +1,6 @@
 """What stages hand to each other: one typed, self-describing record per result, `artifact.json` in the result's own folder.
 
-An artifact names its files with size and SHA-256, what it was made from, and the *facts* that later stages need: they are
+An artifact names its files with size and digest, what it was made from, and the *facts* that later stages need: they are
 never given a second time as a flag. Paths are relative, so an artifact is valid on the host and inside a container alike.
 """
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter
 
-from megatron_core_impl.checkpoint.digests import file_sha256
+from megatron_core_impl.checkpoint.digests import file_blake3, file_sha256
 from megatron_core_impl.config import Activation, NewRows, NormKind, RopeScaling
 from megatron_core_impl.data.streams import TEXT
 from stages.contracts.config import BosEos, Dtype
@@ -26,8 +26,15 @@ class FileRecord(Frozen):
     """A file of an artifact. Volatile files (logs, curves) are kept but are no part of the fingerprint."""
 
     size: int = Field(ge=0)
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    blake3: str = Field(pattern="^[0-9a-f]{64}$")
     volatile: bool = False
+
+
+class PublishedFile(Frozen):
+    """A file that was published, by the digest that others know it by."""
+
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 class TokenizerFacts(Frozen):
@@ -83,6 +90,7 @@ class Versions(Frozen):
     package: str
     python: str
     torch: str | None = None
+    libraries: dict[str, str] = {}  # that read and write models and tokenizers, of those that its process had loaded
     image: str | None = None  # digest of the container image, None for a plain process
 
 
@@ -271,7 +279,7 @@ class PushArtifact(Artifact):
     commit: str | None = None
     branch: str | None = None  # on the Hub
     tag: str | None = None
-    published: dict[str, FileRecord] = {}
+    published: dict[str, PublishedFile] = {}
 
 
 AnyArtifact = Annotated[
@@ -295,7 +303,7 @@ def fingerprint_of(kind: str, files: dict[str, FileRecord], facts: dict[str, Any
     """Hash of an artifact's content: the same bits and facts give the same fingerprint, whenever and wherever made."""
     content = {
         "kind": kind,
-        "files": {name: record.sha256 for name, record in sorted(files.items()) if not record.volatile},
+        "files": {name: record.blake3 for name, record in sorted(files.items()) if not record.volatile},
         "facts": {name: value for name, value in facts.items() if name != "kind"},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -322,8 +330,8 @@ def load_artifact(folder: Path) -> AnyArtifact:
 def check_files(folder: Path, artifact: Artifact, *, thorough: bool) -> None:
     """Compare the files of an artifact with its records.
 
-    Sizes are always compared. Contents are hashed when `thorough`, and otherwise only for files that may have been changed since
-    the artifact was written: a change within the same tick of the file system's clock shows as the same time.
+    Sizes are always compared. Contents are hashed when `thorough`, and otherwise only for files that may have been changed
+    since the artifact was written: a change within the same tick of the file system's clock shows as the same time.
 
     Raises:
         DamagedArtifact: naming the first file that is missing or differs.
@@ -349,9 +357,9 @@ def check_size(folder: Path, artifact: Artifact, name: str) -> None:
 def check_content(folder: Path, artifact: Artifact, name: str) -> None:
     """Raise DamagedArtifact if the bytes of a file of an artifact are not those of its record."""
     path = folder / name
-    if file_sha256(path) != artifact.files[name].sha256:
+    if file_blake3(path) != artifact.files[name].blake3:
         mend = _mend(folder, artifact)
-        raise DamagedArtifact(f"{path}: its SHA-256 is not the one its artifact records: it was changed. {mend}")
+        raise DamagedArtifact(f"{path}: its digest is not the one its artifact records: it was changed. {mend}")
 
 
 def _mend(folder: Path, artifact: Artifact) -> str:

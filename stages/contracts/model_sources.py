@@ -1,12 +1,12 @@
 """What kind of checkpoint a local folder is, and the config.json of those that have none of their own. No torch in here."""
 
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_core_impl.checkpoint import megatron_llm, meta
+from megatron_core_impl.checkpoint.json_files import read_json
 from megatron_core_impl.checkpoint.restricted_pickle import RefusedPickle
 from megatron_core_impl.models import families
 from megatron_core_impl.models import megatron_llm as megatron_form
@@ -18,12 +18,24 @@ CONFIG_IS_THERE = f"model.config is for checkpoints of Meta and Megatron-LLM, an
 
 
 def kind_of(folder: Path) -> Kind:
-    """The kind of a folder: Hugging Face's, unless it is Meta's or Megatron-LLM's and has no config.json."""
-    if (folder / CONFIG).is_file():
-        return "huggingface"
-    if megatron_llm.is_checkpoint(folder):
-        return "megatron-llm"
-    return "meta" if meta.is_checkpoint({path.name for path in folder.iterdir()}) else "huggingface"
+    """The kind of a folder: Hugging Face's, unless it is Meta's or Megatron-LLM's and has no config.json.
+
+    Raises:
+        ValueError: it has a config.json, and no other weights than Meta's or Megatron-LLM's.
+    """
+    names = {path.name for path in folder.iterdir()}
+    kind: Kind = (
+        "megatron-llm" if megatron_llm.is_checkpoint(folder) else "meta" if meta.is_checkpoint(names) else "huggingface"
+    )
+    if kind == "huggingface" or CONFIG not in names:
+        return kind
+    if not any(name.endswith((".safetensors", ".bin")) for name in names):
+        owner = "Meta" if kind == "meta" else "Megatron-LLM"
+        raise ValueError(
+            f"{folder} holds a checkpoint of {owner}, and a {CONFIG}, but no weights of Hugging Face. To import the "
+            f"checkpoint, remove {CONFIG} from there; what the checkpoint does not tell, model.config does"
+        )
+    return "huggingface"
 
 
 def describe(folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,16 +50,19 @@ def describe(folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
     """
     kind = kind_of(folder)
     if kind == "huggingface":
-        hf = json.loads((folder / CONFIG).read_text())
-        if not isinstance(hf, dict):
-            raise ValueError(f"{CONFIG}: is no JSON object")
+        if not (folder / CONFIG).is_file():
+            raise FileNotFoundError(folder / CONFIG)
+        hf = read_json(folder / CONFIG)
         if said:
             raise ValueError(f"{CONFIG_IS_THERE}: change it there")
         return hf
     if kind == "meta":
         shards = meta.open_shards(folder)
         shapes = {name: record.shape for name, record in shards[0][1].items()}
-        made = meta_form.hf_from_params(meta.read_params(folder), shapes, len(shards), said)
+        params = meta.read_params(folder)
+        made = meta_form.hf_from_params(params, shapes, len(shards))
+        check_names(made, said)
+        meta_form.check_said(params, said)
         return with_said(made, said)
     checkpoint = megatron_llm.open_checkpoint(folder)
     return with_said(megatron_form.hf_from_args(checkpoint.args, stored_rows(checkpoint), said), said)
@@ -62,17 +77,26 @@ def stored_rows(checkpoint: megatron_llm.Checkpoint) -> int:
     return record.shape[0] * checkpoint.layout.tp
 
 
-def with_said(made: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with what the person says of it.
+def check_names(made: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+    """Refuse what the person says of a field that a configuration does not have.
 
     Raises:
-        ValueError: they name a field that it does not have, or more of the vocabulary than is stored.
+        ValueError: naming it, and what may have been meant.
     """
     for name in said:
         if name not in made:
             near = difflib.get_close_matches(name, made, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"It has: {', '.join(sorted(made))}"
             raise ValueError(f"model.config.{name}: the config.json of this checkpoint has no such field. {hint}")
+
+
+def with_said(made: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with what the person says of it.
+
+    Raises:
+        ValueError: they name a field that it does not have, or more of the vocabulary than is stored.
+    """
+    check_names(made, said)
     hf = {**made, **said}
     families.config_from_hf(hf)
     if hf["vocab_size"] > made["vocab_size"]:

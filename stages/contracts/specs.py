@@ -16,6 +16,7 @@ from stages.contracts import artifacts as a
 from stages.contracts.config import (
     Dtype,
     ExportSettings,
+    MegatronLLMSettings,
     ModelSettings,
     PipelineConfig,
     PreprocessSettings,
@@ -31,7 +32,7 @@ from stages.contracts.train_settings import LayoutSettings, TrainSettings, check
 
 # Raise a stage's number when its code changes what it writes for the same spec.
 STAGE_VERSIONS = {
-    "download": 4, "preprocess": 3, "convert": 2, "verify": 4, "shard": 2, "train": 4, "merge": 2, "export": 4, "push": 2,
+    "download": 4, "preprocess": 3, "convert": 2, "verify": 5, "shard": 2, "train": 4, "merge": 2, "export": 5, "push": 3,
 }  # fmt: skip
 
 
@@ -201,10 +202,16 @@ class VerifySpec(Spec):
     INPUTS = {"model": a.ModelArtifact, "weights": a.WeightsArtifact, "dataset": a.DatasetArtifact}
     settings: VerifySettings = VerifySettings()
     override_special_tokens: dict[SpecialName, str] = Field({}, description="as export.override_special_tokens")
+    megatron_llm: MegatronLLMSettings | None = Field(None, description="as export.megatron_llm")
 
     @classmethod
     def settings_of(cls, config: PipelineConfig) -> dict[str, Any]:
-        return {"settings": config.verify, "override_special_tokens": config.export.override_special_tokens}
+        """Those of export, too, that a model can turn out not to allow: asked before it is trained."""
+        export = config.export
+        return {
+            "settings": config.verify, "override_special_tokens": export.override_special_tokens,
+            "megatron_llm": export.megatron_llm,
+        }  # fmt: skip
 
     @classmethod
     def of(cls, config: PipelineConfig, **inputs: a.Artifact) -> Self:

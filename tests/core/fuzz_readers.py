@@ -138,9 +138,9 @@ def targets(folder: Path) -> dict[str, Target]:
         return [(name, reader.read(name).tolist()) for name in sorted(reader.names)]
 
     def read_state() -> list[Any]:
-        state = checkpoints.read_state(root, 3)
-        files = checkpoints.recorded_files(root, 3, state)
-        checkpoints.check_files(root, 3, files)
+        state = checkpoints.read_state(weights)
+        files = checkpoints.recorded_files(weights, state)
+        checkpoints.check_files(weights, files)
         return sorted(files.items())
 
     save_file(

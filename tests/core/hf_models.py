@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from megatron_core_impl.checkpoint.dtypes import Bytes, Dtype, as_bytes, dtype_of
 from megatron_core_impl.checkpoint.foreign import Rearranged, invert
+from megatron_core_impl.checkpoint.safetensors_io import check_slice
 from megatron_core_impl.checkpoint.slicing import Slice, whole
+from megatron_core_impl.checkpoint.source import WeightsSource
 from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.mesh import Mesh
 from megatron_core_impl.models import families
@@ -74,12 +77,15 @@ def described(model: PreTrainedModel) -> ModelConfig:
         return families.config_from_hf(json.loads((Path(folder) / "config.json").read_text()))
 
 
-class InMemory:
+class InMemory(WeightsSource):
     """Tensors by name as a source of weights."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
-        self.folder = Path("memory")
+
+    @property
+    def folder(self) -> Path:
+        return Path("memory")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,13 +94,16 @@ class InMemory:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensors[name].shape)
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
+    def dtype(self, name: str) -> Dtype:
+        return dtype_of(self.tensors[name].dtype)
 
-    def read(self, name: str, piece: Slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def check(self, name: str, piece: Slice) -> None:
+        check_slice(f"memory: {name}", self.shape(name), piece)
+
+    def read_bytes(self, name: str, piece: Slice | None = None) -> Bytes:
         tensor = self.tensors[name]
         ranges = whole(tensor.shape) if piece is None else piece
-        return tensor[tuple(slice(*bounds) for bounds in ranges)].to(dtype or tensor.dtype)
+        return as_bytes(tensor[tuple(slice(*bounds) for bounds in ranges)])
 
 
 def ours_of(theirs: PreTrainedModel, dtype: torch.dtype = torch.float32) -> Transformer:

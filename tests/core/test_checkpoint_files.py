@@ -1,6 +1,5 @@
 """Safetensors files: the `safetensors` library is the oracle, and what is malformed is refused in words."""
 
-import hashlib
 import json
 import os
 import random
@@ -12,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_core_impl.checkpoint import safetensors_io
 from megatron_core_impl.checkpoint.digests import FileDigest
-from megatron_core_impl.checkpoint.safetensors_io import DTYPES, SafetensorsReader, SafetensorsWriter, WeightsError, row_blocks
+from megatron_core_impl.checkpoint.dtypes import DTYPES, dtype_of
+from megatron_core_impl.checkpoint.safetensors_io import SafetensorsReader, SafetensorsWriter, WeightsError, row_blocks
 from megatron_core_impl.checkpoint.slicing import Slice, shape_of
 
 
@@ -39,7 +40,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 def tensors() -> dict[str, Tensor]:
     shapes = [(5, 7), (3,), (), (4, 0), (2, 3, 5, 4)]
     return {
-        f"{code}.{number}": bits(shape, dtype, number)
+        f"{code}.{number}": bits(shape, dtype.torch, number)
         for code, dtype in DTYPES.items()
         for number, shape in enumerate(shapes)
     }  # fmt: skip
@@ -49,7 +50,7 @@ def test_reads_what_the_library_wrote(tmp_path: Path, tensors: dict[str, Tensor]
     save_file(tensors, tmp_path / "t.safetensors", {"format": "pt", "note": "Größe"})
     reader = SafetensorsReader(tmp_path / "t.safetensors")
     assert reader.metadata == {"format": "pt", "note": "Größe"}
-    assert reader.tensors == {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    assert reader.tensors == {name: (dtype_of(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
     assert all(same(reader.read(name), tensor) for name, tensor in tensors.items())
 
 
@@ -300,20 +301,20 @@ def test_digest_is_that_of_the_file(tmp_path: Path, tensors: dict[str, Tensor], 
             _ = writer.digest
         for name in writer.names if is_in_order else reversed(writer.names):
             writer.write(name, tensors[name])
-    assert writer.digest == FileDigest(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    assert writer.digest == FileDigest(path.stat().st_size, blake3(path.read_bytes()).hexdigest())
 
 
 def test_a_file_written_in_order_is_not_read_for_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors_io, "file_sha256", lambda path: "read")
+    monkeypatch.setattr(safetensors_io, "file_blake3", lambda path: "read")
     with SafetensorsWriter(tmp_path / "t.safetensors", [("a", torch.float32, (4, 2)), ("b", torch.int8, (3,))]) as writer:
         writer.write_rows("a", 0, torch.ones(3, 2))
         writer.write_rows("a", 3, torch.ones(1, 2))
         writer.write("b", torch.ones(3, dtype=torch.int8))
-    assert writer.digest.sha256 == hashlib.sha256(writer.path.read_bytes()).hexdigest()
+    assert writer.digest.blake3 == blake3(writer.path.read_bytes()).hexdigest()
     with SafetensorsWriter(tmp_path / "t.safetensors", [("a", torch.float32, (4, 2))]) as writer:
         writer.write_rows("a", 3, torch.ones(1, 2))
         writer.write_rows("a", 0, torch.ones(3, 2))
-    assert writer.digest.sha256 == "read"
+    assert writer.digest.blake3 == "read"
 
 
 def test_a_writer_leaves_no_thread(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_core_impl.checkpoint.grown import Grown
-from megatron_core_impl.checkpoint.reshard import reshard, same_bits
+from megatron_core_impl.checkpoint.proven import same_bits
+from megatron_core_impl.checkpoint.reshard import reshard
 from megatron_core_impl.checkpoint.safetensors_io import WeightsError
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.config import Layout, NewRows, TensorSpec
@@ -35,7 +36,7 @@ def test_every_slice(tmp_path: Path, dtype: torch.dtype, kind: NewRows) -> None:
         "normal": Grown(open_weights(tmp_path), ["rows"], 8, "normal").read("rows")[5:],  # judged below
     }[kind]
     whole = torch.cat([table, new])
-    assert (grown.shape("rows"), grown.shape("other"), grown.dtype("rows")) == ((8, 4), (5, 4), dtype)
+    assert (grown.shape("rows"), grown.shape("other"), grown.dtype("rows").torch) == ((8, 4), (5, 4), dtype)
     for start in range(8):
         for stop in range(start + 1, 9):
             assert same_bits(grown.read("rows", ((start, stop), (1, 3))), whole[start:stop, 1:3].contiguous())

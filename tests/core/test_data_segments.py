@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 from tiny_tokenizers import AWKWARD, CODE, fuzz, sentencepiece_model, train_huggingface, train_sentencepiece, write
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from megatron_core_impl.data import segments
-from megatron_core_impl.data.segments import byte_level_cuts, merge_cuts, sentencepiece_cuts, sentencepiece_memory
+from megatron_core_impl.data.segments import AT_SPACES, byte_level_cuts, merge_cuts, sentencepiece_cuts, sentencepiece_memory
 from megatron_core_impl.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
 
 
@@ -52,6 +53,13 @@ def test_text_is_cut_only_where_the_vocabulary_allows_it(tmp_path: Path, setting
         assert tokenizer.encode_flat(texts)[0].tolist() == [token for ids in expected for token in ids]
 
 
+def test_a_piece_with_a_newline_would_touch_what_stands_before_a_segment() -> None:
+    proto = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model())
+    assert sentencepiece_cuts(proto.SerializeToString()) is not None
+    proto.pieces.add(piece="\n\n", score=-1000.0)
+    assert sentencepiece_cuts(proto.SerializeToString()) is None
+
+
 def test_memory_of_segments_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "MAX_SEGMENTS", 20)
     model = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
@@ -81,7 +89,7 @@ def sequence(*steps: object) -> dict[str, object]:
         (sequence(*FALCON), None, True),
         (BYTE_LEVEL | {"add_prefix_space": True}, None, False),
         (BYTE_LEVEL | {"use_regex": False}, None, False),
-        (BYTE_LEVEL, {"type": "NFC"}, False),
+        (BYTE_LEVEL, {"type": "NFC"}, True),
         (sequence(OTHER, BYTE_LEVEL | {"use_regex": False}), None, False),
     ],
 )
@@ -133,8 +141,15 @@ def llama() -> dict[str, Any]:
         ({"pre_tokenizer": WHOLE | {"prepend_scheme": "never"}}, {}, True),
         ({"pre_tokenizer": WHOLE | {"replacement": "_"}}, {}, False),
         ({"pre_tokenizer": None, "normalizer": MARKS}, {}, True),
-        ({"pre_tokenizer": None}, {}, False),
-        ({"normalizer": {"type": "NFC"}}, {}, False),
+        ({"pre_tokenizer": None}, {}, True),
+        ({"pre_tokenizer": AT_SPACES, "normalizer": MARKS["normalizers"][1]}, {}, True),
+        ({"pre_tokenizer": AT_SPACES, "normalizer": MARKS}, {}, True),
+        ({"pre_tokenizer": AT_SPACES}, {}, False),
+        ({"pre_tokenizer": AT_SPACES, "normalizer": MARKS["normalizers"][1] | {"content": " "}}, {}, False),
+        ({"pre_tokenizer": AT_SPACES | {"behavior": "Isolated"}, "normalizer": MARKS}, {}, False),
+        ({"normalizer": {"type": "NFC"}}, {}, True),
+        ({}, {"merge": ("\n", "\n")}, True),
+        ({}, {"merge": ("\n", "e")}, True),
         ({}, {"byte_fallback": False}, False),
         ({}, {"ignore_merges": True}, False),
         ({}, {"merge": ("<0x0A>", "e")}, False),

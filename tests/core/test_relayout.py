@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_core_impl.checkpoint import training
+from megatron_core_impl.checkpoint.proven import same_bits
 from megatron_core_impl.checkpoint.relayout import relayout, state_specs
-from megatron_core_impl.checkpoint.reshard import same_bits
 from megatron_core_impl.checkpoint.safetensors_io import WeightsError
 from megatron_core_impl.checkpoint.sharded import WeightsReader, open_weights, write_index, write_rank_file
 from megatron_core_impl.checkpoint.slicing import Slice, owned_slice, rank_slices, shape_of, stored_slices
@@ -145,7 +145,7 @@ def test_a_checkpoint_goes_through_a_chain_of_layouts(tmp_path: Path, whole: dic
     write_checkpoint(tmp_path / "0", whole, CHAIN[0])
     for number, (_, layout) in enumerate(pairwise(CHAIN), start=1):
         root = tmp_path / str(number)
-        folder = relayout(tmp_path / str(number - 1), STEP, root, SPECS, layout, progress=quiet)
+        folder = relayout(training.step_folder(tmp_path / str(number - 1), STEP), root, SPECS, layout, progress=quiet)
         assert folder == training.step_folder(root, STEP)
         assert training.finished_steps(root) == [STEP]
         direct = write_checkpoint(tmp_path / f"direct-{number}", whole, layout)
@@ -153,8 +153,8 @@ def test_a_checkpoint_goes_through_a_chain_of_layouts(tmp_path: Path, whole: dic
         for path in folder.iterdir():
             if path.name != training.STATE_FILE:
                 assert contents(path) == contents(direct / path.name), path
-        state = training.read_state(root, STEP)
-        training.check_files(root, STEP, training.recorded_files(root, STEP, state))
+        state = training.read_state(folder)
+        training.check_files(folder, training.recorded_files(folder, state))
         assert state["layout"] == asdict(layout)
         assert (state["consumed_samples"], state["must_agree"]) == (56, {"lr": 0.1})
         reader = open_weights(folder)
@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_left(tmp_path: Path, who
     data[-1] ^= 1
     file.write_bytes(data)
     with pytest.raises(training.DamagedCheckpoint, match=r"rank-0001\.safetensors: is not what was written"):
-        relayout(tmp_path / "a", STEP, tmp_path / "b", SPECS, Layout(), progress=quiet)
+        relayout(training.step_folder(tmp_path / "a", STEP), tmp_path / "b", SPECS, Layout(), progress=quiet)
     assert not (tmp_path / "b").exists()
 
 
@@ -189,11 +189,11 @@ def test_a_run_that_is_stopped_leaves_nothing(tmp_path: Path, whole: dict[str, T
 
     write_checkpoint(tmp_path / "a", whole, Layout(dp=2))
     with pytest.raises(KeyboardInterrupt):
-        relayout(tmp_path / "a", STEP, tmp_path / "b", SPECS, Layout(), progress=stop)
+        relayout(training.step_folder(tmp_path / "a", STEP), tmp_path / "b", SPECS, Layout(), progress=stop)
     assert list((tmp_path / "b").iterdir()) == []
-    relayout(tmp_path / "a", STEP, tmp_path / "b", SPECS, Layout(), progress=quiet)
+    relayout(training.step_folder(tmp_path / "a", STEP), tmp_path / "b", SPECS, Layout(), progress=quiet)
     with pytest.raises(FileExistsError, match="is there already"):
-        relayout(tmp_path / "a", STEP, tmp_path / "b", SPECS, Layout(), progress=quiet)
+        relayout(training.step_folder(tmp_path / "a", STEP), tmp_path / "b", SPECS, Layout(), progress=quiet)
 
 
 def test_tensors_of_another_model_are_refused() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_core_impl.checkpoint.dtypes import dtype_of
 from megatron_core_impl.checkpoint.restricted_pickle import EnumMember, Idle, RefusedPickle, TensorRecord, load
 from megatron_core_impl.checkpoint.safetensors_io import WeightsError
 from megatron_core_impl.checkpoint.torch_archive import TorchArchive
@@ -92,7 +93,7 @@ def test_tensors_by_slices(tmp_path: Path, dtype: torch.dtype) -> None:
     archive = TorchArchive(tmp_path / "model.pt")
     file = TorchTensors(archive, archive.content)
     for name, tensor in state.items():
-        assert file.tensors[name] == (dtype, tuple(tensor.shape))
+        assert file.tensors[name] == (dtype_of(dtype), tuple(tensor.shape))
         assert torch.equal(file.read(name), tensor)
     assert torch.equal(file.read("rows", ((1, 3), (2, 4), (0, 1))), state["rows"][1:3, 2:4, :1])
     assert file.read("rows", ((1, 3), (2, 4), (0, 1))).is_contiguous()
@@ -111,11 +112,28 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.Monk
     assert read == [80]
 
 
-def test_columns_first_is_refused(tmp_path: Path) -> None:
-    torch.save({"a": torch.ones(2, 3).t(), "one": torch.ones(3, 1).t()}, tmp_path / "model.pt")
+def test_tensors_that_are_not_stored_row_by_row(tmp_path: Path) -> None:
+    whole = torch.arange(60.0).view(3, 4, 5)
+    state = {"turned": whole.permute(2, 0, 1), "columns": whole[:, :, 1:3], "second": whole[:, ::2], "one": whole[:, :, 3:4].mT}
+    torch.save(state | {"whole": whole}, tmp_path / "model.pt")
     archive = TorchArchive(tmp_path / "model.pt")
-    TorchTensors(archive, {"one": archive.content["one"]})
-    with pytest.raises(WeightsError, match=r"model.pt: a is stored with strides \[1, 3\], not row by row. Save it anew with"):
+    file = TorchTensors(archive, archive.content)
+    assert not archive.content["turned"].is_contiguous
+    for name, tensor in state.items():
+        assert torch.equal(file.read(name), tensor)
+        part = tuple((size // 2, size) for size in tensor.shape)
+        found = file.read(name, part)
+        assert torch.equal(found, tensor[tuple(slice(*bounds) for bounds in part)])
+        assert found.is_contiguous()
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(1).expand(2**40, 32), torch.zeros(9).as_strided((3, 3), (2, 1))])
+def test_numbers_that_are_used_twice_are_refused(tmp_path: Path, tensor: torch.Tensor) -> None:
+    torch.save({"a": tensor}, tmp_path / "model.pt")
+    archive = TorchArchive(tmp_path / "model.pt")
+    with pytest.raises(
+        WeightsError, match=r"model.pt: a has shape \[\d+, \d+\] and strides .* it repeats numbers that are stored"
+    ):
         TorchTensors(archive, archive.content)
 
 
@@ -186,7 +204,7 @@ STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x
         (G + TENSOR + b"(" + STORAGE + b"K\x00K\x09\x85K\x01\x85tR.", "a tensor that reaches beyond its storage 0"),
         (G + TENSOR + b"(" + STORAGE + b"K\x00K\x02\x85K\x08\x85tR.", "a tensor that reaches beyond its storage 0"),
         (G + TENSOR + b"(" + STORAGE + b"J\xff\xff\xff\xffK\x02\x85K\x01\x85tR.", "has a tensor whose sizes are no counts"),
-        (G + TENSOR + b"(" + STORAGE + b"K\x00K\x02K\x02\x86K\x01\x85tR.", "is malformed"),
+        (G + TENSOR + b"(" + STORAGE + b"K\x00K\x02K\x02\x86K\x01\x85tR.", "has a tensor with more sizes than strides"),
         (G + TENSOR + b"(" + STORAGE + b"K\x00]K\x01atR.", "is malformed|has a list where a tuple belongs"),
         (G + b"ctorch\nfloat32\n)R.", "calls torch.float32 in a way"),
         (G + b"ctorch\nFloatStorage\nK\x08\x85R.", "calls torch.FloatStorage in a way"),
@@ -208,6 +226,23 @@ STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x
         (G + b"ccopyreg\n_reconstructor\n.", "names copyreg._reconstructor"),
         (G + b"X\x01\x00\x00\x00aQ.", "has a str where a tuple belongs"),
         (G + b"}(K\x01K\x02\x86K\x03u.", "has a dictionary with a tuple for a key"),
+        (G + b"ccollections\nOrderedDict\n]\x85R.", "calls collections.OrderedDict in a way"),
+        # A little of these would take long
+        (G + b"}\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x1fK\x01s.", "has a dictionary with a int for a key"),  # of equal hash
+        (G + b"}G\x40\x00\x00\x00\x00\x00\x00\x00K\x01s.", "has a dictionary with a float for a key"),
+        (G + b"]p2305843009213693951\n.", "uses PUT at byte 3"),
+        (G + b"X\x10\x27\x00\x00" + b"m" * 10_000 + b"X\x01\x00\x00\x00a\x93.", r"names m{101}\.a, which is none"),
+        (G + TENSOR + b"(" + STORAGE + b"K\x00(" + b"K\x01" * 65 + b"t(" + b"K\x01" * 65 + b"ttR.", "sizes are no counts"),
+        (
+            G
+            + b"}q\x00("
+            + b"".join(b"X\x02\x00\x00\x00%02dK\x01" % n for n in range(99))
+            + b"u"
+            + b"cargparse\nNamespace\n)\x81"
+            + b"h\x00b" * 20
+            + b".",
+            "gives the same state again and again",
+        ),
         # Bytes that are no pickle
         (b"", "is malformed"),
         (b"garbage", "is malformed"),
@@ -222,6 +257,7 @@ STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x
         (G + b"X\xff\xff\xff\xffabc.", "is malformed"),
         (G + b"\x8b\xff\xff\xff\x7fabc.", "is malformed"),
     ],
+    ids=lambda value: repr(value and value[:80]),
 )
 def test_odd_pickles(data: bytes, message: str | None) -> None:
     if message is None:
@@ -232,11 +268,31 @@ def test_odd_pickles(data: bytes, message: str | None) -> None:
 
 
 def test_deep_nesting_is_no_crash() -> None:
+    load(G + b"]" * 10_000 + b"a" * 9_999 + b".")
+    with pytest.raises(RefusedPickle, match=r"nests or lists more than 10,000 things at byte 10,002"):
+        load(G + b"]" * 50_000 + b"a" * 49_999 + b".")
+    with pytest.raises(RefusedPickle, match=r"nests or lists more than 10,000 things"):
+        load(G + b"(" + b"N" * 50_000 + b"t.")
     depth = 50_000
-    load(G + b"]" * depth + b"a" * (depth - 1) + b".")
     load(G + b")" + b"\x85" * depth + b".")
     with pytest.raises(RefusedPickle, match=r"has a dictionary with a tuple for a key"):
         load(G + b"})" + b"\x85" * depth + b"K\x01s.")
+
+
+def test_a_long_pickle_is_not_read(tmp_path: Path) -> None:
+    """What a checkpoint needs goes with the number of its storages."""
+    path = tmp_path / "model.pt"
+    for storages, most in ((0, 500_000), (100, 900_000), (3_000, 8_000_000)):
+        for size in (most, most + 1):
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("x/data.pkl", G + b"N." + b"a" * (size - 4))
+                for key in range(storages):
+                    archive.writestr(f"x/data/{key}", b"")
+            if size == most:
+                assert TorchArchive(path).content is None
+                continue
+            with pytest.raises(RefusedPickle, match=rf"model.pt: its pickle of {size:,} bytes is longer than a checkpoint of"):
+                TorchArchive(path)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of pickletools, for text with odd escapes
@@ -326,6 +382,45 @@ def test_damaged_archives(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, zipfile.ZipFile(io.BytesIO(content)) as old:
         archive.writestr("x/data.pkl", old.read("model/data.pkl"))
         archive.writestr("x/data/0", b"\x00" * 4000)
-    opened = TorchArchive(path)
-    with pytest.raises(WeightsError, match=r"is damaged: storage 0 does not hold 4,000 bytes"):
-        TorchTensors(opened, opened.content).read("a")
+    with pytest.raises(RefusedPickle, match=r"\(x/data.pkl in it is compressed or encrypted, which PyTorch never does\)"):
+        TorchArchive(path)
+
+
+def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
+    """In the first and in the last of a storage's, whatever part of it is asked for; each storage is compared once."""
+    path = tmp_path / "model.pt"
+    torch.save({"a": torch.arange(400_000.0).view(-1, 2), "b": torch.ones(3), "turned": torch.zeros(5, 4).t()}, path)
+    whole = path.read_bytes()
+    archive = TorchArchive(path)
+    file = TorchTensors(archive, archive.content)
+    start = archive.place(archive.content["a"].storage)
+    for at in (start, start + 1_599_999):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        archive = TorchArchive(path)
+        damaged = TorchTensors(archive, archive.content)
+        assert damaged.read("b").tolist() == [1, 1, 1]
+        with pytest.raises(
+            WeightsError,
+            match=r"model.pt: a: model/data/0 is damaged: its CRC-32 is [0-9a-f]{8}, the archive's directory says [0-9a-f]{8}$",
+        ):
+            damaged.read("a", ((7, 8), (0, 2)))
+    assert file.read("a", ((7, 8), (0, 2))).tolist() == [[14, 15]], "it was compared when it was whole"
+
+
+def test_files_without_checksums(tmp_path: Path) -> None:
+    """PyTorch leaves them out where it is told to. All are zero then; a file in which one is zero has been damaged."""
+    path = tmp_path / "model.pt"
+    try:
+        torch.serialization.set_crc32_options(False)
+        torch.save({"a": torch.arange(3.0)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    archive = TorchArchive(path)
+    assert not archive.has_checksums
+    assert TorchTensors(archive, archive.content).read("a").tolist() == [0, 1, 2]
+    torch.save({"a": torch.arange(3.0)}, path)
+    (crc,) = (member.CRC for member in zipfile.ZipFile(path).infolist() if member.filename == "model/data/0")
+    path.write_bytes(path.read_bytes().replace(crc.to_bytes(4, "little"), bytes(4)))
+    archive = TorchArchive(path)
+    with pytest.raises(WeightsError, match=r"model.pt: a: model/data/0 is damaged: its CRC-32 is .* says 00000000"):
+        TorchTensors(archive, archive.content).read("a")

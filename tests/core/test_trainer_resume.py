@@ -88,7 +88,8 @@ def test_goes_on_after_a_reshard(tmp_path: Path, pool: GlooPool) -> None:
     other, layout = changed(job, "other", micro_batch_size=1), Layout(pp=2, dp=2)
     pool.run(train_on_rank, 4, other, Layout(tp=4), 3)
     resharded = replace(other, folder=tmp_path / "resharded")
-    relayout(other.checkpoints, 3, resharded.checkpoints, tensors(job.model), layout, progress=lambda done, total, text: None)
+    source = step_folder(other.checkpoints, 3)
+    relayout(source, resharded.checkpoints, tensors(job.model), layout, progress=lambda done, total, text: None)
     shutil.copy(other.folder / "metrics.jsonl", resharded.folder)
     pool.run(train_on_rank, 4, resharded, layout, None)
     assert_close(resharded, job, 6, 1e-9)
@@ -136,8 +137,8 @@ def flip_a_byte(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        (lambda folder: flip_a_byte(folder / "rank-0000.safetensors"), "is not what was written: its SHA-256 differs"),
-        (lambda folder: flip_a_byte(folder / "index.json"), "is not what was written: its SHA-256 differs"),
+        (lambda folder: flip_a_byte(folder / "rank-0000.safetensors"), "is not what was written: its digest differs"),
+        (lambda folder: flip_a_byte(folder / "index.json"), "is not what was written: its digest differs"),
         (lambda folder: (folder / "rank-0000.safetensors").unlink(), "missing, and index.json needs it"),
         (lambda folder: (folder / "index.json").write_text("{}"), "has 2 bytes, state.json says"),
         (lambda folder: (folder / STATE_FILE).write_text('{"step": 4'), "is not readable"),

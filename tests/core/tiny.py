@@ -38,7 +38,7 @@ BIASED = replace(
     qkv_bias=True, o_bias=True, mlp_bias=True, sliding_window=5,
 )  # fmt: skip
 
-STEPS, LR, BETAS, EPS, WEIGHT_DECAY, CLIP = 3, 0.01, (0.9, 0.95), 1e-5, 0.1, 0.5
+STEPS, LR, BETAS, EPS, WEIGHT_DECAY, CLIP = 2, 0.01, (0.9, 0.95), 1e-5, 0.1, 0.5
 SETTINGS = OptimizerSettings(beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=WEIGHT_DECAY, clip_grad=CLIP)
 NUM_MICROBATCHES, MICRO_BATCH_SIZE, LENGTH = 8, 2, 12  # of a step, over all replicas
 

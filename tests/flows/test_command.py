@@ -135,7 +135,7 @@ def test_a_damaged_input_and_the_hint_that_mends_it(finetune: Command) -> None:
     made = make_results(load_config(finetune.folder / "mine.yaml", [f"workspace={workspace}"]), until="convert")
     damage(made["convert"].folder(workspace) / "content.txt")
     code, out, err = finetune("run", "mine.yaml", "--name", "calm-heron", "--workspace", "my workspace")
-    assert (code, "its SHA-256 is not the one its artifact records" in err) == (2, True)
+    assert (code, "its digest is not the one its artifact records" in err) == (2, True)
     hint = f"finetune rerun calm-heron --workspace '{workspace}' --stage convert"
     assert err.endswith(f"       Go on: {hint}\n")
     [line] = [line for line in out.splitlines() if line.startswith("  shard ")]

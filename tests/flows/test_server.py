@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,14 +56,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_shared_while_used_and_gone_with_the_last_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_while_used_and_gone_with_the_last_user(
+    tmp_path: Path, put_database: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     home = tmp_path / "prefect"
+    put_database(tmp_path)
+    put_database(tmp_path / "other")
     keeper = use(tmp_path, "keep")
     api = api_of(keeper)
     assert servers.stays(tmp_path)
     page = api.replace("/api", "/runs/flow-run/x")
     assert servers.page_is_lost(page, "00000000-0000-0000-0000-000000000000")  # it answers, but knows nothing of that run
-    assert (home / "prefect.db").exists()
+    assert (home / "prefect.db-wal").exists()
     assert home.stat().st_mode & 0o777 == 0o700
     keeper.communicate()
     wait_for_looks(home)  # it was asked to stay

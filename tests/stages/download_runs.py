@@ -1,4 +1,4 @@
-"""Runs of the download stage as a process, with a Hub on loopback, for its tests."""
+"""Runs of the download stage for its tests: as a process, with a Hub on loopback; in this one where nothing is of the Hub."""
 
 import json
 import os
@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hub_server import HubServer
 from safetensors.numpy import save
 
+from stages import download, runtime
 from stages.contracts import artifacts as a
 from stages.contracts.config import ModelSettings
 from stages.contracts.data_settings import DataSettings
@@ -76,6 +78,10 @@ def done(spec: Spec, hub: HubServer | None = None, token: str | None = None, **m
     """The artifact of a run that succeeds."""
     code, out, err = run(spec, hub, token, **more)
     assert code == 0, out + err
+    return _checked(spec)
+
+
+def _checked(spec: Spec) -> a.Artifact:
     for path in spec.folder.rglob("*"):
         assert path.is_dir() or TOKEN.encode() not in path.read_bytes()
         assert not path.is_symlink()
@@ -89,12 +95,31 @@ def refused(spec: Spec, hub: HubServer | None = None, token: str | None = None, 
     code, out, err = run(spec, hub, token, **more)
     assert code == 2, out + err
     assert "Traceback" not in err
-    assert not spec.folder.exists()
-    assert not list(spec.folder.parent.glob(".*.partial"))
+    _check_nothing_is_left(spec)
     return err.strip().splitlines()[-1]
 
 
-def refused_together(*specs: Spec, hub: HubServer | None, token: str | None = None) -> list[str]:
+def _check_nothing_is_left(spec: Spec) -> None:
+    assert not spec.folder.exists()
+    assert not list(spec.folder.parent.glob(".*.partial"))
+
+
+def done_here(spec: DownloadModelSpec | DownloadDataSpec) -> a.Artifact:
+    """The artifact of a run that succeeds, in this process."""
+    runtime.execute(spec, download.run)
+    return _checked(spec)
+
+
+def refused_here(spec: DownloadModelSpec | DownloadDataSpec) -> str:
+    """The error of a run in this process that the person must mend."""
+    with pytest.raises(runtime.BadInput) as caught:
+        runtime.execute(spec, download.run)
+    _check_nothing_is_left(spec)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def refused_together(*specs: Spec, hub: HubServer, token: str | None = None) -> list[str]:
     """The errors of several runs in one process: loading `datasets` takes a while."""
     code = """
 import sys

@@ -13,7 +13,7 @@ from tokenizers import ByteLevelBPETokenizer, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from megatron_core_impl.checkpoint.reshard import same_bits
+from megatron_core_impl.checkpoint.proven import same_bits
 from megatron_core_impl.models import families
 from stages import download, runtime
 from stages.contracts import artifacts as a

@@ -163,11 +163,13 @@ def of_training(folder: Path) -> Operation:
     def published() -> str:
         root, steps = job.checkpoints, checkpoints.finished_steps(job.checkpoints)
         for step in steps:
-            state = checkpoints.read_state(root, step)
-            checkpoints.check_files(root, step, checkpoints.recorded_files(root, step, state))
+            step_folder = checkpoints.step_folder(root, step)
+            state = checkpoints.read_state(step_folder)
+            checkpoints.check_files(step_folder, checkpoints.recorded_files(step_folder, state))
         if steps[0] == 2:
             return "old"
-        files = checkpoints.recorded_files(root, steps[0], checkpoints.read_state(root, steps[0]))
+        newest = checkpoints.step_folder(root, steps[0])
+        files = checkpoints.recorded_files(newest, checkpoints.read_state(newest))
         return f"step {steps[0]}: {sorted(files.items())}"
 
     def left() -> list[str]:

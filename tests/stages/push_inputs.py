@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 from hub_server import HubServer
 from safetensors.numpy import save
 
@@ -20,6 +21,7 @@ from stages.contracts.specs import PushSpec, Ref, Spec
 
 ROOT = Path(__file__).parents[2]
 TOKEN, READ_TOKEN = "hf_writeSECRETwriteSECRET", "hf_readSECRETreadSECRET"
+BASE_MODEL = "ba5e" * 16  # fingerprint
 MODEL = a.ModelFacts(
     **vars(
         ModelConfig(
@@ -59,10 +61,14 @@ def publish(workspace: Path, kind: type[a.Artifact], files: dict[str, bytes], sp
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     folder.mkdir(parents=True, exist_ok=True)
-    records = {n: a.FileRecord(size=len(c), sha256=hashlib.sha256(c).hexdigest()) for n, c in files.items()}
+    records = {n: a.FileRecord(size=len(c), blake3=blake3(c).hexdigest()) for n, c in files.items()}
+    loaded = {"tokenizers": "0.22.1"} | (
+        {"transformers": "5.3.0"} if kind in (a.ExportArtifact, a.VerificationArtifact) else {}
+    )
     artifact = kind(
-        stage="any", key="0", path=kind.__name__, files=records, fingerprint="", inputs={}, spec=spec, figure="", created="",
-        versions=a.Versions(package="0.1.0", python="3.11.9", torch="2.13.0"), wall_seconds=0, **facts,
+        stage="any", key="0", path=kind.__name__, files=records, fingerprint="", spec=spec, figure="", created="",
+        inputs={"model": BASE_MODEL} if kind is a.ExportArtifact else {}, wall_seconds=0,
+        versions=a.Versions(package="0.1.0", python="3.11.9", torch="2.13.0", libraries=loaded), **facts,
     )  # fmt: skip
     fingerprint = a.fingerprint_of(str(kind.model_fields["kind"].default), records, artifact.facts())
     artifact = artifact.model_copy(update={"fingerprint": fingerprint})

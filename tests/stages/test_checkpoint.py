@@ -2,14 +2,18 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from weights_inputs import HF, make_checkpoint, make_model, random_model, ref
 
-from megatron_core_impl.checkpoint.safetensors_io import SafetensorsReader
+from megatron_core_impl.checkpoint.safetensors_io import SafetensorsReader, WeightsError
+from megatron_core_impl.checkpoint.sharded import open_weights, write_index, write_rank_file
+from megatron_core_impl.checkpoint.training import commit, step_folder, unfinished_folder
 from megatron_core_impl.config import Layout
 from stages import checkpoint, convert, runtime, shard
 from stages.contracts import artifacts as a
@@ -57,7 +61,7 @@ def test_shards_in_a_line_for_layers_that_are_alike(workspace: Path, capsys: pyt
     out, err = told(capsys, "inspect", folder)
     assert err == ""
     index = json.loads((folder / "index.json").read_text())
-    first, second = (f"{size(entry['size'])}  {entry['sha256'][:16]}" for entry in index["files"].values())
+    first, second = (f"{size(entry['size'])}  {entry['blake3'][:16]}" for entry in index["files"].values())
     assert (
         out
         == f"""\
@@ -80,7 +84,7 @@ def test_shards_in_a_line_for_layers_that_are_alike(workspace: Path, capsys: pyt
 
   rank-0000.safetensors  {first}
   rank-0001.safetensors  {second}
-  SHA-256 as recorded, begun. The files are not compared with it: finetune checkpoint verify does.
+  BLAKE3 as recorded, begun. The files are not compared with it: finetune checkpoint verify does.
 """
     )
 
@@ -169,6 +173,58 @@ def test_what_cannot_be_inspected(
     assert message in err
 
 
+def grow(tensor: dict[str, Any]) -> None:
+    tensor["shape"], tensor["pieces"][1]["slice"] = [4_000_000, 32], [[16, 4_000_000], [0, 32]]
+
+
+def swap(tensor: dict[str, Any]) -> None:
+    first, second = tensor["pieces"]
+    first["file"], second["file"] = second["file"], first["file"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            grow,
+            "rank-0000.safetensors: W: the index says [0:16, 0:32] of [4000000, 32], the file holds [0:16, 0:32] of [32, 32]",
+        ),
+        (
+            lambda tensor: tensor.update(dtype="float16"),
+            "rank-0000.safetensors: W: the index says torch.float16 [16, 32], the file holds torch.bfloat16 [16, 32]",
+        ),
+        (swap, "rank-0001.safetensors: W: the index says [0:16, 0:32] of [32, 32], the file holds [16:32, 0:32] of [32, 32]"),
+    ],
+)
+def test_an_index_that_lies_is_not_believed(
+    shards: Path, capsys: pytest.CaptureFixture[str], change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    index, name = shards / "index.json", "model.layers.1.self_attn.q_proj.weight"
+    content = json.loads(index.read_text())
+    change(content["tensors"][name])
+    index.write_text(json.dumps(content))
+    _, err = told(capsys, "inspect", shards, code=checkpoint.BAD)
+    assert err == f"error: {shards}/{message.replace('W', name)}\n"
+    with pytest.raises(WeightsError, match="the index says"):
+        open_weights(shards).read(name)
+
+
+def test_an_index_that_leaves_something_out(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = shards / "index.json"
+    content = json.loads(index.read_text())
+    del content["tensors"]["model.norm.weight"]
+    index.write_text(json.dumps(content))
+    _, err = told(capsys, "inspect", shards, code=checkpoint.BAD)
+    assert err == f"error: {shards}/rank-0000.safetensors: holds model.norm.weight, of which the index says nothing\n"
+
+
+def test_a_file_is_no_folder(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = shards / "rank-0000.safetensors"
+    for command in ("inspect", "verify"):
+        _, err = told(capsys, command, path, code=checkpoint.BAD)
+        assert err == f"error: {path}: is a file; name the folder that it lies in\n"
+
+
 def test_result_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str], workspace: Path) -> None:
     source = result(workspace, "shard")
     artifact = json.loads((source / a.ARTIFACT_FILE).read_text())
@@ -203,11 +259,11 @@ def test_altered_file_is_named(shards: Path, capsys: pytest.CaptureFixture[str])
     data[-5] ^= 1
     path.write_bytes(data)
     out, err = told(capsys, "verify", shards, code=checkpoint.DIFFERS)
-    recorded = json.loads((shards / "index.json").read_text())["files"][path.name]["sha256"]
+    recorded = json.loads((shards / "index.json").read_text())["files"][path.name]["blake3"]
     assert [line.split()[0] for line in out.splitlines() if line.endswith("ok")] == ["index.json", "rank-0000.safetensors"]
     assert out.splitlines()[-1].startswith(f"{shards}: 3 files, ")
     assert out.splitlines()[-1].endswith(" kB: 1 is not what was written")
-    assert err.startswith(f"error: {path}: its SHA-256 is ")
+    assert err.startswith(f"error: {path}: its BLAKE3 is ")
     assert err.endswith(f"…, index.json says {recorded[:16]}…\n")
 
 
@@ -216,7 +272,7 @@ def test_altered_index_is_named(shards: Path, capsys: pytest.CaptureFixture[str]
     index = shards / "index.json"
     index.write_text(index.read_text().replace('"dp": 1', '"dp": 2'))
     _, err = told(capsys, "verify", shards, code=checkpoint.DIFFERS)
-    assert err.startswith(f"error: {index}: its SHA-256 is ")
+    assert err.startswith(f"error: {index}: its BLAKE3 is ")
     assert "artifact.json says" in err
 
 
@@ -232,6 +288,61 @@ def test_missing_and_truncated_files_are_named(shards: Path, capsys: pytest.Capt
         f"error: {shards}/rank-0000.safetensors: missing, and index.json needs it\n"
         f"error: {path}: has {count - 1:,} bytes, index.json says {count:,}\n"
     )
+
+
+def test_digests_that_begin_alike_are_told_apart(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (shards / a.ARTIFACT_FILE).unlink()
+    index = shards / "index.json"
+    content = json.loads(index.read_text())
+    digest = content["files"]["rank-0001.safetensors"]["blake3"]
+    other = digest[:30] + ("0" if digest[30] != "0" else "1") + digest[31:]
+    index.write_text(index.read_text().replace(digest, other))
+    _, err = told(capsys, "verify", shards, code=checkpoint.DIFFERS)
+    assert err == f"error: {shards}/rank-0001.safetensors: its BLAKE3 is {digest[:34]}…, index.json says {other[:34]}…\n"
+
+
+def test_not_every_file(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What nothing is recorded of is told."""
+    (shards / "notes.txt").touch()
+    out, _ = told(capsys, "verify", shards)
+    assert out.splitlines()[-1].endswith(": what was written; nothing is recorded of notes.txt")
+    (shards / a.ARTIFACT_FILE).unlink()
+    out, _ = told(capsys, "verify", shards)
+    assert out.splitlines()[-1].startswith(f"{shards}: 2 files, ")
+    assert out.splitlines()[-1].endswith(": what was written; nothing is recorded of index.json, notes.txt")
+
+
+@pytest.fixture
+def backup(tmp_path: Path) -> Path:
+    """A training checkpoint whose folder has a name of its own."""
+    folder = unfinished_folder(tmp_path, 3)
+    folder.mkdir()
+    write_rank_file(folder, 0, [("w", (4, 2), ((0, 4), (0, 1)), torch.ones(4, 1))])
+    write_rank_file(folder, 1, [("w", (4, 2), ((0, 4), (1, 2)), torch.ones(4, 1))])
+    write_index(folder, layout={"tp": 2}, step=3)
+    commit(tmp_path, 3, {"step": 3}, keep=9)
+    return step_folder(tmp_path, 3).rename(tmp_path / "backup")
+
+
+def test_checkpoint_of_another_name(backup: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Told from its state; all of its files are checked, the state by the digest that it has of itself."""
+    assert "  training checkpoint · tp 2 · step 3\n" in told(capsys, "inspect", backup)[0]
+    out, _ = told(capsys, "verify", backup)
+    assert [line.split()[0] for line in out.splitlines()[:-1]] == [
+        "index.json", "rank-0000.safetensors", "rank-0001.safetensors", "state.json",
+    ]  # fmt: skip
+    assert ": 4 files, " in out
+    assert out.endswith(": every one is what was written\n")
+    state = backup / "state.json"
+    whole = state.read_text()
+    state.write_text(whole.replace('"step": 3', '"step": 4'))
+    _, err = told(capsys, "verify", backup, code=checkpoint.DIFFERS)
+    assert err == f"error: {state} is not what was written: its digest of itself differs\n"
+    state.write_text(whole)
+    index = backup / "index.json"
+    index.write_text(index.read_text().replace('"step": 3', '"step": 4'))
+    _, err = told(capsys, "verify", backup, code=checkpoint.DIFFERS)
+    assert err.startswith(f"error: {index}: its BLAKE3 is ")
 
 
 def test_nothing_to_compare_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

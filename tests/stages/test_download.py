@@ -21,8 +21,10 @@ from download_runs import (
     WEIGHTS,
     data_spec,
     done,
+    done_here,
     model_spec,
     refused,
+    refused_here,
     run,
     start,
 )
@@ -110,7 +112,7 @@ def test_no_network(tmp_path: Path) -> None:
 
 
 def test_a_cut_connection_is_resumed_within_the_file(hub: HubServer, tmp_path: Path) -> None:
-    weights = save({"model.embed_tokens.weight": np.random.default_rng(0).random((64, 1 << 16), np.float32)})
+    weights = save({"model.norm.weight": np.random.default_rng(0).random((64, 1 << 16), np.float32)})
     hub.add("ada/llama", MODEL | {"model.safetensors": weights})
     hub.cuts["model.safetensors"] = [(12 << 20, False)]
     spec = model_spec(tmp_path / "ws", "ada/llama")
@@ -205,13 +207,32 @@ class Evil:
         return os.system, ("touch pwned",)
 
 
-def test_a_pickle_that_runs_code_runs_nothing(tmp_path: Path) -> None:
+def test_a_pickle_that_runs_code_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     folder = local_model(tmp_path / "evil")
     (folder / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Evil()}, folder / "pytorch_model.bin")
-    error = refused(model_spec(tmp_path / "ws", folder, allow_pickle=True))
-    assert "pytorch_model.bin is refused: it holds more than tensors, or is damaged" in error
+    error = refused_here(model_spec(tmp_path / "ws", folder, allow_pickle=True))
+    assert error == (
+        f"model.source: pytorch_model.bin of {folder} is refused: names posix.system, which no file of tensors needs. Nothing "
+        "in it was run"
+    )
     assert not list(tmp_path.rglob("pwned"))
+
+
+def test_a_damaged_pickle_is_found(tmp_path: Path) -> None:
+    folder = local_model(tmp_path / "old")
+    (folder / "model.safetensors").unlink()
+    torch.save({name: torch.from_numpy(value) for name, value in WEIGHTS.items()}, folder / "pytorch_model.bin")
+    data = bytearray((folder / "pytorch_model.bin").read_bytes())
+    at = data.index(WEIGHTS["model.embed_tokens.weight"].tobytes())
+    data[at + 5] ^= 1
+    (folder / "pytorch_model.bin").write_bytes(data)
+    error = refused_here(model_spec(tmp_path / "ws", folder, allow_pickle=True))
+    assert re.fullmatch(
+        rf"model.source: pytorch_model.bin of {folder} is refused: pytorch_model/data/\d is damaged: its CRC-32 is "
+        r"[0-9a-f]{8}, the archive's directory says [0-9a-f]{8}", error
+    )  # fmt: skip
 
 
 # A model from this disk
@@ -231,7 +252,7 @@ def test_local_folder(tmp_path: Path) -> None:
     (folder / "config.json").rename(tmp_path / "elsewhere.json")
     (folder / "config.json").symlink_to("../elsewhere.json")
     spec = model_spec(tmp_path / "ws", folder)
-    artifact = done(spec)
+    artifact = done_here(spec)
     assert isinstance(artifact, a.ModelArtifact)
     assert set(artifact.files) == {f"files/{name}" for name in TAKEN}
     assert artifact.source == "llama", "no path of this machine"
@@ -250,9 +271,9 @@ def test_local_folder_in_parts(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model-00009-of-00009.safetensors").write_bytes(b"left over from another day")
     spec = model_spec(tmp_path / "ws", folder)
-    assert {Path(n).name for n in done(spec).files if "safetensors" in n} == {*names, "model.safetensors.index.json"}
+    assert {Path(n).name for n in done_here(spec).files if "safetensors" in n} == {*names, "model.safetensors.index.json"}
     (folder / names[1]).unlink()
-    error = refused(model_spec(tmp_path / "other", folder))
+    error = refused_here(model_spec(tmp_path / "other", folder))
     assert f"is incomplete: model.safetensors.index.json names {names[1]}, which it does not have" in error
 
 
@@ -264,7 +285,18 @@ def test_local_folder_in_parts(tmp_path: Path) -> None:
         ("model.safetensors", None, "has no weights, neither model.safetensors nor model.safetensors.index.json"),
         ("model.safetensors", b"x" * 40, "model.safetensors is no intact safetensors file"),
         ("model.safetensors", save({"w": np.ones(4, np.int8)}), "are stored as I8; supported: F32, BF16, F16"),
-        ("config.json", b"{", "config.json: not JSON"),
+        ("config.json", b"{", "llama/config.json: not JSON"),
+        ("config.json", b"[1]", "llama/config.json: content must be a JSON object"),
+        ("config.json", b"null", "llama/config.json: content must be a JSON object"),
+        ("config.json", b"[" * 100_000, "llama/config.json: not JSON: maximum recursion depth exceeded"),
+        ("config.json", b"\xff\xfe{}", "llama/config.json: not JSON"),
+        ("config.json", json.dumps(CONFIG | {"model_type": ["llama"]}).encode(), "model_type=['llama'] is not supported"),
+        ("config.json", json.dumps(CONFIG | {"num_hidden_layers": 10**9}).encode(),
+         "config.json: num_hidden_layers=1000000000, and the weights hold 0 layers"),
+        ("config.json", json.dumps(CONFIG | {"vocab_size": 10**15}).encode(),
+         "config.json: vocab_size=1000000000000000, and the weights hold 16: model.embed_tokens.weight has shape [16, 8]"),
+        ("config.json", json.dumps(CONFIG | {"hidden_size": 12}).encode(),
+         "config.json: hidden_size=12, and the weights hold 8: model.embed_tokens.weight has shape [16, 8]"),
         ("config.json", json.dumps(CONFIG | {"model_type": "bert"}).encode(), "model_type='bert' is not supported"),
     ],
 )  # fmt: skip
@@ -273,15 +305,49 @@ def test_incomplete_folder(tmp_path: Path, missing: str, content: bytes | None, 
     (folder / missing).unlink()
     if content is not None:
         (folder / missing).write_bytes(content)
-    assert error in refused(model_spec(tmp_path / "ws", folder))
+    assert error in refused_here(model_spec(tmp_path / "ws", folder))
 
 
-def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("weight_map", "error"),
+    [
+        ({}, "has no weight_map, or an empty one: it must say which file each tensor is in"),
+        ([1], "has no weight_map, or an empty one"),
+        (None, "has no weight_map, or an empty one"),
+        ({"w": 1}, "weight_map has 1 for 'w', which is no name of a file beside it"),
+        ({"w": ["a"]}, "weight_map has ['a'] for 'w', which is no name of a file beside it"),
+        ({"w": "../../etc/passwd"}, "weight_map has '../../etc/passwd' for 'w', which is no name of a file beside it"),
+    ],
+)
+def test_an_index_that_names_no_files(tmp_path: Path, weight_map: Any, error: str) -> None:
+    folder = local_model(tmp_path / "llama")
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    found = refused_here(model_spec(tmp_path / "ws", folder))
+    assert found.startswith(f"model.source: model.safetensors.index.json of {folder}")
+    assert error in found
+    index.write_text("[1]")
+    assert f"{index}: content must be a JSON object" in refused_here(model_spec(tmp_path / "ws", folder))
+
+
+def test_layers_that_are_not_there(tmp_path: Path) -> None:
+    folder = local_model(tmp_path / "llama")
+    layers = {f"model.layers.{n}.input_layernorm.weight": np.ones(8, np.float32) for n in range(4)}
+    save_file(WEIGHTS | layers, folder / "model.safetensors")
+    for says in (3, 5, 100_000):
+        (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": says}))
+        error = refused_here(model_spec(tmp_path / "ws", folder))
+        assert error == f"model.source: {folder}: config.json: num_hidden_layers={says}, and the weights hold 4 layers"
+
+
+def test_a_path_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     local_model(tmp_path / "llama-tiny")
-    error = refused(model_spec(tmp_path / "ws", tmp_path / "llama_tiny"))
+    error = refused_here(model_spec(tmp_path / "ws", tmp_path / "llama_tiny"))
     assert f"model.source: there is no {tmp_path}/llama_tiny. Did you mean {tmp_path}/llama-tiny?" in error
     assert "A name on the Hub is owner/name" in error
-    assert "data.source: there is no ./corpus.jsonl. " in refused(data_spec(tmp_path / "ws", "./corpus.jsonl"))
+    assert "data.source: there is no ./corpus.jsonl. " in refused_here(data_spec(tmp_path / "ws", "./corpus.jsonl"))
 
 
 # What all have in common

@@ -4,15 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from download_runs import (
-    TOKEN,
-    data_spec,
-    documents,
-    done,
-    refused,
-    refused_together,
-    run,
-)
+import pytest
+from download_runs import TOKEN, data_spec, documents, done, done_here, refused, refused_here, refused_together
 from hub_server import HubServer
 
 from stages.contracts import artifacts as a
@@ -103,7 +96,7 @@ def test_files_of_records_are_copied_as_they_are(tmp_path: Path) -> None:
         ("one.parquet", ["one.parquet"], "1 file, 4 B of text"),
     ):
         spec = data_spec(tmp_path / "ws", tmp_path / source, text_column="body")
-        artifact = done(spec)
+        artifact = done_here(spec)
         assert isinstance(artifact, a.RawDataArtifact)
         (made,) = artifact.sets
         assert (made.name, made.key, made.role, made.text_columns, made.documents) == ("data", "data", "all", ("body",), None)
@@ -114,11 +107,12 @@ def test_files_of_records_are_copied_as_they_are(tmp_path: Path) -> None:
             assert (spec.folder / "data" / name).read_bytes() == (where / name).read_bytes()
         assert artifact.figure == figure
     (tmp_path / "empty.jsonl").write_text("")
-    assert f"data.source: {tmp_path}/empty.jsonl is empty" in refused(data_spec(tmp_path / "ws", tmp_path / "empty.jsonl"))
+    error = refused_here(data_spec(tmp_path / "ws", tmp_path / "empty.jsonl"))
+    assert f"data.source: {tmp_path}/empty.jsonl is empty" in error
     (tmp_path / "corpus.csv").write_text("a,b")
-    error = refused(data_spec(tmp_path / "ws", tmp_path / "corpus.csv"))
+    error = refused_here(data_spec(tmp_path / "ws", tmp_path / "corpus.csv"))
     assert f"data.source: {tmp_path}/corpus.csv is no file of records. Those are: .jsonl, .ndjson, .json, .jsonl.gz, " in error
-    error = refused(data_spec(tmp_path / "ws", tmp_path / "corpus/*.txt"))
+    error = refused_here(data_spec(tmp_path / "ws", tmp_path / "corpus/*.txt"))
     assert (
         f"data.source: no file matches {tmp_path}/corpus/*.txt; {tmp_path}/corpus holds: .hidden.jsonl, b.jsonl, sub" in error
     )
@@ -130,7 +124,7 @@ def test_several_sources(tmp_path: Path) -> None:
     blend = ({"source": str(tmp_path / "a.jsonl"), "weight": 3.0}, {"source": str(tmp_path / "b.jsonl")})
     settings = DataSettings.model_validate({"blend": blend, "valid": [{"source": str(tmp_path / "held_out.jsonl")}]})
     spec = DownloadDataSpec(workspace=str(tmp_path / "ws"), data=settings)
-    artifact = done(spec)
+    artifact = done_here(spec)
     assert isinstance(artifact, a.RawDataArtifact)
     assert [(each.name, each.key, each.role, each.files) for each in artifact.sets] == [
         ("data-0", "data.blend[0]", "train", ("data-0/a.jsonl",)), ("data-1", "data.blend[1]", "train", ("data-1/b.jsonl",)),
@@ -142,7 +136,7 @@ def test_several_sources(tmp_path: Path) -> None:
     assert spec.model_copy(update={"data": other}).key == spec.key, "weights are training's business"
     wrong = DataSettings.model_validate({"source": "ada/x", "valid": [{"source": str(tmp_path / "none.jsonl")}]})
     (tmp_path / "elsewhere").mkdir()
-    error = refused(spec.model_copy(update={"data": wrong.model_copy(update={"source": str(tmp_path / "a.jsonl")})}))
+    error = refused_here(spec.model_copy(update={"data": wrong.model_copy(update={"source": str(tmp_path / "a.jsonl")})}))
     assert f"data.valid[0].source: there is no {tmp_path}/none.jsonl" in error
 
 
@@ -153,20 +147,20 @@ def test_dataset_that_was_saved_to_disk_and_conversations(tmp_path: Path) -> Non
     train = datasets.Dataset.from_list([{"body": "one", "talk": talks, "n": 1}, {"body": "two", "talk": talks, "n": 2}])
     datasets.DatasetDict({"train": train, "held": train.select([1])}).save_to_disk(str(tmp_path / "saved"))
     spec = data_spec(tmp_path / "ws", tmp_path / "saved", text_column="body", split="held")
-    assert isinstance(artifact := done(spec), a.RawDataArtifact)
+    assert isinstance(artifact := done_here(spec), a.RawDataArtifact)
     assert (documents(spec), artifact.sets[0].text_columns) == ([{"id": 1, "body": "two"}], ("body",))
     assert artifact.sets[0].origins == ("saved (held)",)
     spec = data_spec(tmp_path / "ws", tmp_path / "saved", format="sharegpt", columns={"conversations": "talk"})
-    done(spec)
+    done_here(spec)
     assert documents(spec) == [{"id": 1, "talk": talks}, {"id": 2, "talk": talks}]
     train.save_to_disk(str(tmp_path / "one"))
-    split, columns, number, typo = refused_together(
+    wrong = (
         data_spec(tmp_path / "ws", tmp_path / "saved", split="valid"),
         data_spec(tmp_path / "ws", tmp_path / "saved", format="messages"),
         data_spec(tmp_path / "ws", tmp_path / "saved", text_column="n"),
         data_spec(tmp_path / "ws", tmp_path / "one", text_column="body", split="tset"),
-        hub=None,
     )
+    split, columns, number, typo = map(refused_here, wrong)
     assert f"data.text_column: column 'n' of {tmp_path}/saved holds int64, no text. Name another one" in number
     assert f"data.split: {tmp_path}/one has no split 'tset'. It has: train" in typo
     assert f"data.split: {tmp_path}/saved has no split 'valid'. It has: train, held" in split
@@ -174,17 +168,16 @@ def test_dataset_that_was_saved_to_disk_and_conversations(tmp_path: Path) -> Non
     assert "lacks messages, which format messages needs. It has: body, talk, n" in columns
 
 
-def test_files_beside_the_data_are_left_out(tmp_path: Path) -> None:
+def test_files_beside_the_data_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "corpus"
     beside = ("README.md", "LICENSE", "_SUCCESS", "sub/_committed_1", "dataset_infos.json", "SHA256SUMS", "a.jsonl.md5")
     for name in ("a.jsonl", "sub/b.json.gz", *beside):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"" if name == "_SUCCESS" else b"{}")
     spec = data_spec(tmp_path / "ws", folder)
-    code, out, err = run(spec)
-    assert code == 0, err
-    assert "data.source: left out, as they lie beside the data: LICENSE, README.md, SHA256SUMS, _SUCCESS, a.jsonl.md5, " in out
-    artifact = a.load_artifact(spec.folder)
+    artifact = done_here(spec)
+    told = "data.source: left out, as they lie beside the data: LICENSE, README.md, SHA256SUMS, _SUCCESS, a.jsonl.md5, "
+    assert told in capsys.readouterr().out
     assert isinstance(artifact, a.RawDataArtifact)
     assert artifact.sets[0].files == ("data/a.jsonl", "data/sub/b.json.gz")
     assert artifact.figure == "2 files, 4 B of text (left out: 7 beside the data)"
@@ -201,10 +194,8 @@ def test_folders_that_cannot_be_meant(tmp_path: Path) -> None:
     tokens, result = folder("tokens", "x/data.bin", "x/data.idx"), folder("result", "artifact.json", "data.jsonl")
     broken = folder("broken", "a.jsonl")
     (broken / "b.jsonl").symlink_to("gone.jsonl")
-    errors = refused_together(
-        data_spec(tmp_path / "ws", mixed), data_spec(tmp_path / "ws", tokens), data_spec(tmp_path / "ws", result),
-        data_spec(tmp_path / "ws", broken), data_spec(tmp_path / "ws", broken / "*.jsonl"), hub=None,
-    )  # fmt: skip
+    sources = (mixed, tokens, result, broken, broken / "*.jsonl")
+    errors = [refused_here(data_spec(tmp_path / "ws", source)) for source in sources]
     assert (
         f"data.include: {mixed} holds 2 files of records, say a.jsonl, and 1 others, say notes/c.txt. Name what to read, e.g. "
         'data.include: ["**/*.jsonl"], or what to leave out, e.g. data.exclude: ["**/*.txt"]'
@@ -217,12 +208,12 @@ def test_folders_that_cannot_be_meant(tmp_path: Path) -> None:
     (broken / "b.jsonl").symlink_to(mixed / "a.jsonl")  # as in a snapshot of the Hub's cache
     (broken / "loop").symlink_to(broken, target_is_directory=True)
     spec = data_spec(tmp_path / "ws", broken)
-    artifact = done(spec)
+    artifact = done_here(spec)
     assert isinstance(artifact, a.RawDataArtifact)
     assert artifact.sets[0].files == ("data/a.jsonl", "data/b.jsonl")
     assert artifact.figure.endswith("(left out: 1 links to folders)")
     settings = folder("program", "package.json", "main.js")
-    done(spec := data_spec(tmp_path / "ws", settings))
+    done_here(spec := data_spec(tmp_path / "ws", settings))
     assert [document["id"] for document in documents(spec)] == ["main.js", "package.json"]
 
 
@@ -232,7 +223,7 @@ def test_rows_that_are_no_text_are_for_preprocess_to_count(tmp_path: Path) -> No
     rows = [{"title": "one", "body": "1", "day": 1}, {"title": None, "body": "2", "day": 2}]
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
     spec = data_spec(tmp_path / "ws", tmp_path / "saved", text_column=["title", "body"])
-    artifact = done(spec)
+    artifact = done_here(spec)
     assert isinstance(artifact, a.RawDataArtifact)
     assert documents(spec) == [{"id": 1, "title": "one", "body": "1"}, {"id": 2, "title": None, "body": "2"}]
     assert artifact.sets[0].text_columns == ("title", "body")
@@ -256,7 +247,7 @@ def test_folder_of_source_files(tmp_path: Path) -> None:
     workspace.mkdir()
     (workspace / "made.py").write_text("by another stage")
     spec = data_spec(workspace, root, include=("**/*.py",), exclude=("**/tests/**",))
-    artifact = done(spec)
+    artifact = done_here(spec)
     assert isinstance(artifact, a.RawDataArtifact)
     assert documents(spec) == [
         {"id": "a-b.py", "text": "c = 3"}, {"id": "a/x.py", "text": "x = 'é'\n"}, {"id": "b.py", "text": "b = 2\r\n"},
@@ -265,11 +256,11 @@ def test_folder_of_source_files(tmp_path: Path) -> None:
     assert artifact.figure == "4 documents, 27 B of text (left out: 2 links to folders, 1 empty, 1 not UTF-8)"
     assert artifact.source == "src"
     hidden = data_spec(workspace, root, include=(".git/*",))
-    done(hidden)
+    done_here(hidden)
     assert [document["id"] for document in documents(hidden)] == [".git/hook.py"], "left out unless named"
     within = data_spec(root, root / "a", include=("*.py",))
-    done(within)
+    done_here(within)
     assert [document["id"] for document in documents(within)] == ["tests/t.py", "x.py"], "a folder of the workspace is fine"
-    error = refused(data_spec(workspace, root, include=("*.jl", "lib/**"), exclude=("c*",)))
+    error = refused_here(data_spec(workspace, root, include=("*.jl", "lib/**"), exclude=("c*",)))
     assert f"data.include: no file of {root} matches *.jl, lib/** without c*; it holds" in error
-    assert "is text: 1 not UTF-8" in refused(data_spec(workspace, root, include=("latin*",)))
+    assert "is text: 1 not UTF-8" in refused_here(data_spec(workspace, root, include=("latin*",)))

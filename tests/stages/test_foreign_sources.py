@@ -1,5 +1,6 @@
 """Checkpoints of Meta and Megatron-LLM as `model.source`: taken in bit for bit, and all the way through the stages."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ from stages import download, preprocess, runtime
 from stages.contracts import artifacts as a
 from stages.contracts import config as c
 from stages.contracts import preflight, specs
-from stages.runtime import BadInput, GateFailed
+from stages.runtime import BadInput
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "megatron_llm"
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="needs ../shared")
@@ -134,6 +135,8 @@ def test_what_params_json_does_not_tell(tmp_path: Path) -> None:
         BadInput, match=r"does not say for how many positions.*set model.config.max_position_embeddings \(Llama 1"
     ):
         taken_in(tmp_path / "ws", source)
+    with pytest.raises(BadInput, match=r"model.config.max_position_embedings: the .* Did you mean max_position_embeddings\?$"):
+        taken_in(tmp_path / "ws", source, config={"max_position_embedings": 64})
     with pytest.raises(BadInput, match=r"model.config.max_positions: the config.json of this checkpoint has no such field. Did "
                        r"you mean max_position_embeddings?"):  # fmt: skip
         taken_in(tmp_path / "ws", source, config=SAID | {"max_positions": 3})
@@ -152,8 +155,14 @@ def test_what_params_json_does_not_tell(tmp_path: Path) -> None:
     [
         ({"n_experts": 8}, "params.json: n_experts is not supported. Supported: dim, max_seq_len, n_heads"),
         ({"dim": "wide"}, "params.json: dim='wide' must be a count"),
-        ({"n_layers": 5}, "consolidated.00.pth: lacks layers.4.attention_norm.weight"),
-        ({"n_layers": 3}, "consolidated.00.pth: holds tensors that the model does not have there: layers.3."),
+        ({"n_layers": 5}, "params.json: n_layers=5, and the files hold 4"),
+        ({"n_layers": 3}, "params.json: n_layers=3, and the files hold 4"),
+        ({"n_layers": 10**9}, "params.json: n_layers=1000000000, and the files hold 4"),
+        ({"dim": 10**12}, "params.json: dim=1000000000000, and the files hold 32"),
+        (
+            {"vocab_size": 10**15},
+            "params.json: vocab_size=1000000000000000, and the files hold 256 rows. If those are right, set",
+        ),
         (
             {"n_heads": 8, "n_kv_heads": 2},
             r"layers.0.attention.wk.weight has shape \[16, 32\], the model needs \[8, 32\] there",
@@ -176,11 +185,86 @@ def test_a_missing_file_of_meta(tmp_path: Path) -> None:
     write_meta(source, HF, random_model(HF), 2)
     write_small_tokenizer(source)
     (source / "consolidated.00.pth").unlink()
-    with pytest.raises(BadInput, match=r"meta: holds consolidated.NN.pth for NN = 1: others are missing"):
+    with pytest.raises(BadInput, match=r"meta: holds consolidated.NN.pth for NN = 01: others are missing"):
         taken_in(tmp_path / "ws", source, config=SAID)
     (source / "consolidated.01.pth").rename(source / "consolidated.00.pth")
-    with pytest.raises(BadInput, match=r"consolidated.00.pth: norm.weight|has shape|the model needs"):
+    with pytest.raises(
+        BadInput, match=r"consolidated.00.pth holds 16 of the 32 rows of layers.0.attention.wq.weight \(params.json: dim=32\), "
+        r"so the model is stored in 2 files, and there is 1: files are missing$"
+    ):  # fmt: skip
         taken_in(tmp_path / "ws", source, config=SAID)
+    write_meta(source, HF, random_model(HF), 1)
+    shutil.copy(source / "consolidated.00.pth", source / "consolidated.01.pth")
+    with pytest.raises(
+        BadInput, match=r"the model is stored in 1 file, and there are 2: files of another model are among them$"
+    ):
+        taken_in(tmp_path / "ws", source, config=SAID)
+
+
+def test_a_damaged_file_of_meta(tmp_path: Path) -> None:
+    """The checksum in the archive tells."""
+    source = tmp_path / "meta"
+    write_meta(source, HF, random_model(HF), 2)
+    write_small_tokenizer(source)
+    path = source / "consolidated.01.pth"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        BadInput, match=r"consolidated.01.pth: layers\.\S+: consolidated.01/data/\d+ is damaged: its CRC-32 is "
+    ):
+        taken_in(tmp_path / "ws", source, config=SAID)
+
+
+def test_what_checklist_chk_says(tmp_path: Path) -> None:
+    """Meta's list of MD5 digests: of the files that are read, where it lies beside them."""
+    source = tmp_path / "meta"
+    write_meta(source, HF, random_model(HF), 2)
+    write_small_tokenizer(source)
+    names = ("consolidated.00.pth", "consolidated.01.pth", "params.json")
+    digests = {name: hashlib.md5((source / name).read_bytes()).hexdigest() for name in names}
+    checklist = source / "checklist.chk"
+    checklist.write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
+    check_equal(taken_in(tmp_path / "ws", source, config=SAID)[1], random_model(HF))
+    for name in names:
+        others = {other: digest for other, digest in digests.items() if other != name}
+        checklist.write_text("".join(f"{digest}  {n}\n" for n, digest in (others | {name: "0" * 32}).items()))
+        with pytest.raises(
+            BadInput, match=rf"{name}: is not the file that checklist.chk lists: its MD5 is {digests[name]}, not 0{{32}}. If "
+            "it was changed on purpose, remove its line there$"
+        ):  # fmt: skip
+            taken_in(tmp_path / name, source, config=SAID)
+    checklist.write_text(f"{'0' * 32}  consolidated.02.pth\n")
+    with pytest.raises(BadInput, match=r"meta/consolidated.02.pth: missing, and checklist.chk lists it$"):
+        taken_in(tmp_path / "missing", source, config=SAID)
+    checklist.write_text("<html>\n")
+    with pytest.raises(BadInput, match=r"checklist.chk: line 1 is no MD5 digest and name of a file$"):
+        taken_in(tmp_path / "odd", source, config=SAID)
+
+
+def test_copies_that_differ(tmp_path: Path) -> None:
+    source = tmp_path / "meta"
+    write_meta(source, HF, random_model(HF), 2)
+    write_small_tokenizer(source)
+    content = torch.load(source / "consolidated.01.pth")
+    content["norm.weight"] += 1
+    torch.save(content, source / "consolidated.01.pth")
+    with pytest.raises(
+        BadInput, match=r"consolidated.01.pth: norm.weight differs from that of consolidated.00.pth: both hold copies of the "
+        r"same numbers. One of the files is damaged, or of another checkpoint$"
+    ):  # fmt: skip
+        taken_in(tmp_path / "ws", source, config=SAID)
+
+
+def test_a_tensor_that_is_not_stored_row_by_row(tmp_path: Path) -> None:
+    source = tmp_path / "meta"
+    write_meta(source, HF, random_model(HF))
+    write_small_tokenizer(source)
+    content = torch.load(source / "consolidated.00.pth")
+    for name in ("layers.0.attention.wo.weight", "layers.1.attention.wq.weight"):
+        content[name] = content[name].t().contiguous().t()
+    torch.save(content, source / "consolidated.00.pth")
+    check_equal(taken_in(tmp_path / "ws", source, config=SAID)[1], random_model(HF))
 
 
 def test_what_is_wrong_is_told_before_anything_starts(tmp_path: Path) -> None:
@@ -210,6 +294,18 @@ def test_config_is_for_checkpoints_without_one(tmp_path: Path) -> None:
         BadInput, match=r"^model.config is for checkpoints of Meta and Megatron-LLM, and this model has a config"
     ):
         taken_in(tmp_path / "ws", tmp_path / "hf", config=SAID)
+
+
+def test_a_config_json_that_strayed_in(tmp_path: Path) -> None:
+    write_megatron(tmp_path / "megatron-llm", HF, random_model(HF))
+    write_meta(tmp_path / "meta", HF, random_model(HF))
+    for name, owner in (("megatron-llm", "Megatron-LLM"), ("meta", "Meta")):
+        (tmp_path / name / "config.json").write_text("{}")
+        with pytest.raises(
+            BadInput, match=rf"{name} holds a checkpoint of {owner}, and a config.json, but no weights of Hugging Face. To "
+            r"import the checkpoint, remove config.json from there; what the checkpoint does not tell, model.config does$"
+        ):  # fmt: skip
+            taken_in(tmp_path / "ws", tmp_path / name)
 
 
 # ── Megatron-LLM ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -278,7 +374,8 @@ def test_a_padded_vocabulary(tmp_path: Path) -> None:
          r"keep this argument when it loads or reshards a checkpoint, so say what is true: model.config.rope_theta: 1e"),
         ({"model_name": "llama"}, "its arguments give rms_norm_eps=1e-05, and a llama has 1e-06"),
         ({"model_name": "gpt"}, "args.model_name='gpt' is not supported where parallel_attn=False; it must be codellama or"),
-        ({"use_bias": True}, "args.use_bias=True is not supported where parallel_attn=False: its Llama, Code Llama"),
+        ({"use_bias": True}, "args.use_bias=True is not supported where parallel_attn=False: Megatron-LLM's Llama, "
+         "Code Llama and Mistral have use_bias=False, and only these can be taken in"),
         ({"glu_activation": "geglu"}, "args.glu_activation='geglu' is not supported"),
         ({"use_rms_norm": False}, "args.use_rms_norm=False is not supported"),
         ({"position_embedding_type": "absolute"}, "args.position_embedding_type='absolute' is not supported"),
@@ -286,7 +383,16 @@ def test_a_padded_vocabulary(tmp_path: Path) -> None:
         ({"num_layers": None}, "args.num_layers=None must be a whole number"),
         ({"tensor_model_parallel_size": 2}, "say 2 tensor and 1 pipeline parallel ranks, and it holds the files of mp_rank_00"),
         ({"tensor_model_parallel_size": "2"}, "args.tensor_model_parallel_size='2' is no number of ranks"),
-        ({"num_layers": 3}, "model_optim_rng.pt: holds tensors that the model does not have there: encoder.layers.3."),
+        ({"num_layers": 3}, "release: args.num_layers=3, and its files hold 4"),
+        ({"num_layers": 10**9}, "release: args.num_layers=1000000000, and its files hold 4"),
+        ({"hidden_size": 10**9}, "release: args.hidden_size=1000000000, and its files hold 32"),
+        ({"num_attention_heads": 0}, "args.num_attention_heads=0 must be a whole number of at least 1"),
+        ({"rope_theta": 10**400, "model_name": "llama2"}, "its arguments give rope_theta=a number of 1,329 bits, which"),
+        ({"model_name": ["llama2"]}, r"args.model_name=\['llama2'\] is not supported where parallel_attn=False"),
+        ({"sliding_window_size": 99}, "its arguments give sliding_window=99, and a mistral has 4096. .* say what is true: "
+         r"model.config.sliding_window: 4096 \(or 99, if it was trained so\)"),
+        ({"sliding_window_size": 99, "model_name": "llama2"}, "args.sliding_window_size=99 is not supported in a llama2: of "
+         "its models, only Mistral has a window, of 4096"),
         ({"ffn_hidden_size": 40}, r"dense_h_to_4h.weight has shape \[96, 32\], the model needs \[80, 32\] there"),
         ({"tie_embed_logits": True}, "holds tensors that the model does not have there: lm_head"),
     ],
@@ -297,6 +403,30 @@ def test_arguments_that_do_not_fit(tmp_path: Path, args: dict[str, Any], message
     write_small_tokenizer(root)
     with pytest.raises(BadInput, match=message):
         taken_in(tmp_path / "ws", root)
+
+
+NUMBERS_AND_NAMES = (
+    "num_layers", "hidden_size", "num_attention_heads", "num_attention_heads_kv", "ffn_hidden_size", "kv_channels",
+    "max_position_embeddings", "rope_theta", "rope_scaling_factor", "layernorm_epsilon", "model_name", "glu_activation",
+    "position_embedding_type", "tensor_model_parallel_size", "num_layers_per_virtual_pipeline_stage", "tie_embed_logits",
+    "sliding_window_size", "use_bias",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NUMBERS_AND_NAMES)
+def test_an_argument_that_has_no_end(tmp_path: Path, name: str) -> None:
+    """A list that holds a list four times, and so on: a little in the file, and endless where it is written out."""
+    value: Any = "x"
+    for _ in range(40):
+        value = [value] * 4
+    root = tmp_path / "megatron"
+    args = {name: value} | ({"pipeline_model_parallel_size": 2} if "pipeline" in name else {})
+    _with_args(root, args)
+    write_small_tokenizer(root)
+    with pytest.raises(BadInput) as caught:
+        taken_in(tmp_path / "ws", root)
+    assert len(str(caught.value)) < 600
+    assert "\n" not in str(caught.value)
 
 
 def _with_args(root: Path, args: dict[str, Any]) -> None:
@@ -333,8 +463,9 @@ def test_ranks_that_disagree(tmp_path: Path) -> None:
     content["model"]["language_model"]["encoder"]["layers.2.input_layernorm.weight"] += 1
     torch.save(content, path)
     with pytest.raises(
-        GateFailed, match=r"mp_rank_01/model_optim_rng.pt: encoder.layers.2.input_layernorm.weight is not what the "
-    ):
+        BadInput, match=r"mp_rank_01/model_optim_rng.pt: encoder.layers.2.input_layernorm.weight differs from that of "
+        "mp_rank_00/model_optim_rng.pt: both hold copies"
+    ):  # fmt: skip
         taken_in(tmp_path / "ws", root)
 
 

@@ -1,4 +1,4 @@
-"""verify on the ranks that training has: real processes, over gloo."""
+"""verify on the ranks that training has: the ranks are real processes, over gloo."""
 
 import json
 import re
@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from workspaces import Tensors, Workspace, make_workspace, read_canonical, references, start
+from workspaces import Tensors, Workspace, make_workspace, read_canonical, references
 
 from stages import runtime, shard, verify
 from stages.contracts import artifacts as a
 from stages.contracts import config as c
 from stages.contracts import specs
 from stages.contracts.train_settings import TrainSettings
-from stages.runtime import ExitCode
+from stages.runtime import GateFailed
 
 
 def sharded(workspace: Workspace, **layout: int) -> Workspace:
@@ -24,7 +24,7 @@ def sharded(workspace: Workspace, **layout: int) -> Workspace:
     return Workspace(workspace.root, workspace.model, workspace.dataset, weights)
 
 
-def test_under_tensor_and_pipeline_parallelism(tmp_path: Path) -> None:
+def test_under_tensor_and_pipeline_parallelism(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Interleaved on two pp ranks; then on two tp ranks, with batches that they cannot share out evenly. The same figures."""
     alone = make_workspace(tmp_path, num_hidden_layers=4, vocab_size=400)
     reports = {}
@@ -32,10 +32,9 @@ def test_under_tensor_and_pipeline_parallelism(tmp_path: Path) -> None:
         ("alone", alone), ("pp", sharded(alone, pp=2, vpp=2)), ("tp", sharded(alone, tp=2)),
     ):  # fmt: skip
         spec = workspace.verify_spec(batch_size=1, sequence_length=47, batches=3)
-        result = start(spec)
-        assert (result.returncode, result.stderr) == (ExitCode.OK, ""), name
+        artifact = runtime.execute(spec, verify.run)
+        assert capfd.readouterr().err == "", name
         reports[name] = json.loads((spec.folder / "verification.json").read_text())
-        artifact = a.load_artifact(spec.folder)
         assert isinstance(artifact, a.VerificationArtifact)
         axes = {"alone": "", "pp": " · pp 2 · vpp 2", "tp": " · tp 2"}[name]
         assert re.fullmatch(rf"mean \|Δlogit\| \d\.\de-0[678] · argmax 100 % · gate 1e-04{axes}", artifact.figure)
@@ -54,8 +53,8 @@ def test_under_tensor_and_pipeline_parallelism(tmp_path: Path) -> None:
         assert [m["module"] for m in reports[name]["modules"]] == [m["module"] for m in reports["alone"]["modules"]]
 
 
-def test_fault_on_ranks(tmp_path: Path) -> None:
-    """Its own exit code, and the layer."""
+def test_fault_on_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The ranks find the layer; that the stage has an exit code of its own for it is in `test_verify`."""
 
     def swap_gate_and_up(weights: Tensors) -> None:
         gate, up = (f"model.layers.2.mlp.{part}_proj.weight" for part in ("gate", "up"))
@@ -63,11 +62,10 @@ def test_fault_on_ranks(tmp_path: Path) -> None:
 
     workspace = sharded(make_workspace(tmp_path, edit=swap_gate_and_up), tp=2)
     spec = workspace.verify_spec()
-    result = start(spec)
-    assert result.returncode == ExitCode.GATE_FAILED == 3
-    assert result.stderr.startswith("error: verify: gate failed at layer 2 (model.layers.2.mlp): mean |Δlogit|")
-    assert "gate_proj and up_proj are swapped." in result.stderr
-    assert "Traceback" not in result.stderr
+    told = r"(?s)^gate failed at layer 2 \(model\.layers\.2\.mlp\): mean \|Δlogit\|.*gate_proj and up_proj are swapped\."
+    with pytest.raises(GateFailed, match=told):
+        runtime.execute(spec, verify.run)
+    assert "Traceback" not in "".join(capfd.readouterr())
     assert not spec.folder.exists()
 
 

@@ -26,7 +26,7 @@ from workspaces import make_workspace, read_canonical
 
 from megatron_core_impl.checkpoint.foreign import Rearranged, invert
 from megatron_core_impl.checkpoint.megatron_llm import open_checkpoint
-from megatron_core_impl.checkpoint.reshard import NotEqual, same_bits
+from megatron_core_impl.checkpoint.proven import NotEqual, same_bits
 from megatron_core_impl.checkpoint.restricted_pickle import EnumMember
 from megatron_core_impl.checkpoint.sharded import WeightsReader, open_weights
 from megatron_core_impl.checkpoint.torch_tensors import TorchTensors

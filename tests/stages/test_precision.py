@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from weights_inputs import make_checkpoint, make_model, random_model, ref
 from workspaces import make_workspace, rewrite
 
-from megatron_core_impl.checkpoint.reshard import same_bits
+from megatron_core_impl.checkpoint.proven import same_bits
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.config import Layout
 from stages import convert, export, merge, runtime, shard
@@ -51,10 +51,10 @@ def holds(workspace: Path, artifact: a.WeightsArtifact, expected: dict[str, Tens
     """The tensors are these, bit for bit, and what the artifact says of their precision is what the files are."""
     reader = open_weights(artifact.folder(workspace))
     assert all(same_bits(reader.read(name), tensor) for name, tensor in expected.items())
-    others = {name for name in reader.names if str(reader.dtype(name)) != f"torch.{artifact.model.dtype}"}
+    others = {name for name in reader.names if reader.dtype(name).name != artifact.model.dtype}
     counted: dict[str, int] = {}
     for name in others:
-        dtype = str(reader.dtype(name)).removeprefix("torch.")
+        dtype = reader.dtype(name).name
         counted[dtype] = counted.get(dtype, 0) + expected[name].numel()
     assert artifact.other_dtypes == counted
 

@@ -349,7 +349,7 @@ def test_each_set_becomes_a_dataset(prepare: Callable[..., PreprocessSpec], tmp_
     assert [(s.name, s.documents, s.malformed_lines) for s in artifact.sets] == [("web", 97, 3), ("code", 97, 3)]
     assert (artifact.documents, artifact.malformed_lines) == (194, 6)
     assert sorted(artifact.files) == ["code.bin", "code.idx", "examples.json", "malformed.jsonl", "web.bin", "web.idx"]
-    assert artifact.files["web.idx"].sha256 == artifact.files["code.idx"].sha256
+    assert artifact.files["web.idx"].blake3 == artifact.files["code.idx"].blake3
     lines = [json.loads(line) for line in (spec.folder / "malformed.jsonl").read_text().splitlines()]
     assert [(line["file"], line["line"]) for line in lines] == [
         (n, k) for n in ("my/web.jsonl", "my/code.jsonl.gz") for k in (3, 50, 51)

@@ -1,13 +1,15 @@
 """The model card: what stands in it, what the Hub reads of it, its picture, and the licence it carries over."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
-from push_inputs import CURVE, FILES, REPORT, done, push_inputs, push_spec, run
+from push_inputs import BASE_MODEL, CURVE, FILES, REPORT, done, push_inputs, push_spec, run
 
+from stages import push, runtime
 from stages.contracts import artifacts as a
 from stages.contracts.specs import PushSpec
 from stages.licence import read_terms
@@ -59,6 +61,9 @@ def test_card(tmp_path: Path) -> None:
         "| base model, the data | 2.2e-07 | 1.0e-06 | 0.0001 | 1.0e-08 | 100.00 % | 1,024 |",
         "| `model.layers.0` | 1.0e-09 | 3.0e-08 | 2.0e-07 |",
         "| torch | 2.13.0 |",
+        "| transformers | 5.3.0 |",
+        "| tokenizers | 0.22.1 |",
+        "| fingerprint of the base model | `ba5eba5eba5eba5e` |",
         "That of the base model: llama2.",
     ):
         assert line in card.text.splitlines()
@@ -82,6 +87,43 @@ def test_what_the_hub_reads(tmp_path: Path) -> None:
     assert (data.model_name, {result.dataset_name for result in data.eval_results or []}) == ("fine", {"Lib"})
 
 
+def test_a_local_base_model_is_told_by_its_fingerprint(tmp_path: Path) -> None:
+    """Its folder's name alone says nothing of what lay in it."""
+    made = lineage(tmp_path)
+    export = made.export.model_copy(update={"source": "llama", "source_revision": None})
+    card = ModelCard(model_card(replace(made, export=export), "ada/fine"))
+    assert f"fine-tuned from llama (a local model, fingerprint `{BASE_MODEL[:16]}`) on Lib" in card.text
+    assert card.data.base_model is None
+
+
+def test_a_library_that_changed_on_the_way_is_told_twice(tmp_path: Path) -> None:
+    made = lineage(tmp_path)
+    versions = made.dataset.versions.model_copy(update={"libraries": {"tokenizers": "0.21.0", "sentencepiece": "0.2.1"}})
+    lines = model_card(replace(made, dataset=made.dataset.model_copy(update={"versions": versions})), "ada/fine").splitlines()
+    assert "| tokenizers | 0.21.0, 0.22.1 |" in lines
+    assert "| sentencepiece | 0.2.1 |" in lines
+
+
+@pytest.mark.parametrize(
+    ("settings", "called"),
+    [
+        ({"folder": "{}/hub/my fine"}, "path/to/my fine"),
+        ({"folder": "{}/hub/fine/"}, "path/to/fine"),
+        ({"folder": "{}/hub", "repo": "ada/fine"}, "ada/fine"),
+        ({"folder": "hub/fine/.."}, "path/to/hub"),
+    ],
+)
+def test_a_folder_is_called_by_its_name(tmp_path: Path, settings: dict[str, str], called: str) -> None:
+    """Where it lies on this machine is no path that a reader has."""
+    settings = {key: value.format(tmp_path) for key, value in settings.items()}
+    spec = push_spec(tmp_path, push_inputs(tmp_path / "ws"), to="dry-run", **settings)
+    runtime.execute(spec, push.run)
+    card = ModelCard.load(spec.folder / "README.md")
+    assert f'AutoModelForCausalLM.from_pretrained("{called}")' in card.text
+    assert card.data.model_name == called.rsplit("/", 1)[-1]
+    assert str(tmp_path) not in card.content
+
+
 def test_a_licence_with_a_name_of_its_own_and_data_of_the_hub(tmp_path: Path) -> None:
     made = lineage(tmp_path)
     export = made.export.model_copy(update={"license": "other (tii-falcon)"})
@@ -101,14 +143,31 @@ def test_a_licence_with_a_name_of_its_own_and_data_of_the_hub(tmp_path: Path) ->
 def test_probes_and_topology(tmp_path: Path) -> None:
     report = REPORT | {
         "topology": {"tp": 2, "pp": 1}, "tensors": {"tensors": 39, "exact": 39},
-        "probes": [{"probe": "long positions", "mean_error": 3e-7, "tokens": 96}],
+        "probes": [{"probe": "long positions", "mean_error": 3e-7, "argmax_agreement": 1.0, "tokens": 96}],
+        "gates": [
+            *({**gate, "probe": None} for gate in REPORT["gates"]),
+            {"name": "mean |Δlogit|", "value": 3e-7, "allowed": 2e-4, "passed": True, "probe": "long positions"},
+        ],
     }  # fmt: skip
     lines = model_card(lineage(tmp_path, base_report=report), "ada/fine").splitlines()
-    assert "| base model, long positions | 3.0e-07 |  |  |  |  | 96 |" in lines
+    assert "| base model, the data | 2.2e-07 | 1.0e-06 | 0.0001 | 1.0e-08 | 100.00 % | 1,024 |" in lines
+    assert "| base model, long positions | 3.0e-07 |  | 0.0002 |  | 100.00 % | 96 |" in lines
     assert (
         "Base model: in fp32, on the ranks of tp 2 · pp 1, 39 tensors, all of them the source's bit for bit. "
         "This model: in fp32."
     ) in lines
+
+
+def test_what_was_asked_of_the_weights_and_the_tokenizer(tmp_path: Path) -> None:
+    report = REPORT | {"tensors": {"tensors": 39, "exact": 0, "rounded": 39, "dtypes": ["bfloat16"]}}
+    made = lineage(tmp_path, base_report=report)
+    export = made.export.model_copy(update={"spec": {"settings": {"override_special_tokens": {"eos": "<|im_end|>"}}}})
+    card = model_card(replace(made, export=export), "ada/fine")
+    assert "Base model: in fp32, 39 tensors, all of them the source's rounded to bfloat16, as asked." in card
+    assert "| other special tokens | eos = `<\\|im_end\\|>` |" in card.splitlines()
+    mixed = REPORT | {"tensors": {"tensors": 39, "exact": 1, "rounded": 38, "dtypes": ["bfloat16"]}}
+    told = "39 tensors, 1 of them the source's bit for bit, 38 the source's rounded to bfloat16, as asked."
+    assert told in model_card(replace(made, base_report=mixed), "ada/fine")
 
 
 def test_picture(tmp_path: Path) -> None:
@@ -124,6 +183,19 @@ def test_picture(tmp_path: Path) -> None:
     assert image.size == (960, 552)
     counts = {color: count for count, color in image.convert("RGB").getcolors(1 << 20) or []}
     assert all(counts.get(color, 0) > 100 for color in ((0x7B, 0xA6, 0xD0), (0xD9, 0x54, 0x1E), (0x72, 0x77, 0x8A)))
+
+
+def test_picture_of_a_short_training(tmp_path: Path) -> None:
+    """Of 4 steps, told every 10, with held-out losses at 0, 2 and 4; and of steps without them."""
+    held_out = [{"step": step, "valid_loss": 6 - step / 4} for step in (0, 2, 4)]
+    trained = [{"step": step, "loss": 5.0, "lr": 1e-3} for step in (1, 2)]
+    cases = {"held-out": held_out, "one step": [*held_out, trained[1]], "no held-out": trained}
+    colours = {"held-out": (0xD9, 0x54, 0x1E), "one step": (0x7B, 0xA6, 0xD0), "no held-out": (0x7B, 0xA6, 0xD0)}
+    for name, lines in cases.items():
+        assert draw_losses(lines, tmp_path / f"{name}.png"), name
+        image = Image.open(tmp_path / f"{name}.png").convert("RGB")
+        counts = {color: count for count, color in image.getcolors(1 << 20) or []}
+        assert counts.get(colours[name], 0) > 10, name
 
 
 def test_no_picture_of_no_curve(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from tiny_job import assert_close, changed, make_job, stop_after
 from tiny_training import MODEL
 from weights_inputs import make_checkpoint, random_model
 
-from megatron_core_impl.checkpoint.training import step_folder
+from megatron_core_impl.checkpoint.training import commit, step_folder, unfinished_folder
 from megatron_core_impl.config import Layout, RopeScaling
 from megatron_core_impl.mesh import Mesh
 from megatron_core_impl.models.tensors import tensors
@@ -49,13 +49,13 @@ def test_training_goes_on_from_what_it_makes(stopped: Job, tmp_path: Path, capsy
 
 
 def test_what_names_a_checkpoint(stopped: Job, tmp_path: Path) -> None:
-    expected = (stopped.checkpoints, 3)
+    expected = step_folder(stopped.checkpoints, 3)
     for path in (stopped.folder, stopped.checkpoints, step_folder(stopped.checkpoints, 3)):
         assert find_checkpoint(path) == expected
     artifact = make_checkpoint(tmp_path / "ws", random_model(), layout=Layout())
     folder = artifact.folder(tmp_path / "ws")
     (folder / artifact.checkpoint / "state.json").touch()
-    assert find_checkpoint(folder) == (folder / "checkpoints", 2)
+    assert find_checkpoint(folder) == folder / artifact.checkpoint
     with pytest.raises(ValueError, match=r"weights: holds no training checkpoint\. Name the result of a train stage"):
         find_checkpoint(tmp_path / "weights")
 
@@ -67,10 +67,26 @@ def test_refusals(stopped: Job, tmp_path: Path) -> None:
         run(stopped.folder, "--vpp", 2, "--output", tmp_path / "out")
     with pytest.raises(FileExistsError, match=r"step-000003 is there already: name another folder, or remove it first"):
         run(stopped.folder, "--output", stopped.checkpoints)
-    (step_folder(stopped.checkpoints, 3) / "state.json").write_text('{"step": 3, "index": {}}')
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ValueError, match=r"--output: .*file/x cannot be made: Not a directory. Name a folder where you may write$"
+    ):
+        run(stopped.folder, "--output", tmp_path / "file" / "x")
+    state = step_folder(stopped.checkpoints, 3) / "state.json"
+    state.write_text(state.read_text().replace('"consumed_samples": ', '"consumed_samples": 1'))
+    with pytest.raises(ValueError, match=r"state\.json is not what was written: its digest of itself differs"):
+        run(stopped.folder, "--output", tmp_path / "out")
+    state.parent.rename(unfinished_folder(stopped.checkpoints, 3))
+    commit(stopped.checkpoints, 3, {"step": 3}, keep=9)
     with pytest.raises(ValueError, match=r"state\.json does not tell its model: 'must_agree'"):
         run(stopped.folder, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_name(stopped: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = step_folder(stopped.checkpoints, 3).rename(tmp_path / "backup")
+    run(folder, "--output", tmp_path / "moved")
+    assert capsys.readouterr().out.endswith(f", bit for bit, in {tmp_path}/moved/step-000003\n")
 
 
 def test_the_model_comes_back_from_the_state() -> None:

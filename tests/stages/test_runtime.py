@@ -30,6 +30,7 @@ def run(spec, ctx):
         case "gate": raise runtime.GateFailed("layer 14 differs")
         case "crash": raise RuntimeError("boom")
         case "full": raise OSError(errno.ENOSPC, "No space left on device", "data.jsonl")
+        case "full copy": raise OSError(errno.ENOSPC, "No space left on device", "source.jsonl", None, "data.jsonl")
         case "hang": sys.stdin.read()
     return ctx.artifact(a.RawDataArtifact, figure="1 document", documents=1, source="s", revision=None, text_bytes=3, sets=())
 
@@ -103,7 +104,7 @@ def test_reuses_what_is_there_and_remakes_what_is_damaged(spec: DownloadDataSpec
     [
         (lambda f: (f / "data.jsonl").unlink(), "data.jsonl: missing"),
         (lambda f: (f / "data.jsonl").write_text("longer\n"), "has 7 bytes, its artifact says 4"),
-        (lambda f: (f / "data.jsonl").write_text("onf\n"), "its SHA-256 is not the one its artifact records"),
+        (lambda f: (f / "data.jsonl").write_text("onf\n"), "its digest is not the one its artifact records"),
         (lambda f: (f / "artifact.json").write_text("{"), "artifact.json: not a readable artifact"),
     ],
 )
@@ -128,7 +129,7 @@ def test_damage_with_an_old_time_is_found_by_a_thorough_check(spec: DownloadData
     artifact = made(spec)
     (spec.folder / "data.jsonl").write_text("onf\n")
     os.utime(spec.folder / "data.jsonl", ns=(0, 0))
-    with pytest.raises(a.DamagedArtifact, match="SHA-256"):
+    with pytest.raises(a.DamagedArtifact, match="digest"):
         a.check_files(spec.folder, artifact, thorough=True)
 
 
@@ -140,6 +141,7 @@ def test_damage_with_an_old_time_is_found_by_a_thorough_check(spec: DownloadData
         ("gate", 3, "error: download: layer 14 differs"),
         ("crash", 1, "error: download: RuntimeError: boom. This is a defect of ours; the traceback is above"),
         ("full", 2, "error: download: no space left at data.jsonl: make room or choose another workspace, then run again"),
+        ("full copy", 2, "error: download: no space left at data.jsonl: make room or choose another workspace, then run again"),
     ],
 )
 def test_outcomes(start: Callable[..., subprocess.Popen[str]], spec: DownloadDataSpec, do: str, code: int, error: str) -> None:
@@ -227,7 +229,7 @@ def test_inputs_are_checked(tmp_path: Path, spec: DownloadDataSpec) -> None:
     with pytest.raises(runtime.BadInput, match=r"no artifact\.json in it"):
         context(data=Ref(path="download/none")).input("data", a.RawDataArtifact)
     (spec.folder / "data.jsonl").write_text("onf\n")
-    with pytest.raises(runtime.BadInput, match=r"data\.jsonl: its SHA-256 is not the one"):
+    with pytest.raises(runtime.BadInput, match=r"data\.jsonl: its digest is not the one"):
         context(data=good).input("data", a.RawDataArtifact)
 
 
@@ -261,7 +263,7 @@ def test_nothing_is_published_of_an_altered_input(altered: Altered) -> None:
         read.append((folder / "data.jsonl").read_text())
         return finish(ctx)
 
-    with pytest.raises(runtime.BadInput, match=r"^inputs\.data: \S+data\.jsonl: its SHA-256 is not the one"):
+    with pytest.raises(runtime.BadInput, match=r"^inputs\.data: \S+data\.jsonl: its digest is not the one"):
         runtime.execute(altered.spec, run)
     assert read == ["two\n"]  # the stage went on meanwhile
     assert not altered.spec.folder.exists()
@@ -272,7 +274,7 @@ def test_damage_is_told_and_not_what_followed_from_it(altered: Altered) -> None:
         ctx.input("data", a.RawDataArtifact, is_checked_meanwhile=True)
         raise ValueError("what is this?")
 
-    with pytest.raises(runtime.BadInput, match=r"data\.jsonl: its SHA-256 is not the one"):
+    with pytest.raises(runtime.BadInput, match=r"data\.jsonl: its digest is not the one"):
         runtime.execute(altered.spec, run)
 
 
@@ -309,11 +311,11 @@ def test_facts_of_an_input_of_which_no_file_is_read(altered: Altered) -> None:
 def test_a_digest_that_is_known_is_not_taken_again(spec: DownloadDataSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
 
-    def sha256(path: Path) -> str:
+    def digest(path: Path) -> str:
         taken.append(path.name)
         return "0" * 64
 
-    monkeypatch.setattr(runtime, "file_sha256", sha256)
+    monkeypatch.setattr(runtime, "file_blake3", digest)
 
     def run(spec: DownloadDataSpec, ctx: runtime.Context) -> a.Artifact:
         for name in ("a", "b"):
@@ -325,4 +327,4 @@ def test_a_digest_that_is_known_is_not_taken_again(spec: DownloadDataSpec, monke
 
     files = runtime.execute(spec, run).files
     assert taken == ["b"]
-    assert {name: record.sha256[0] for name, record in files.items()} == {"a": "1", "b": "0"}
+    assert {name: record.blake3[0] for name, record in files.items()} == {"a": "1", "b": "0"}

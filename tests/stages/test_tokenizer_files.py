@@ -42,6 +42,21 @@ def test_a_decoder_names_all_added_tokens(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids(["<a>", "<b>", "<c>"]) == [*ids, len(tokenizer)]
 
 
+def test_added_tokens_are_special_in_files_of_transformers_5(tmp_path: Path) -> None:
+    """Which lists them under another name, and then does not read the old one."""
+    write_tokenizer(tmp_path, "huggingface")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<a>"]})
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["extra_special_tokens"] = ["<a>"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    add_tokens(tmp_path, {"<b>": len(tokenizer)})
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert {"<a>", "<b>"} <= set(theirs.all_special_tokens)
+    assert theirs.convert_tokens_to_ids("<b>") == len(tokenizer)
+
+
 def test_nothing_to_add_changes_no_file(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, "sentencepiece")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

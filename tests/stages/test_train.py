@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from tiny_training import MODEL
-from train_inputs import put_conversations, put_weights, spec_of
+from train_inputs import cut_spec, put_conversations, put_weights, spec_of
 
 from megatron_core_impl import metrics, trainer
 from megatron_core_impl.checkpoint.training import finished_steps
@@ -82,10 +82,11 @@ def start() -> Iterator[Callable[[TrainSpec], Stage]]:
         stage.process.communicate()
 
 
-def test_stops_when_asked_and_goes_on(tmp_path: Path, start: Callable[[TrainSpec], Stage]) -> None:
-    spec = spec_of(tmp_path, pp=2, steps=160)  # more than it does before the signal arrives
+def test_stops_when_asked_and_goes_on_under_another_layout(tmp_path: Path, start: Callable[[TrainSpec], Stage]) -> None:
+    """The stage as the pipeline starts it, then with shards of the other layout."""
+    spec = cut_spec(tmp_path, tp=2, steps=160)  # more than it does before the signal arrives
     stage = start(spec)
-    stage.wait_for("2 processes, dp 1 × tp 1 × pp 2")
+    stage.wait_for("2 processes, dp 1 × tp 2 × pp 1")
     stage.wait_for("length: 160 steps × 4 × 16 = 10.2 K tokens = 8.5 epochs")
     stage.wait_for("memory of a process, estimated: ")
     stage.wait_for("step   2/160 · loss ")
@@ -98,6 +99,10 @@ def test_stops_when_asked_and_goes_on(tmp_path: Path, start: Callable[[TrainSpec
     assert not spec.folder.exists()
     assert stage.processes() == {}
 
+    key, shards = spec.key, spec.inputs["weights"].path
+    spec = cut_spec(tmp_path, pp=2, steps=160)
+    assert spec.key == key
+    assert spec.inputs["weights"].path != shards
     stage = start(spec)
     stage.wait_for(f"going on from the checkpoint at step {step}")
     code, out, err = stage.end()
@@ -215,7 +220,7 @@ def test_a_changed_byte(tmp_path: Path, start: Callable[[TrainSpec], Stage]) -> 
     file.write_bytes(data)
     code, _, err = start(spec).end()
     assert code == runtime.ExitCode.BAD_INPUT
-    assert err.startswith(f"error: train: inputs.dataset: {file}: its SHA-256 is not the one its artifact records")
+    assert err.startswith(f"error: train: inputs.dataset: {file}: its digest is not the one its artifact records")
 
 
 # What is said of an end
@@ -226,17 +231,10 @@ def outcome_text(tmp_path: Path, outcome: torchrun.Outcome, step: int = 40, **se
     return type(error), str(error)
 
 
-def test_a_pause_is_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The workers stopped by themselves, as stop_after_minutes asks: not finished, and nothing is wrong."""
-
-    def run_workers(*arguments: object, on_event: Callable[[torchrun.Event], None], log: Path, **more: object) -> object:
-        (log.parents[1] / "checkpoints" / "step-000007").mkdir(parents=True)
-        on_event({"event": "paused", "rank": 0})
-        return torchrun.Outcome()
-
-    monkeypatch.setattr(torchrun, "run_workers", run_workers)
-    with pytest.raises(runtime.Interrupted, match=r"^stopped; saved at step 7; run again to go on from step 7$"):
-        runtime.execute(spec_of(tmp_path, stop_after_minutes=1), train.run, resumable=True)
+def test_a_pause_is_an_interruption(tmp_path: Path) -> None:
+    """The worker stops by itself, as stop_after_minutes asks: not finished, and nothing is wrong."""
+    with pytest.raises(runtime.Interrupted, match=r"^stopped; saved at step 1; run again to go on from step 1$"):
+        runtime.execute(spec_of(tmp_path, stop_after_minutes=0.0001), train.run, resumable=True)
 
 
 def test_out_of_memory(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_inputs import put_conversations, put_dataset, put_weights, spec_of
+from train_inputs import cut_spec, put_conversations, put_dataset, put_weights, spec_of
 
 from stages import runtime, torchrun, train
 from stages.contracts.specs import TrainSpec
@@ -91,3 +91,10 @@ def test_a_missing_file(tmp_path: Path) -> None:
     file = tmp_path / spec.inputs["weights"].path / "rank-0000.safetensors"
     file.unlink()
     assert f"inputs.weights: {file}: missing" in refusal(spec)
+
+
+def test_shards_that_are_not_what_the_spec_says(tmp_path: Path) -> None:
+    spec = cut_spec(tmp_path)
+    ref = spec.inputs["weights"].model_copy(update={"content": "other"})
+    other = spec.model_copy(update={"inputs": {**spec.inputs, "weights": ref}})
+    assert "does not hold content other: leave that out of the spec" in refusal(other)

@@ -5,6 +5,7 @@ import math
 import re
 import socket
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def test_as_a_process(good: Workspace) -> None:
     assert isinstance(artifact, a.VerificationArtifact)
     assert re.fullmatch(r"mean \|Δlogit\| \d\.\de-0[678] · argmax 100 % · gate 1e-04", artifact.figure)
     assert list(artifact.files) == ["verification.json", "verification.md"]
+    libraries = ("safetensors", "sentencepiece", "tokenizers", "transformers")
+    assert artifact.versions.libraries == {name: metadata.version(name) for name in libraries}, "what the process had loaded"
     assert 0 < artifact.mean_error < 1e-6
     assert artifact.mean_error < artifact.max_error < 1e-4
     assert artifact.loss_difference < 1e-6
@@ -79,7 +82,13 @@ def test_as_a_process(good: Workspace) -> None:
     card = (spec.folder / "verification.md").read_text()
     assert "Verdict: passed. Topology: tp 1 · pp 1 · vpp 1. Precision: ours fp32, transformers fp32. 288 tokens" in card
     tables = [part.splitlines() for part in card.split("\n\n") if part.startswith("|")]
-    assert [len(table) - 2 for table in tables] == [len(report["gates"]), 1 + len(report["probes"]), len(report["modules"])]
+    rows = len(report["gates"]) + len(report["probes"]), 1 + len(report["probes"]), len(report["modules"])
+    assert tuple(len(table) - 2 for table in tables) == rows
+    for row in (
+        "argmax agreement | 100 % | at least 99.9 % | passed",
+        "argmax agreement, padding | 100 % |  | 112 tokens, not judged",
+    ):
+        assert f"| {row} |" in tables[0]
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1  # as many columns in every line
     module = report["modules"][4]
@@ -433,5 +442,5 @@ def test_changed_weights_are_refused(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(BadInput, match=r"inputs\.weights: .*rank-0000\.safetensors.*SHA-256"):
+    with pytest.raises(BadInput, match=r"inputs\.weights: .*rank-0000\.safetensors.*digest"):
         check(workspace)

@@ -158,6 +158,17 @@ def test_another_vocabulary_is_not_published(published: dict[str, int], rows: in
         check_vocabulary(published, BASE, {"<x>": 2}, rows, warn=pytest.fail)
 
 
+def test_tokens_that_transformers_makes_up_give_way_to_those_that_are_added() -> None:
+    """Code Llama's class adds <FILL_ME>, which is in no file of the model, under the id that the next token gets."""
+    base = BASE | {"<FILL_ME>": 2}
+    check_vocabulary(BASE | {"<x>": 2}, base, {"<x>": 2}, 3, warn=pytest.fail)
+    told: list[str] = []
+    check_vocabulary(BASE | {"<x>": 2, "<FILL_ME>": 3}, base, {"<x>": 2}, 3, told.append)
+    assert "tokenizer has <FILL_ME> = 3" in told[0]
+    with pytest.raises(GateFailed, match=r"has other ids for: <FILL_ME> = 3$"):
+        check_vocabulary(BASE | {"<FILL_ME>": 3}, base, {}, 4, warn=pytest.fail)
+
+
 def test_tokens_without_a_row_in_the_base_model_are_told() -> None:
     told: list[str] = []
     base = BASE | {"<pad>": 2}
@@ -222,6 +233,38 @@ def test_what_is_put_around_a_text_follows(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "source")("a").input_ids[0] == 0
     folder = Chain(tmp_path, export={"override_special_tokens": {"bos": "<|sep|>"}}).exported()
     assert AutoTokenizer.from_pretrained(folder)("a").input_ids[0] == 400
+
+
+def test_a_tokenizer_that_transformers_takes_for_another(tmp_path: Path) -> None:
+    """Of tokenizer.model alone transformers makes Code Llama's, which begins no text with a space: what is published is mended,
+    and its special tokens are compared by what stands around a text, not by the text.
+    """
+    source = tmp_path / "source"
+    write_model(source)
+    for path in (*source.glob("tokenizer*"), *source.glob("special*")):
+        if path.name != "tokenizer.model":
+            path.unlink()
+    documents = [
+        {"messages": [{"role": "user", "content": part}, {"role": "assistant", "content": part[::-1]}]}
+        for part in text().split("\n\n\n")[:40]
+        if part.strip()
+    ]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    chain = Chain(
+        tmp_path, model_settings={"added_tokens": ["<|im_start|>", "<|im_end|>"]},
+        data={"source": str(tmp_path / "text.jsonl"), "format": "messages"},
+        preprocess={"workers": 1, "chat_template": "chatml"}, export={"override_special_tokens": {"eos": "<|im_end|>"}},
+    )  # fmt: skip
+    assert AutoTokenizer.from_pretrained(source)("a", add_special_tokens=False).input_ids == [343], "the trap is there"
+    theirs = AutoTokenizer.from_pretrained(chain.exported())
+    assert (theirs.eos_token_id, theirs("a", add_special_tokens=False).input_ids) == (401, [265])
+
+
+def test_what_megatron_llm_cannot_hold_is_refused_before_training(tmp_path: Path) -> None:
+    """A model from the Hub is known only now."""
+    chain = Chain(tmp_path, export={"megatron_llm": {"pp": 2}})
+    with pytest.raises(BadInput, match=r"^export\.megatron_llm: pp=2 does not divide num_hidden_layers=3"):
+        chain.verified()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from weights_inputs import make_model
 from workspaces import STEP, Workspace, make_workspace, publish, references
 
 from megatron_core_impl.checkpoint.foreign import Rearranged
-from megatron_core_impl.checkpoint.reshard import same_bits
+from megatron_core_impl.checkpoint.proven import same_bits
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.config import ModelConfig, RopeScaling
 from megatron_core_impl.models import families

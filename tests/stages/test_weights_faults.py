@@ -13,7 +13,7 @@ import pytest
 import torch
 from weights_inputs import HF, make_checkpoint, make_model, random_model, ref
 
-from megatron_core_impl.checkpoint.reshard import same_bits
+from megatron_core_impl.checkpoint.proven import same_bits
 from megatron_core_impl.checkpoint.safetensors_io import SafetensorsWriter
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.config import Layout
@@ -25,15 +25,15 @@ from stages.contracts.specs import ConvertSpec, MergeSpec, ShardSpec, Spec
 KILLED = """
 import os, runpy, signal, sys
 from megatron_core_impl.checkpoint.safetensors_io import SafetensorsWriter
-write, left = SafetensorsWriter.write_rows, int(sys.argv.pop())
-def write_rows(self, name, first, rows):
+write, left = SafetensorsWriter.write_bytes, int(sys.argv.pop())
+def write_bytes(self, name, first, rows):
     global left
     left -= 1
     if left == 0:
         write(self, name, first, rows[: len(rows) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
     write(self, name, first, rows)
-SafetensorsWriter.write_rows = write_rows
+SafetensorsWriter.write_bytes = write_bytes
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
@@ -68,7 +68,7 @@ def test_altered_input_is_refused_by_file(tmp_path: Path) -> None:
     done = start(ConvertSpec(workspace=str(tmp_path), inputs={"model": ref(model)}), tmp_path)
     assert done.returncode == runtime.ExitCode.BAD_INPUT, done.stderr
     assert done.stderr.startswith("error: convert: inputs.model: ")
-    assert "files/model.safetensors: its SHA-256 is not the one its artifact records: it was changed" in done.stderr
+    assert "files/model.safetensors: its digest is not the one its artifact records: it was changed" in done.stderr
     assert "Traceback" not in done.stderr
     assert published(tmp_path, "convert") == []
 
@@ -79,7 +79,7 @@ def test_altered_checkpoint_is_refused_by_file(tmp_path: Path) -> None:
     done = start(MergeSpec(workspace=str(tmp_path), inputs={"checkpoint": ref(checkpoint)}), tmp_path)
     assert done.returncode == runtime.ExitCode.BAD_INPUT, done.stderr
     assert done.stderr.startswith("error: merge: inputs.checkpoint: ")
-    assert "step-000002/rank-0001.safetensors: its SHA-256 is not the one" in done.stderr
+    assert "step-000002/rank-0001.safetensors: its digest is not the one" in done.stderr
     assert published(tmp_path, "merge") == []
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from weights_inputs import HF, make_model, random_model, ref
 
-from megatron_core_impl.checkpoint.reshard import same_bits
+from megatron_core_impl.checkpoint.proven import same_bits
 from megatron_core_impl.checkpoint.sharded import WeightsReader, open_weights
 from stages import convert, linked_weights, runtime, shard
 from stages.contracts import artifacts as a
@@ -118,7 +118,7 @@ def test_change_of_the_shared_file_is_caught_on_both_sides(tmp_path: Path) -> No
         file.write(b"\xff")
     assert a.find_intact(model.folder(tmp_path)) is None
     assert a.find_intact(weights.folder(tmp_path)) is None
-    with pytest.raises(BadInput, match=r"inputs\.weights: \S+model\.safetensors: its SHA-256 is not the one"):
+    with pytest.raises(BadInput, match=r"inputs\.weights: \S+model\.safetensors: its digest is not the one"):
         sharded(tmp_path, weights)
 
 
@@ -128,6 +128,6 @@ def test_damaged_download_is_not_linked(tmp_path: Path) -> None:
     with (model.folder(tmp_path) / "files" / "model.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\xff")
-    with pytest.raises(BadInput, match=r"inputs\.model: \S+model\.safetensors: its SHA-256 is not the one"):
+    with pytest.raises(BadInput, match=r"inputs\.model: \S+model\.safetensors: its digest is not the one"):
         converted(tmp_path, model)
     assert [path.name for path in (tmp_path / "convert").iterdir() if not path.name.endswith(".lock")] == []

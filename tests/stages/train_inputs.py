@@ -66,6 +66,15 @@ def spec_of(
     )
 
 
+def cut_spec(workspace: Path, *, tp: int = 1, pp: int = 1, **settings: Any) -> TrainSpec:
+    """The spec of a training whose shards are those of one model, whatever the layout."""
+    weights = put_weights(workspace, tp=tp, pp=pp)
+    assert isinstance(weights, a.WeightsArtifact)
+    spec = spec_of(workspace, tp=tp, pp=pp, weights=weights, **settings)
+    ref = Ref(path=weights.path, fingerprint=weights.fingerprint, content=weights.content)
+    return spec.model_copy(update={"inputs": {**spec.inputs, "weights": ref}})
+
+
 def put_conversations(workspace: Path, sizes: Sequence[int]) -> a.Artifact:
     """Conversations whose second half is the answer."""
     return put(
