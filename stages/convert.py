@@ -8,14 +8,13 @@ time. What was written is read back and compared with the source.
 from stages import runtime
 from stages.contracts import artifacts as a
 from stages.contracts.specs import ConvertSpec
-from stages.runtime import Context, importing
+from stages.conversion import convert
+from stages.runtime import Context
 
 
 def run(spec: ConvertSpec, ctx: Context) -> a.WeightsArtifact:
     """Convert the model of a spec."""
     model, folder = ctx.input("model", a.ModelArtifact, is_checked_meanwhile=True)
-    with importing():  # PyTorch, while the input is hashed
-        from stages.conversion import convert
     return convert(spec, ctx, model, folder)
 
 

@@ -1,6 +1,6 @@
 """The files of an input against the digests that its artifact records, in threads beside the stage's own work.
 
-Hashing releases Python's lock: an input that is hashed while PyTorch is imported, or while its tensors are copied, costs cores
+Hashing releases Python's lock: an input that is hashed while its tensors are copied, or while PyTorch is imported, costs cores
 and no time. Nothing is published before the check has ended.
 """
 

@@ -8,14 +8,15 @@ from megatron_core_impl.config import Layout, ModelConfig
 from stages import runtime
 from stages.contracts import artifacts as a
 from stages.contracts.specs import MergeSpec
+from stages.reshaping import reshape
 from stages.runtime import Context, importing
 
 
 def run(spec: MergeSpec, ctx: Context) -> a.WeightsArtifact:
     """Merge the checkpoint of a spec."""
     trained, folder = ctx.input("checkpoint", a.CheckpointArtifact, is_checked_meanwhile=True)
-    with importing():  # PyTorch, while the input is hashed
-        from stages.reshaping import reshape
+    with importing():  # PyTorch, which rounds, while the input is hashed
+        import torch  # noqa: F401
 
     model = trained.model.model_copy(update={"dtype": spec.dtype or trained.model.dtype})
     config = ModelConfig(**trained.model.config_fields())

@@ -1,7 +1,4 @@
-"""What shard and merge share: weights of one layout under another, proven equal, and what the artifact tells of them.
-
-Importing this brings PyTorch, which takes as long as hashing a gigabyte: a stage imports it once its input is being checked.
-"""
+"""What shard and merge share: weights of one layout under another, proven equal, and what the artifact tells of them."""
 
 from pathlib import Path
 from typing import Any, NamedTuple

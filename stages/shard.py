@@ -9,7 +9,8 @@ from megatron_core_impl.config import Layout, ModelConfig
 from stages import runtime
 from stages.contracts import artifacts as a
 from stages.contracts.specs import ShardSpec
-from stages.runtime import BadInput, Context, importing
+from stages.reshaping import reshape
+from stages.runtime import BadInput, Context
 
 
 def run(spec: ShardSpec, ctx: Context) -> a.WeightsArtifact:
@@ -21,9 +22,6 @@ def run(spec: ShardSpec, ctx: Context) -> a.WeightsArtifact:
         layout.check(config)
     except ValueError as error:
         raise BadInput(f"layout: {error}") from error
-    with importing():  # PyTorch, while the input is hashed
-        from stages.reshaping import reshape
-
     model = weights.model.model_copy(update={"dtype": spec.dtype or weights.model.dtype})
     shards = reshape(ctx, folder, config, layout, dtype=model.dtype, rounds=spec.dtype is not None)
     return ctx.artifact(

@@ -101,16 +101,15 @@ def from_floats(values: Floats, dtype: Dtype) -> Bytes:
     Raises:
         ValueError: it is no floating-point precision of 16 bits or more.
     """
-    single = values.astype("<f4")
-    if dtype.name == "bfloat16":
-        bits = single.view("<u4")
-        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-        found = np.where(np.isnan(single), 0x7FC0, rounded).astype("<u2")
-    elif dtype.name == "float64":
-        found = values
-    else:
-        found = single.astype(_numpy(dtype))
-    return np.ascontiguousarray(found)[..., None].view(np.uint8)
+    if dtype.name == "float64":
+        return np.ascontiguousarray(values, "<f8")[..., None].view(np.uint8)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite
+        single = values.astype("<f4")
+        if dtype.name != "bfloat16":
+            return np.ascontiguousarray(single.astype(_numpy(dtype)))[..., None].view(np.uint8)
+    bits = single.view("<u4")
+    rounded = np.where(np.isnan(single), 0x7FC0, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
+    return np.ascontiguousarray(rounded)[..., None].view(np.uint8)
 
 
 def _numpy(dtype: Dtype) -> str:

@@ -191,7 +191,7 @@ def swap(tensor: dict[str, Any]) -> None:
         ),
         (
             lambda tensor: tensor.update(dtype="float16"),
-            "rank-0000.safetensors: W: the index says torch.float16 [16, 32], the file holds torch.bfloat16 [16, 32]",
+            "rank-0000.safetensors: W: the index says float16 [16, 32], the file holds bfloat16 [16, 32]",
         ),
         (swap, "rank-0001.safetensors: W: the index says [0:16, 0:32] of [32, 32], the file holds [16:32, 0:32] of [32, 32]"),
     ],
