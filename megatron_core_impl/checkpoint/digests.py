@@ -34,7 +34,7 @@ class Follower:
 
     def __init__(self) -> None:
         self._jobs: Queue[Callable[[], object] | None] = Queue(QUEUED)
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._thread = Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -66,7 +66,7 @@ class Follower:
         while (job := self._jobs.get()) is not None:
             try:
                 job()
-            except Exception as error:
+            except BaseException as error:  # whatever it is: without this thread its caller would wait for ever
                 self._failure = self._failure or error
             finally:
                 self._jobs.task_done()

@@ -90,9 +90,11 @@ def to_floats(data: Bytes, dtype: Dtype) -> Floats:
     """
     shape = data.shape[:-1]
     if dtype.name == "bfloat16":  # the upper half of a float32
-        bits = data.view("<u2").reshape(shape).astype("<u4") << 16
-        return bits.view("<f4").astype(np.float64)
-    return data.view(_numpy(dtype)).reshape(shape).astype(np.float64)
+        numbers = (data.view("<u2").reshape(shape).astype("<u4") << 16).view("<f4")
+    else:
+        numbers = data.view(_numpy(dtype)).reshape(shape)
+    with np.errstate(invalid="ignore"):  # of what is no number
+        return numbers.astype(np.float64)
 
 
 def from_floats(values: Floats, dtype: Dtype) -> Bytes:
@@ -103,7 +105,7 @@ def from_floats(values: Floats, dtype: Dtype) -> Bytes:
     """
     if dtype.name == "float64":
         return np.ascontiguousarray(values, "<f8")[..., None].view(np.uint8)
-    with np.errstate(over="ignore"):  # what is too large becomes infinite
+    with np.errstate(over="ignore", invalid="ignore"):  # what is too large becomes infinite
         single = values.astype("<f4")
         if dtype.name != "bfloat16":
             return np.ascontiguousarray(single.astype(_numpy(dtype)))[..., None].view(np.uint8)

@@ -18,5 +18,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: content must be a JSON object")
+        raise ValueError(f"{path}: is no JSON object")
     return content

@@ -33,7 +33,8 @@ def check(config: PipelineConfig) -> list[str]:
     except OSError as error:
         return [*problems, f"model.source: {folder}/config.json cannot be read: {error.strerror}"]
     except ValueError as error:
-        return [*problems, f"model.source: {folder}: {error}"]
+        where = "" if str(error).startswith(str(folder)) else f"{folder}: "
+        return [*problems, f"model.source: {where}{error}"]
     problems += _refusals(model, config.layout)
     if (megatron := config.export.megatron_llm) is not None:
         problems += _refusals_of_megatron(model, Layout(tp=megatron.tp, pp=megatron.pp))
@@ -95,4 +96,7 @@ def _refusals_of_megatron(model: ModelConfig, layout: Layout) -> list[str]:
 
 
 def _local_model(folder: Path, settings: ModelSettings) -> ModelConfig:
-    return families.config_from_hf(model_sources.describe(folder, settings.config))
+    model = families.config_from_hf(model_sources.describe(folder, settings.config))
+    if shapes := model_sources.stored_shapes(folder):
+        families.check_stored(model, shapes)
+    return model

@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_core_impl.checkpoint import safetensors_io
-from megatron_core_impl.checkpoint.digests import FileDigest
+from megatron_core_impl.checkpoint.digests import QUEUED, FileDigest, Follower
 from megatron_core_impl.checkpoint.dtypes import DTYPES, dtype_of
 from megatron_core_impl.checkpoint.safetensors_io import SafetensorsReader, SafetensorsWriter, WeightsError, row_blocks
 from megatron_core_impl.checkpoint.slicing import Slice, shape_of
@@ -323,3 +324,20 @@ def test_a_writer_leaves_no_thread(tmp_path: Path) -> None:
         with suppress(KeyError), SafetensorsWriter(tmp_path / "t.safetensors", [("a", torch.float32, (1,))]) as writer:
             writer.write("b" if fails else "a", torch.ones(1))
     assert threading.active_count() == before
+
+
+def test_a_job_that_fails_is_told_and_holds_nobody_up() -> None:
+    """Whatever it raises: a thread that had died would let its caller wait for ever."""
+
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    done: list[int] = []
+    with Follower() as follower:
+        follower.do(stopped)
+        for number in range(3 * QUEUED):
+            follower.do(partial(done.append, number))
+        follower.wait()
+        with pytest.raises(KeyboardInterrupt):
+            follower.check()
+    assert done == list(range(3 * QUEUED))

@@ -350,7 +350,7 @@ def test_reshard_records_what_it_wrote(tmp_path: Path, hf: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"format": "other"}', '{"tensors": 3}'])
 def test_index_that_is_none(folder: Path, text: str) -> None:
     (folder / INDEX_FILE).write_text(text)
-    with pytest.raises(WeightsError, match=r"index\.json: (not JSON|content must be a JSON object|is )"):
+    with pytest.raises(WeightsError, match=r"index\.json: (not JSON|is no JSON object|is )"):
         open_weights(folder)
 
 

@@ -140,6 +140,7 @@ def llama() -> dict[str, Any]:
         ({"pre_tokenizer": WHOLE | {"prepend_scheme": "first"}}, {}, True),
         ({"pre_tokenizer": WHOLE | {"prepend_scheme": "never"}}, {}, True),
         ({"pre_tokenizer": WHOLE | {"replacement": "_"}}, {}, False),
+        ({"pre_tokenizer": WHOLE | {"split": True}}, {}, False),
         ({"pre_tokenizer": None, "normalizer": MARKS}, {}, True),
         ({"pre_tokenizer": None}, {}, True),
         ({"pre_tokenizer": AT_SPACES, "normalizer": MARKS["normalizers"][1]}, {}, True),

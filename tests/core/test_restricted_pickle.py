@@ -227,6 +227,10 @@ STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x
         (G + b"X\x01\x00\x00\x00aQ.", "has a str where a tuple belongs"),
         (G + b"}(K\x01K\x02\x86K\x03u.", "has a dictionary with a tuple for a key"),
         (G + b"ccollections\nOrderedDict\n]\x85R.", "calls collections.OrderedDict in a way"),
+        (
+            G + b"cmegatron." + b"a" * 86 + b".enumsx\nModelType\n.",
+            r"names megatron\.a+\.enums\.ModelType, which is none",
+        ),  # cut
         # A little of these would take long
         (G + b"}\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x1fK\x01s.", "has a dictionary with a int for a key"),  # of equal hash
         (G + b"}G\x40\x00\x00\x00\x00\x00\x00\x00K\x01s.", "has a dictionary with a float for a key"),

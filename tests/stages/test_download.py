@@ -286,8 +286,8 @@ def test_local_folder_in_parts(tmp_path: Path) -> None:
         ("model.safetensors", b"x" * 40, "model.safetensors is no intact safetensors file"),
         ("model.safetensors", save({"w": np.ones(4, np.int8)}), "are stored as I8; supported: F32, BF16, F16"),
         ("config.json", b"{", "llama/config.json: not JSON"),
-        ("config.json", b"[1]", "llama/config.json: content must be a JSON object"),
-        ("config.json", b"null", "llama/config.json: content must be a JSON object"),
+        ("config.json", b"[1]", "llama/config.json: is no JSON object"),
+        ("config.json", b"null", "llama/config.json: is no JSON object"),
         ("config.json", b"[" * 100_000, "llama/config.json: not JSON: maximum recursion depth exceeded"),
         ("config.json", b"\xff\xfe{}", "llama/config.json: not JSON"),
         ("config.json", json.dumps(CONFIG | {"model_type": ["llama"]}).encode(), "model_type=['llama'] is not supported"),
@@ -328,7 +328,7 @@ def test_an_index_that_names_no_files(tmp_path: Path, weight_map: Any, error: st
     assert found.startswith(f"model.source: model.safetensors.index.json of {folder}")
     assert error in found
     index.write_text("[1]")
-    assert f"{index}: content must be a JSON object" in refused_here(model_spec(tmp_path / "ws", folder))
+    assert f"{index}: is no JSON object" in refused_here(model_spec(tmp_path / "ws", folder))
 
 
 def test_layers_that_are_not_there(tmp_path: Path) -> None:
