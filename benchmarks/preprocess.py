@@ -15,7 +15,7 @@ What is compared:
 
 Tokenizers: Llama-2's where it can be found (--llama, by default that of the golden files), else a BPE model like it, trained on
 the spot; a unigram model of sentencepiece; byte-level BPE of tokenizers, trained on the spot, with GPT-2's words, Llama 3's,
-GPT-4o's, those behind a normalizer that Python does not do (normalized), and Bloom's, of which no cuts are known (no-cuts); one
+GPT-4o's, those behind a normalizer that Python does not do (normalized), and in a pattern that is not translated (no-cuts); one
 like Gemma's, with its added tokens for rows of newlines and spaces; and a list of words, for which the library has least to do.
 
 The text is Python source: that of the golden files where there, and the files of this Python's library and packages, up to
@@ -50,7 +50,6 @@ OTHER_WORDS = (  # GPT-4o's
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-BLOOM_WORDS = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 NAMES = ("llama", "unigram", "byte-level", "llama3", "other-words", "normalized", "no-cuts", "gemma", "word-list")
 SIDES = ("ours", "library", "library-2")
 
@@ -120,7 +119,12 @@ def make_tokenizers(folder: Path, llama: Path) -> dict[str, Path]:
     settings = {"special_tokens": ["<|endoftext|>"], "show_progress": False}
     after = splits.ByteLevel(add_prefix_space=False, use_regex=False)
     splitters = {"byte-level": splits.ByteLevel(add_prefix_space=False), "word-list": splits.Whitespace()}
-    patterns = {"llama3": LLAMA3_WORDS, "other-words": OTHER_WORDS, "normalized": OTHER_WORDS, "no-cuts": BLOOM_WORDS}
+    patterns = {
+        "llama3": LLAMA3_WORDS,
+        "other-words": OTHER_WORDS,
+        "normalized": OTHER_WORDS,
+        "no-cuts": f"(?<word>{OTHER_WORDS})",
+    }
     for name, words in patterns.items():
         splitters[name] = splits.Sequence([splits.Split(tokenizers.Regex(words), "isolated"), after])
     normalizer = tokenizers.normalizers.Sequence(

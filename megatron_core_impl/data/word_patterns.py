@@ -231,9 +231,9 @@ class _Reader:
         """A member of a set: a character, or a class."""
         if self.next() == "\\":
             return self._escaped()
-        if self.next() in ("", "[", "]") or self.next(2) == "&&":
-            raise Untranslated("a set of sets")
-        return self._take(r"(?s:.)")
+        if self.next() in ("", "]") or self.next(2) in ("&&", "[:"):
+            raise Untranslated("what two sets have in common, or a class of POSIX")
+        return self._listed() if self.next() == "[" else self._take(r"(?s:.)")
 
     def _escaped(self) -> str | Characters:
         """What a backslash means: a character, or a class."""

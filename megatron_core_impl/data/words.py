@@ -189,6 +189,8 @@ def _step(step: dict[str, Any]) -> Step | None:
         return _split(r"\w+|[^\w\s]+", drops=True)
     elif kind == "WhitespaceSplit":
         return _split(r"\S+", drops=True)
+    elif kind == "CharDelimiterSplit" and step["delimiter"].isascii():
+        return _split(f"[^{re.escape(step['delimiter'])}]+", drops=True)
     elif kind == "BertPreTokenizer":
         return _split(rf"{PUNCTUATION}|[^\s!-/:-@\[-`{{-~]+", drops=True)
     return None

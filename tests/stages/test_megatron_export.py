@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from weights_inputs import facts, random_model
 from workspaces import make_workspace, read_canonical
 
+from megatron_core_impl.checkpoint.dtypes import Bytes
 from megatron_core_impl.checkpoint.foreign import Rearranged, invert
 from megatron_core_impl.checkpoint.megatron_llm import open_checkpoint
 from megatron_core_impl.checkpoint.proven import NotEqual, same_bits
@@ -196,14 +197,14 @@ def test_what_it_cannot_hold_is_refused_before_anything_starts(
 def test_a_rank_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked of the source at a time is a block of rows, whatever the size of the model."""
     reader, asked = source(tmp_path, random_model(HF)), []
-    real = reader.read
+    real = reader.read_bytes
 
-    def read(*args: Any) -> torch.Tensor:
+    def read(*args: Any) -> Bytes:
         part = real(*args)
-        asked.append(part.numel() * part.element_size())
+        asked.append(part.size)
         return part
 
-    monkeypatch.setattr(reader, "read", read)
+    monkeypatch.setattr(reader, "read_bytes", read)
     monkeypatch.setattr("megatron_core_impl.checkpoint.safetensors_io.row_blocks.__defaults__", (512,))
     write_checkpoint(reader, families.config_from_hf(HF), Layout(tp=2), "bfloat16", tmp_path / "x", context(tmp_path))
     assert max(asked) <= 512
