@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -16,14 +17,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_core_impl.checkpoint import proven, sharded
-from megatron_core_impl.checkpoint.digests import file_digest
+from megatron_core_impl.checkpoint.digests import Follower, file_digest
 from megatron_core_impl.checkpoint.dtypes import Bytes, dtype_of
-from megatron_core_impl.checkpoint.index import INDEX_FILE
+from megatron_core_impl.checkpoint.index import INDEX_FILE, Index
 from megatron_core_impl.checkpoint.pickled import PickledReader
-from megatron_core_impl.checkpoint.proven import NotEqual, same_bits
+from megatron_core_impl.checkpoint.proven import Advance, NotEqual, Target, same_bits, write_tensors
 from megatron_core_impl.checkpoint.reshard import plan, reshard
 from megatron_core_impl.checkpoint.safetensors_io import SafetensorsWriter, WeightsError, row_blocks
-from megatron_core_impl.checkpoint.sharded import open_weights, write_index, write_rank_file
+from megatron_core_impl.checkpoint.sharded import (
+    WeightsReader,
+    described_tensors,
+    open_rank_file,
+    open_weights,
+    write_index,
+    write_rank_file,
+)
 from megatron_core_impl.checkpoint.slicing import Slice, dp_rows, is_on_pp_rank, rank_slices, replica, shape_of, tp_slice, whole
 from megatron_core_impl.config import Layout, ModelConfig, TensorSpec
 from megatron_core_impl.models import families
@@ -116,18 +124,33 @@ def test_conversion_of_dtype_is_torch_s(tmp_path: Path) -> None:
     assert all(same_bits(out.read(name), tensor.bfloat16()) for name, tensor in masters.items())
 
 
-def test_writing_that_goes_wrong_is_noticed(tmp_path: Path, hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("damaged", ["model.layers.3.mlp.up_proj.weight", "lm_head.weight"])
+def test_writing_that_goes_wrong_is_noticed(tmp_path: Path, hf: Path, monkeypatch: pytest.MonkeyPatch, damaged: str) -> None:
+    """In the middle, and in the last tensor of all."""
     real = SafetensorsWriter.write_bytes
 
     def faulty(self: SafetensorsWriter, name: str, first: int, rows: Bytes) -> None:
-        if name == "model.layers.3.mlp.up_proj.weight":
+        if name == damaged:
             rows = rows.copy()
             rows[-1, -1, -1] ^= 1
         real(self, name, first, rows)
 
     monkeypatch.setattr(SafetensorsWriter, "write_bytes", faulty)
-    with pytest.raises(NotEqual, match=r"^model\.layers\.3\.mlp\.up_proj\.weight: .* differs from its source in \[0:12, 0:8\]"):
+    with pytest.raises(NotEqual, match=rf"^{damaged}: .* differs from its source in \[0:\d+, 0:8\]"):
         reshard(open_weights(hf), tmp_path, SPECS, Layout())
+
+
+def test_a_file_of_another_precision_is_noticed(tmp_path: Path, hf: Path) -> None:
+    """The same bits mean other numbers in float16 and bfloat16."""
+    source = open_weights(hf)
+    name = next(name for name in source.names if source.dtype(name).itemsize == 2)
+    other = dtype_of("float16" if source.dtype(name).name == "bfloat16" else "bfloat16")
+    piece = whole(source.shape(name))
+    entry, advance = (name, other, source.shape(name), piece), Advance(lambda done, total, text: None, 1)
+    with Follower() as follower, suppress(ValueError), open_rank_file(tmp_path, 0, [entry], follower) as writer:
+        written = WeightsReader(tmp_path, Index(described_tensors(tmp_path), {}, {}), {})
+        with pytest.raises(NotEqual, match=rf"^{name}: is written as {other}, not as {source.dtype(name)}$"):
+            write_tensors([Target(writer, {name: piece})], source, None, advance, written, follower)
 
 
 def test_same_bits_is_stricter_than_equal() -> None:
