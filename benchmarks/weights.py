@@ -63,7 +63,7 @@ HF = {
 }  # fmt: skip
 QUICK = {"vocab_size": 8000, "hidden_size": 1024, "intermediate_size": 2432, "num_hidden_layers": 6}
 TP, PP = 2, 2
-PAUSE_SECONDS = 3
+PAUSE_SECONDS = 3  # before each process, see above
 
 
 # ── Inputs: made in a process of their own, as they need PyTorch ────────────────────────────────────────────────────────────

@@ -54,7 +54,8 @@ def _code(value: Any) -> str:
 
 def _versions(versions: a.Versions) -> str:
     parts = [f"megatron-flows {versions.package}", f"Python {versions.python}"]
-    return ", ".join(parts + ([f"torch {versions.torch}"] if versions.torch else []))
+    libraries = {"torch": versions.torch, **versions.libraries}
+    return ", ".join(parts + [f"{name} {version}" for name, version in libraries.items() if version])
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from megatron_core_impl.checkpoint.grown import Grown
-from megatron_core_impl.checkpoint.json_files import read_json
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.checkpoint.source import WeightsSource
 from megatron_core_impl.config import ModelConfig, NewRows
 from megatron_core_impl.host_memory import available_bytes
+from megatron_core_impl.json_files import read_json
 from megatron_core_impl.mesh import Mesh
 from megatron_core_impl.models import families
 from megatron_core_impl.models.tensors import EMBEDDING, HEAD

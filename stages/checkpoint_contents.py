@@ -6,11 +6,10 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from megatron_core_impl.checkpoint import megatron_llm, meta
 from megatron_core_impl.checkpoint import training as checkpoints
 from megatron_core_impl.checkpoint.digests import INDEX_FILE, FileDigest, parse_digests
+from megatron_core_impl.checkpoint.dtypes import dtype_of
 from megatron_core_impl.checkpoint.index import read_index_file
 from megatron_core_impl.checkpoint.restricted_pickle import TensorRecord
 from megatron_core_impl.checkpoint.sharded import open_weights
@@ -103,7 +102,7 @@ def contents_of(path: Path) -> Contents:
     reader.check_headers()
     tensors = tuple(
         Stored(
-            name, _plain(stored.dtype), stored.shape,
+            name, stored.dtype.name, stored.shape,
             tuple((piece.file, piece.slice) for piece in stored.pieces),
         )
         for name, stored in reader.index.tensors.items()
@@ -116,7 +115,7 @@ def contents_of(path: Path) -> Contents:
         layout=layout,
         step=reader.extra.get("step"),
         tensors=tensors,
-        itemsizes={_plain(stored.dtype): stored.dtype.itemsize for stored in reader.index.tensors.values()},
+        itemsizes={stored.dtype.name: stored.dtype.itemsize for stored in reader.index.tensors.values()},
         files=_sizes(folder, tensors),
         recorded=recorded_of(path),
     )
@@ -182,14 +181,10 @@ def _of_records(
         Stored(name, dtype, (len(where), *shape) if len(where) > 1 else shape, tuple((file, None) for file in where))
         for (name, dtype, shape), where in files.items()
     )
-    itemsizes = {tensor.dtype: getattr(torch, tensor.dtype).itemsize for tensor in tensors}
+    itemsizes = {tensor.dtype: dtype_of(tensor.dtype).itemsize for tensor in tensors}
     return Contents(folder, form, layout, step, tensors, itemsizes, _sizes(folder, tensors), ())
 
 
 def _sizes(folder: Path, tensors: Iterable[Stored]) -> dict[str, int]:
     names = {file.partition(" ")[0] for tensor in tensors for file, _ in tensor.pieces}
     return {name: (folder / name).stat().st_size for name in sorted(names)}
-
-
-def _plain(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -6,14 +6,14 @@ from typing import Any
 
 from megatron_core_impl.checkpoint.foreign import Rearranged, invert
 from megatron_core_impl.checkpoint.grown import Grown
-from megatron_core_impl.checkpoint.json_files import read_json
 from megatron_core_impl.checkpoint.proven import NotEqual, same_bytes
 from megatron_core_impl.checkpoint.reshard import list_names, reshard
-from megatron_core_impl.checkpoint.safetensors_io import WeightsError, row_blocks
+from megatron_core_impl.checkpoint.safetensors_io import WeightsError
 from megatron_core_impl.checkpoint.sharded import WeightsReader, count_bytes, open_weights
-from megatron_core_impl.checkpoint.slicing import whole
+from megatron_core_impl.checkpoint.slicing import row_blocks, whole
 from megatron_core_impl.config import Layout, ModelConfig
 from megatron_core_impl.data.tokenizer import load_tokenizer
+from megatron_core_impl.json_files import read_json
 from megatron_core_impl.models import families
 from megatron_core_impl.models.tensors import EMBEDDING, HEAD
 from megatron_core_impl.parity.tensors import proven

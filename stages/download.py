@@ -23,12 +23,12 @@ from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub.hf_api import RepoSibling
 
 from megatron_core_impl.checkpoint.digests import file_sha256
-from megatron_core_impl.checkpoint.json_files import read_json
+from megatron_core_impl.json_files import read_json
 from megatron_core_impl.models import families
 from stages import runtime
 from stages.contracts import artifacts as a
 from stages.contracts import words
-from stages.contracts.model_sources import CONFIG_IS_THERE, kind_of
+from stages.contracts.model_sources import CONFIG_IS_THERE, kind_of, stored_tensors
 from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec
 from stages.hub_errors import Repo, endpoint, hub_token, is_unreachable, names_of_revisions, told
 from stages.local_source import local_name, local_source
@@ -37,7 +37,6 @@ from stages.model_files import (
     TOKENIZER_FILES,
     copy_file,
     most_common_dtype,
-    stored_tensors,
     unpickle,
     wanted,
 )
@@ -98,11 +97,11 @@ def _model(spec: DownloadModelSpec, ctx: Context) -> a.ModelArtifact:
 def _describe(spec: DownloadModelSpec, ctx: Context, files: Path, revision: str | None, source: str) -> a.ModelArtifact:
     """The artifact of the model in `files`: its facts, from its configuration and the headers of its weights."""
     config = families.config_from_hf(read_json(files / CONFIG))
-    stored = stored_tensors(files)
     try:
+        stored = stored_tensors(files)
         families.check_stored(config, {name: shape for name, (_, shape) in stored.items()})
     except ValueError as error:
-        raise BadInput(f"model.source: {spec.model.source}: {error}") from None
+        raise BadInput(f"model.source: {spec.model.source}: {str(error).removeprefix(f'{files}/')}") from None
     dtype = most_common_dtype(stored)
     parameters = families.count_parameters(config)
     size = sum(path.stat().st_size for path in files.glob("*.safetensors"))

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from megatron_core_impl.checkpoint.json_files import read_json
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.config import Layout
 from megatron_core_impl.data.tokenizer import load_tokenizer
+from megatron_core_impl.json_files import read_json
 from megatron_core_impl.models import families
 from stages import both_models, gate, runtime
 from stages.answers import ask, told

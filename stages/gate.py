@@ -24,13 +24,13 @@ import torch
 
 from megatron_core_impl.checkpoint.foreign import Rearranged, invert
 from megatron_core_impl.checkpoint.grown import Grown
-from megatron_core_impl.checkpoint.json_files import read_json
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.checkpoint.source import WeightsSource
 from megatron_core_impl.config import Layout, ModelConfig, NewRows
 from megatron_core_impl.data.gpt_dataset import GPTDataset
 from megatron_core_impl.data.indexed_dataset import IndexedDataset
 from megatron_core_impl.data.streams import TEXT
+from megatron_core_impl.json_files import read_json
 from megatron_core_impl.models import families
 from megatron_core_impl.models.tensors import EMBEDDING, HEAD
 from megatron_core_impl.parity import expected, tensors

@@ -13,12 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
-from safetensors import SafetensorError, safe_open
-
-from megatron_core_impl.checkpoint.shown import shown
+from megatron_core_impl.checkpoint import dtypes
 from megatron_core_impl.models import families
+from megatron_core_impl.shown import shown
+from stages.contracts.config import Dtype
 from stages.runtime import BadInput
 
 CONFIG = "config.json"
@@ -31,7 +31,6 @@ OTHER_FILES = re.compile(rf"generation_config\.json|README\.md|{LICENCE_FILES.pa
 SAFE, PICKLED = ("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")
 PICKLES = re.compile(r".*\.(bin|pt|pth|pkl|ckpt)", re.IGNORECASE)
 COPY_BYTES = 1 << 30
-DTYPES: dict[str, Literal["float32", "bfloat16", "float16"]] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def wanted(names: set[str], read: Callable[[str], dict[str, Any]], where: str, allow_pickle: bool) -> list[str]:
@@ -117,25 +116,7 @@ def unpickle(files: Path, where: str) -> None:
         (files / SAFE[1]).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1) + "\n")
 
 
-def stored_tensors(files: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype, in safetensors' words, and shape of the weights, from the headers of the safetensors files.
-
-    Raises:
-        BadInput: a file is damaged.
-    """
-    stored = {}
-    for path in sorted(files.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118  (it is no dict)
-                    tensor = file.get_slice(name)
-                    stored[name] = (tensor.get_dtype(), tuple(tensor.get_shape()))
-        except SafetensorError as error:
-            raise BadInput(f"model.source: {path.name} is no intact safetensors file: {error}") from None
-    return stored
-
-
-def most_common_dtype(stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> Literal["float32", "bfloat16", "float16"]:
+def most_common_dtype(stored: Mapping[str, tuple[dtypes.Dtype, tuple[int, ...]]]) -> Dtype:
     """The precision in which most of the weights are stored.
 
     Raises:
@@ -143,11 +124,13 @@ def most_common_dtype(stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> Lite
     """
     numbers = Counter[str]()
     for dtype, shape in stored.values():
-        numbers[dtype] += prod(shape)
+        numbers[dtype.name] += prod(shape)
     most = max(numbers, key=lambda name: numbers[name], default="nothing")
-    if most not in DTYPES:
-        raise BadInput(f"model.source: its weights are stored as {most}; supported: {', '.join(DTYPES)}")
-    return DTYPES[most]
+    supported: tuple[Dtype, ...] = get_args(Dtype)
+    for dtype_name in supported:
+        if dtype_name == most:
+            return dtype_name
+    raise BadInput(f"model.source: its weights are stored as {most}; supported: {', '.join(supported)}")
 
 
 def copy_file(source: Path, target: Path) -> None:

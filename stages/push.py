@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_core_impl.checkpoint.digests import file_sha256
 from megatron_core_impl.checkpoint.durable import sync
-from megatron_core_impl.checkpoint.json_files import read_json
+from megatron_core_impl.json_files import read_json
 from megatron_core_impl.metrics import METRICS_FILE, read_metrics
 from stages import runtime
 from stages.contracts import artifacts as a

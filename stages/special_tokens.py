@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_core_impl.checkpoint.json_files import read_json
 from megatron_core_impl.data.tokenizer import load_tokenizer
+from megatron_core_impl.json_files import read_json
 from stages import both_models
 from stages.contracts import artifacts as a
 from stages.contracts.config import SpecialName

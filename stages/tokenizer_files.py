@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_core_impl.checkpoint.json_files import read_json
 from megatron_core_impl.data.chat_template import CHATML, REFERENCE_ROLES
+from megatron_core_impl.json_files import read_json
 from stages import both_models
 from stages.contracts import artifacts as a
 from stages.contracts.config import SpecialName

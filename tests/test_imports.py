@@ -12,10 +12,11 @@ CORE = "megatron_core_impl"
 
 STAGES = ("download", "preprocess", "convert", "verify", "shard", "train", "merge", "export", "push")
 
-# Parts of the core from the bottom up: each may import itself and those before it, `checkpoint` and `data` only what is named.
+# Parts of the core from the bottom up: each may import itself and those before it; `checkpoint` and `data` only the first.
 LAYERS = ["config", "mesh", "collectives", "layers", "models", "parallel", "top"]
 PART_OF = {
-    "config": "config", "mesh": "mesh", "collectives": "collectives", "layers": "layers", "models": "models",
+    "config": "config", "shown": "config", "json_files": "config",
+    "mesh": "mesh", "collectives": "collectives", "layers": "layers", "models": "models",
     "parallel": "parallel", "optim": "parallel", "loss_scale": "parallel", "trainer": "top", "parity": "top", "metrics": "top",
     "train_config": "top", "train_step": "top", "batches": "top", "resume": "top", "memory": "top", "host_memory": "top",
     "prefetch": "top", "training_data": "top", "training_conversations": "top",
@@ -64,7 +65,7 @@ def offences(module: str, names: set[str]) -> list[str]:
     part = module.split(".")[1] if "." in module else ""
     theirs = [n.split(".")[1] for n in names if starts(n, CORE) and "." in n]
     if part in ("checkpoint", "data"):
-        return bad + [f"{CORE}.{t}" for t in theirs if t not in (part, "config")]
+        return bad + [f"{CORE}.{t}" for t in theirs if t != part and PART_OF.get(t) != "config"]
     if part:
         below = LAYERS[: LAYERS.index(PART_OF[part]) + 1]
         bad += [f"{CORE}.{t}" for t in theirs if t not in ("checkpoint", "data", "__version__") and PART_OF[t] not in below]

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from blake3 import blake3
 
+from megatron_core_impl.shown import shown
+
 INDEX_FILE = "index.json"  # of a folder of ours: what it holds, and the digests of its files (`checkpoint.index`)
 QUEUED = 4  # blocks that may wait for the thread that follows: they stay in memory until then
 READ_BYTES = 1 << 20  # less than a core caches: what was read is hashed where it is
@@ -140,7 +142,7 @@ def parse_digests(files: Any) -> dict[str, FileDigest]:
             raise ValueError(f"files: {name!r} must be the name of a file in the same folder")
         size, digest = (entry.get("size"), entry.get("blake3")) if isinstance(entry, dict) else (None, None)
         if type(size) is not int or size < 0 or not isinstance(digest, str) or not _is_digest(digest):
-            raise ValueError(f"files: {name}: must have a size and a blake3 of 64 hex digits, this is {str(entry)[:100]}")
+            raise ValueError(f"files: {name}: must have a size and a blake3 of 64 hex digits, this is {shown(entry)}")
         found[name] = FileDigest(size, digest)
     return found
 

@@ -27,14 +27,19 @@ def sync_tree(folder: Path) -> None:
         sync(path)
 
 
-def begin_write_back(descriptor: int, offset: int, count: int) -> None:
+def begin_write_back(path: Path, offset: int, count: int) -> None:
     """Let the kernel begin to write a part of a file to the disk, so that the fsync at the end has little left to wait for.
 
-    A hint: it waits for nothing, reports nothing, and does nothing where the system has no such call.
+    A hint: it reports nothing, and does nothing where the system has no such call.
     """
     call = _sync_file_range()
-    if call is not None:
+    if call is None:
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
         call(descriptor, offset, count, _WRITE)
+    finally:
+        os.close(descriptor)
 
 
 @cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Matrix = tuple[int, int]
+Numbers = TypeVar("Numbers", "Tensor", Bytes)
 
 
 def invert(table: Iterable[StackedTensor]) -> list[StackedTensor]:
@@ -134,9 +135,7 @@ class Rearranged(WeightsSource):
         """Some of the rows of a part: `wanted` counts from its first, in the order that the part gives them."""
         first, last = _blocks(rows, wanted)
         read = self.source.read_bytes(rows.tensor, ((rows.start + first, rows.start + last), *columns))
-        if rows.transposed is not None:
-            read = read.reshape(-1, *rows.transposed, *read.shape[1:]).swapaxes(1, 2).reshape(read.shape)
-        return read[wanted[0] - first : wanted[1] - first]
+        return _in_order(read, rows.transposed)[wanted[0] - first : wanted[1] - first]
 
     def _parts(self, name: str) -> tuple[Rows, ...]:
         if name not in self._table:
@@ -144,11 +143,11 @@ class Rearranged(WeightsSource):
         return self._table[name]
 
 
-def _in_order(rows: Tensor, transposed: Matrix | None) -> Tensor:
+def _in_order(rows: Numbers, transposed: Matrix | None) -> Numbers:
     """Rows as a part of a table gives them: contiguous where they are not in order, a view where they are."""
     if transposed is None:
         return rows
-    return rows.reshape(-1, *transposed, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+    return rows.reshape(-1, *transposed, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _blocks(rows: Rows, wanted: Range) -> Range:

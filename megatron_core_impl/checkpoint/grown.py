@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_core_impl.checkpoint.dtypes import Bytes, Dtype, Floats, from_floats, to_floats
-from megatron_core_impl.checkpoint.safetensors_io import check_slice, row_blocks
-from megatron_core_impl.checkpoint.slicing import Slice, shape_of, whole
+from megatron_core_impl.checkpoint.safetensors_io import check_slice
+from megatron_core_impl.checkpoint.slicing import Slice, row_blocks, shape_of, whole
 from megatron_core_impl.checkpoint.source import WeightsSource
 from megatron_core_impl.config import NewRows, Range
 

@@ -2,7 +2,7 @@
 
 Our own folders say so in `index.json`:
 
-    {"format": "megatron-flows weights", "version": 2, "layout": {"tp": 2, "pp": 1, "dp": 1},
+    {"format": "megatron-flows weights", "version": 3, "layout": {"tp": 2, "pp": 1, "dp": 1},
      "files": {"rank-0000.safetensors": {"size": 6738421000, "blake3": "9f86d0…"}, …},
      "tensors": {"lm_head.weight": {"dtype": "bfloat16", "shape": [32000, 4096],
                                     "pieces": [{"file": "rank-0000.safetensors", "slice": [[0, 16000], [0, 4096]]}, …]}}}
@@ -21,10 +21,10 @@ from typing import Any
 from megatron_core_impl.checkpoint.digests import INDEX_FILE as INDEX_FILE
 from megatron_core_impl.checkpoint.digests import FileDigest, format_digests, parse_digests
 from megatron_core_impl.checkpoint.dtypes import NAMES, Dtype
-from megatron_core_impl.checkpoint.json_files import read_json
 from megatron_core_impl.checkpoint.safetensors_io import WeightsError, check_slice, format_slice
-from megatron_core_impl.checkpoint.shown import shown
 from megatron_core_impl.checkpoint.slicing import Slice, shape_of
+from megatron_core_impl.json_files import read_json
+from megatron_core_impl.shown import shown
 
 FORMAT = "megatron-flows weights"
 VERSION = 3

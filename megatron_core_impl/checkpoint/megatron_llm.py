@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_core_impl.checkpoint.restricted_pickle import RefusedPickle, TensorRecord, entries
-from megatron_core_impl.checkpoint.shown import shown
 from megatron_core_impl.checkpoint.torch_archive import TorchArchive
 from megatron_core_impl.config import Layout
+from megatron_core_impl.shown import shown
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE, VERSION = "release", 3.0

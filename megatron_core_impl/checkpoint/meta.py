@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_core_impl.checkpoint.json_files import read_json
 from megatron_core_impl.checkpoint.restricted_pickle import RefusedPickle, TensorRecord, entries
 from megatron_core_impl.checkpoint.torch_archive import TorchArchive
+from megatron_core_impl.json_files import read_json
 
 PARAMS, CHECKLIST = "params.json", "checklist.chk"
 SHARD = re.compile(r"consolidated\.(\d\d)\.pth")

@@ -7,15 +7,16 @@ from zipfile import BadZipFile, is_zipfile
 import torch
 from torch import Tensor
 
-from megatron_core_impl.checkpoint.dtypes import Bytes, Dtype, as_bytes, as_tensor, dtype_of
+from megatron_core_impl.checkpoint.dtypes import Bytes, Dtype, as_bytes, dtype_of
 from megatron_core_impl.checkpoint.safetensors_io import WeightsError, check_slice
 from megatron_core_impl.checkpoint.slicing import Slice, whole
+from megatron_core_impl.checkpoint.source import TensorFile
 from megatron_core_impl.checkpoint.stored_zip import StoredZip
 
 _GLOBAL = re.compile(r"\bGLOBAL ([\w.]{1,200})")  # in what PyTorch says of a name that it refuses
 
 
-class PickledReader:
+class PickledReader(TensorFile):
     """A `.bin` file of tensors by slices, mapped into memory: pages are read when they are needed.
 
     `weights_only` admits tensors and plain containers, so a file that carries code raises and runs nothing. Before the first
@@ -40,10 +41,6 @@ class PickledReader:
             return dtype_of(self._state[name].dtype)
         except ValueError as error:
             raise WeightsError(f"{self.path}: {name}: {error}") from None
-
-    def read(self, name: str, piece: Slice | None = None) -> Tensor:
-        """A tensor, or a slice of it: contiguous, as stored. Raises as `read_bytes` does."""
-        return as_tensor(self.read_bytes(name, piece), self.tensors[name][0])
 
     def read_bytes(self, name: str, piece: Slice | None = None) -> Bytes:
         """The numbers of a tensor, or of a slice of it, copied.

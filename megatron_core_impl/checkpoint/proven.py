@@ -21,12 +21,12 @@ import numpy as np
 from megatron_core_impl.checkpoint.digests import Follower
 from megatron_core_impl.checkpoint.dtypes import Bytes, Dtype, as_bytes
 from megatron_core_impl.checkpoint.index import intersect
-from megatron_core_impl.checkpoint.safetensors_io import SafetensorsWriter, format_slice, row_blocks
+from megatron_core_impl.checkpoint.safetensors_io import SafetensorsWriter, format_slice
 from megatron_core_impl.checkpoint.source import WeightsSource
 
 if TYPE_CHECKING:
     from torch import Tensor
-from megatron_core_impl.checkpoint.slicing import Slice, relative, shape_of
+from megatron_core_impl.checkpoint.slicing import Slice, relative, row_blocks, shape_of
 
 KEPT_BYTES = 32 << 20  # the most that glibc takes: below this an allocation is no mapping of its own, and what is free is kept
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>

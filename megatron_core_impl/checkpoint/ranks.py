@@ -17,10 +17,10 @@ from megatron_core_impl.checkpoint.foreign import Rearranged, invert
 from megatron_core_impl.checkpoint.index import Index, Piece, StoredTensor, intersect, merge_pieces
 from megatron_core_impl.checkpoint.proven import NotEqual, Progress, same_bits
 from megatron_core_impl.checkpoint.reshard import list_names
-from megatron_core_impl.checkpoint.safetensors_io import WeightsError, check_slice, format_slice, row_blocks
-from megatron_core_impl.checkpoint.sharded import TensorFile, WeightsReader, count_bytes
-from megatron_core_impl.checkpoint.slicing import Slice, shape_of, whole
-from megatron_core_impl.checkpoint.source import WeightsSource
+from megatron_core_impl.checkpoint.safetensors_io import WeightsError, check_slice, format_slice
+from megatron_core_impl.checkpoint.sharded import WeightsReader, count_bytes
+from megatron_core_impl.checkpoint.slicing import Slice, row_blocks, shape_of, whole
+from megatron_core_impl.checkpoint.source import TensorFile, WeightsSource
 from megatron_core_impl.config import RankForm, Rows
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ class Part(WeightsSource):
         return tuple((base + a, base + b) for (a, b), (base, _) in zip(piece, self.pieces[name], strict=True))
 
 
-class _Canonical:
-    """A rank's file as a file of canonical slices: a `TensorFile`."""
+class _Canonical(TensorFile):
+    """A rank's file as a file of canonical slices."""
 
     def __init__(self, folder: Path, rank: StoredRank) -> None:
         self._reader = Rearranged(_as_source(folder, rank), invert(rank.form.table))

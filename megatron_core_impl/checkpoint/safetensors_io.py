@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -24,16 +24,17 @@ import numpy as np
 from blake3 import blake3
 
 from megatron_core_impl.checkpoint.digests import FileDigest, Follower, file_blake3
-from megatron_core_impl.checkpoint.dtypes import DTYPES, Bytes, Dtype, as_bytes, as_tensor, dtype_of
+from megatron_core_impl.checkpoint.dtypes import DTYPES, Bytes, Dtype, as_bytes, dtype_of
 from megatron_core_impl.checkpoint.durable import begin_write_back
-from megatron_core_impl.checkpoint.slicing import Slice, shape_of, whole
+from megatron_core_impl.checkpoint.slicing import BLOCK_BYTES, Slice, shape_of, whole
+from megatron_core_impl.checkpoint.source import TensorFile
+from megatron_core_impl.shown import shown
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 MAX_HEADER_BYTES = 100_000_000  # the `safetensors` library's own limit
-BLOCK_BYTES = 1 << 20  # what is in memory at a time: a block of rows, or what a read of columns takes beside its result
 WRITE_BACK_BYTES = 64 << 20  # so much of a file is written before the kernel is told to send it to the disk
 SKIPPED_BYTES = 8 << 10  # what a call of pread costs: gaps between columns that are shorter are read over, not jumped over
 
@@ -42,7 +43,7 @@ class WeightsError(ValueError):
     """Stored weights that cannot be used: missing, malformed or not what is asked for. The message names the file."""
 
 
-class SafetensorsReader:
+class SafetensorsReader(TensorFile):
     """One safetensors file: its header, and its tensors by slices.
 
     Raises:
@@ -55,11 +56,6 @@ class SafetensorsReader:
         self.metadata: dict[str, str] = {}
         self._offsets: dict[str, int] = {}  # name -> position of its data in the file
         self._read_header()
-
-    def read(self, name: str, piece: Slice | None = None) -> Tensor:
-        """A tensor, or a slice of it: on the CPU, contiguous, as stored. Raises as `read_bytes` does."""
-        data = self.read_bytes(name, piece)
-        return as_tensor(data, self.tensors[name][0])
 
     def read_bytes(self, name: str, piece: Slice | None = None) -> Bytes:
         """The numbers of a tensor, or of a slice of it, as stored.
@@ -177,11 +173,11 @@ class SafetensorsReader:
             raise WeightsError(f"{where}: must have dtype, shape and data_offsets in the header")
         code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(code, str) or code not in DTYPES:
-            raise WeightsError(f"{where}: dtype {code!r} is unknown; known: {', '.join(DTYPES)}")
+            raise WeightsError(f"{where}: dtype {shown(code)} is unknown; known: {', '.join(DTYPES)}")
         if not _are_counts(shape):
-            raise WeightsError(f"{where}: shape {shape!r} must be a list of sizes")
+            raise WeightsError(f"{where}: shape {shown(shape)} must be a list of sizes")
         if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            raise WeightsError(f"{where}: data_offsets {offsets!r} must be [begin, end]")
+            raise WeightsError(f"{where}: data_offsets {shown(offsets)} must be [begin, end]")
         needed = math.prod(shape) * DTYPES[code].itemsize
         if offsets[1] - offsets[0] != needed:
             raise WeightsError(
@@ -196,7 +192,8 @@ class SafetensorsWriter:
     The file is complete when the block ends, and on its way to the disk: whoever publishes it waits for that (`durable`).
     When the block fails, the file is removed.
 
-    It has its full length from the start, so its header can be read, and each tensor as soon as it was written.
+    It has its full length from the start, so its header can be read, and each tensor as soon as it was written. No descriptor
+    is held: a checkpoint of many ranks is written into more files at a time than a process may have open.
 
     Its digest is taken while it is written, in a second thread, from the bytes in memory. That needs the order of the file,
     which is that of `names`; what was written in another order is read again in the end. A tensor that was given must not
@@ -244,12 +241,12 @@ class SafetensorsWriter:
         self._digest: FileDigest | None = None
         self._end = 0  # of what was written without a gap, front to back
         self._sent = 0  # what the kernel was told to send to the disk
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._blake3 = blake3()
         self._follower = Follower() if follower is None else follower
         self._shares_follower = follower is not None
         try:
-            os.ftruncate(self._descriptor, self._data_start + position)
+            path.write_bytes(b"")
+            os.truncate(path, self._data_start + position)
             self._pwrite(len(text).to_bytes(8, "little") + text, 0)
         except BaseException:
             self._abandon()
@@ -296,7 +293,7 @@ class SafetensorsWriter:
         try:
             if missing:
                 raise ValueError(f"{self.path}: {missing[0]} was not written completely ({len(missing)} such tensors)")
-            size = os.fstat(self._descriptor).st_size
+            size = self.path.stat().st_size
             self._send(size)
         except BaseException:
             self._abandon()
@@ -319,15 +316,14 @@ class SafetensorsWriter:
         self.path.unlink(missing_ok=True)
 
     def _release(self) -> None:
-        """Let go of the file, once the thread that follows has no more to do with it."""
+        """Wait until the thread that follows has no more to do with the file."""
         self._follower.wait()
         if not self._shares_follower:
             self._follower.stop()
-        os.close(self._descriptor)
 
     def _send(self, end: int) -> None:
         """Have the file sent to the disk up to here. Where the disk is slow, this takes its time."""
-        self._follower.do(partial(begin_write_back, self._descriptor, self._sent, end - self._sent))
+        self._follower.do(partial(begin_write_back, self.path, self._sent, end - self._sent))
         self._sent = end
 
     def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
@@ -335,13 +331,16 @@ class SafetensorsWriter:
             self._follower.do(partial(self._blake3.update, data))
             self._end += len(data)
         view = memoryview(data)
+        descriptor = os.open(self.path, os.O_WRONLY)
         try:
             while view:
-                count = os.pwrite(self._descriptor, view, offset)
+                count = os.pwrite(descriptor, view, offset)
                 view, offset = view[count:], offset + count
         except OSError as error:
             error.filename = str(self.path)  # the kernel knows a number only; a person wants the file
             raise
+        finally:
+            os.close(descriptor)
         if self._end - self._sent >= WRITE_BACK_BYTES:
             self._send(self._end)
 
@@ -357,17 +356,6 @@ def check_slice(where: str, shape: tuple[int, ...], piece: Slice) -> None:
 def format_slice(piece: Slice) -> str:
     """A slice as Python writes it, e.g. `[0:4, 8:16]`."""
     return "[" + ", ".join(f"{start}:{stop}" for start, stop in piece) + "]"
-
-
-def row_blocks(piece: Slice, itemsize: int, limit: int = BLOCK_BYTES) -> Iterator[Slice]:
-    """Cut a slice along dim 0 into slices of at most `limit` bytes, or one row where a row is larger."""
-    if not piece:
-        yield piece
-        return
-    row_bytes = math.prod(shape_of(piece[1:])) * itemsize
-    rows = max(1, limit // max(1, row_bytes))
-    for start in range(*piece[0], rows):
-        yield ((start, min(start + rows, piece[0][1])), *piece[1:])
 
 
 def _are_counts(values: Any) -> bool:

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -42,24 +42,15 @@ from megatron_core_impl.checkpoint.safetensors_io import (
     WeightsError,
     check_slice,
     format_slice,
-    row_blocks,
 )
-from megatron_core_impl.checkpoint.slicing import Slice, relative, shape_of, whole
-from megatron_core_impl.checkpoint.source import WeightsSource
+from megatron_core_impl.checkpoint.slicing import Slice, relative, row_blocks, shape_of, whole
+from megatron_core_impl.checkpoint.source import TensorFile, WeightsSource
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 RANK_FILES = "rank-*.safetensors"
-
-
-class TensorFile(Protocol):
-    """A file of tensors that can be read by slices."""
-
-    tensors: dict[str, tuple[Dtype, tuple[int, ...]]]
-
-    def read_bytes(self, name: str, piece: Slice | None = None) -> Bytes: ...
 
 
 class WeightsReader(WeightsSource):

@@ -4,11 +4,13 @@ A *slice* of a tensor is one half-open range per dim. Cuts over tp follow `Tenso
 shards optimizer state: ceil(rows / dp) rows each, so trailing ranks may hold fewer rows, or none.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 from megatron_core_impl.config import Layout, Range, TensorSpec, balanced, padded_vocab_size
 
 Slice = tuple[Range, ...]
+BLOCK_BYTES = 1 << 20  # what is in memory at a time: a block of rows, or what a read of columns takes beside its result
 
 
 def whole(shape: Sequence[int]) -> Slice:
@@ -121,3 +123,14 @@ def stored_slices(specs: Sequence[TensorSpec], num_layers: int, layout: Layout, 
 def relative(piece: Slice, origin: Slice) -> Slice:
     """A slice of a tensor as a slice of that part of it which is `origin`."""
     return tuple((start - base, stop - base) for (start, stop), (base, _) in zip(piece, origin, strict=True))
+
+
+def row_blocks(piece: Slice, itemsize: int, limit: int = BLOCK_BYTES) -> Iterator[Slice]:
+    """Cut a slice along dim 0 into slices of at most `limit` bytes, or one row where a row is larger."""
+    if not piece:
+        yield piece
+        return
+    row_bytes = math.prod(shape_of(piece[1:])) * itemsize
+    rows = max(1, limit // max(1, row_bytes))
+    for start in range(*piece[0], rows):
+        yield ((start, min(start + rows, piece[0][1])), *piece[1:])

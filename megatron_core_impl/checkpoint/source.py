@@ -1,4 +1,4 @@
-"""Weights that can be read by global slices: a folder's, or the same under other names, with further rows, in parts."""
+"""Files of tensors, and weights that can be read by global slices: a folder's, or the same under other names, or in parts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_core_impl.checkpoint.dtypes import Bytes, Dtype, as_tensor
-from megatron_core_impl.checkpoint.safetensors_io import row_blocks
-from megatron_core_impl.checkpoint.slicing import Slice, relative, shape_of, whole
+from megatron_core_impl.checkpoint.slicing import Slice, relative, row_blocks, shape_of, whole
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+class TensorFile(ABC):
+    """A file of tensors that can be read by slices.
+
+    Attributes:
+        tensors: precision and shape of each, by name.
+    """
+
+    tensors: dict[str, tuple[Dtype, tuple[int, ...]]]
+
+    @abstractmethod
+    def read_bytes(self, name: str, piece: Slice | None = None) -> Bytes:
+        """The numbers of a tensor, or of a slice of it, as stored: contiguous.
+
+        Raises:
+            WeightsError: there is no such tensor or slice, or the file is damaged.
+        """
+
+    def read(self, name: str, piece: Slice | None = None) -> Tensor:
+        """The same as a tensor."""
+        data = self.read_bytes(name, piece)
+        return as_tensor(data, self.tensors[name][0])
 
 
 class WeightsSource(ABC):

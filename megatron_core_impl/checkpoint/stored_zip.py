@@ -14,6 +14,8 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 READ_BYTES = 1 << 20
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, …, lengths of the name and of the extra field that follow it
 _SIGNATURE = b"PK\x03\x04"
+# What `zipfile` raises beside BadZipFile where a directory is damaged: it seeks and decodes as it is told there.
+_OF_DAMAGE = (ValueError, NotImplementedError, EOFError, RuntimeError, OverflowError, OSError)
 
 
 class StoredZip:
@@ -30,8 +32,11 @@ class StoredZip:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with ZipFile(path) as archive:
-            self._members = {member.filename: member for member in archive.infolist()}
+        with path.open("rb") as file:  # what the system says of the file itself is told as it is
+            try:
+                self._members = {member.filename: member for member in ZipFile(file).infolist()}
+            except _OF_DAMAGE as error:
+                raise BadZipFile(str(error) or type(error).__name__) from None
         for name, member in self._members.items():
             if member.compress_type != ZIP_STORED or member.flag_bits & 1:
                 raise BadZipFile(f"{name[:100]} in it is compressed or encrypted, which PyTorch never does")

@@ -12,13 +12,10 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
+from megatron_core_impl.checkpoint.dtypes import NAMES
 from megatron_core_impl.checkpoint.restricted_pickle import MAX_BYTES, RefusedPickle, Storage, load
 from megatron_core_impl.checkpoint.stored_zip import StoredZip
 
-SIZES = {
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
-    "bool": 1,
-}  # fmt: skip
 PICKLE_BYTES, BYTES_PER_STORAGE = 500_000, 4_000  # a tensor takes some 100, arguments 10,000, a generator's state 7,000
 _OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled magic number
 
@@ -39,7 +36,10 @@ class TorchArchive:
         try:
             self._zip = StoredZip(path)
             self.has_checksums = self._zip.has_checksums
-            (pickled,) = (name for name in self._zip.sizes if name.endswith("/data.pkl") and name.count("/") == 1)
+            pickles = [name for name in self._zip.sizes if name.endswith("/data.pkl") and name.count("/") == 1]
+            if len(pickles) != 1:
+                raise BadZipFile(f"it holds {len(pickles)} pickles")
+            pickled = pickles[0]
             self._name = pickled.removesuffix("/data.pkl")
             order = f"{self._name}/byteorder"
             if order in self._zip.sizes and (self._zip.sizes[order] != 6 or self._zip.read(order) != b"little"):
@@ -56,7 +56,7 @@ class TorchArchive:
             raise RefusedPickle(f"{path}: no such file") from None
         except RefusedPickle as error:
             raise RefusedPickle(f"{path}: {error}") from None
-        except (BadZipFile, ValueError, NotImplementedError, EOFError, RuntimeError, OSError) as error:
+        except BadZipFile as error:
             raise RefusedPickle(f"{path}: {_no_archive(path, error)}") from None
 
     def place(self, storage: Storage) -> int:
@@ -66,7 +66,7 @@ class TorchArchive:
             RefusedPickle: the archive does not hold as many, or they are not those that were written. The message leaves the
                 file to be named.
         """
-        name, size = f"{self._name}/data/{storage.key}", storage.size * SIZES[storage.dtype]
+        name, size = f"{self._name}/data/{storage.key}", storage.size * NAMES[storage.dtype].itemsize
         if self._zip.sizes.get(name, -1) < size:
             raise RefusedPickle(f"is damaged: storage {storage.key[:20]} does not hold {size:,} bytes")
         try:

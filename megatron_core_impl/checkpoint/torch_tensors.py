@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_core_impl.checkpoint.dtypes import Bytes, as_bytes, as_tensor, dtype_of
+from megatron_core_impl.checkpoint.dtypes import Bytes, as_bytes, dtype_of
 from megatron_core_impl.checkpoint.restricted_pickle import RefusedPickle, TensorRecord
 from megatron_core_impl.checkpoint.safetensors_io import WeightsError, check_slice
 from megatron_core_impl.checkpoint.slicing import Slice, whole
+from megatron_core_impl.checkpoint.source import TensorFile
 from megatron_core_impl.checkpoint.torch_archive import TorchArchive
 
 
-class TorchTensors:
-    """Some tensors of a PyTorch file under names: a `TensorFile`.
+class TorchTensors(TensorFile):
+    """Some tensors of a PyTorch file under names.
 
     Raises:
         WeightsError: one of them uses a number of its storage twice.
@@ -38,10 +39,6 @@ class TorchTensors:
                     f"{self.path}: {name} has shape {list(record.shape)} and strides {list(record.stride)}: it repeats numbers "
                     "that are stored once. Save it anew with PyTorch, after .contiguous()"
                 )
-
-    def read(self, name: str, piece: Slice | None = None) -> Tensor:
-        """A tensor, or a slice of it: on the CPU, contiguous, as stored. Raises as `read_bytes` does."""
-        return as_tensor(self.read_bytes(name, piece), self.tensors[name][0])
 
     def read_bytes(self, name: str, piece: Slice | None = None) -> Bytes:
         """The numbers of a tensor, or of a slice of it, as stored.

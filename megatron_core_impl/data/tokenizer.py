@@ -25,6 +25,7 @@ from sentencepiece import sentencepiece_model_pb2
 from megatron_core_impl.data.indexed_dataset import Tokens
 from megatron_core_impl.data.segments import SegmentMemory, huggingface_memory, sentencepiece_memory
 from megatron_core_impl.data.special_tokens import as_text
+from megatron_core_impl.json_files import read_json
 
 Kind = Literal["sentencepiece", "huggingface"]
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of an added token of Hugging Face, beside special
@@ -379,12 +380,4 @@ def _known(number: int) -> int | None:
 
 def read_json_object(file: Path) -> dict[str, Any]:
     """A JSON object from a file that need not be there."""
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ValueError(f"{file}: is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: is no JSON object")
-    return content
+    return read_json(file) if file.exists() else {}

@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_core_impl.checkpoint.shown import shown
 from megatron_core_impl.config import ModelConfig, StackedTensor
 from megatron_core_impl.models import falcon, llama, mistral, qwen2
 from megatron_core_impl.models.forms import Form
 from megatron_core_impl.models.hf_config import LLAMA_FIELDS
 from megatron_core_impl.models.tensors import EMBEDDING, count_parameters, tensors
+from megatron_core_impl.shown import shown
 
 __all__ = ["FAMILIES", "Family", "check_stored", "config_from_hf", "count_parameters", "family_of", "hf_shapes", "tensors"]
 

@@ -8,8 +8,8 @@ missing, malformed, or asks for something that is not built; the message names t
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_core_impl.checkpoint.shown import shown
 from megatron_core_impl.config import Activation, RopeScaling, is_finite
+from megatron_core_impl.shown import shown
 
 HF = Mapping[str, Any]  # a parsed config.json
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from megatron_core_impl.checkpoint.megatron_llm import EMBEDDING, EMBEDDING_FOR_HEAD
 from megatron_core_impl.checkpoint.restricted_pickle import EnumMember
-from megatron_core_impl.checkpoint.shown import shown
 from megatron_core_impl.config import VOCAB_MULTIPLE, Layout, ModelConfig, RankForm, is_finite, padded_vocab_size
 from megatron_core_impl.models.forms import Form, evenly_cut, rank_form
+from megatron_core_impl.shown import shown
 
 FORM = Form(
     words={

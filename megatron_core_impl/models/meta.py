@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from megatron_core_impl.checkpoint.shown import shown
 from megatron_core_impl.config import Layout, ModelConfig, RankForm
 from megatron_core_impl.models.forms import Form, evenly_cut, rank_form
 from megatron_core_impl.models.tensors import EMBEDDING
+from megatron_core_impl.shown import shown
 
 FORM = Form(
     words={

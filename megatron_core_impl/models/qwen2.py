@@ -1,8 +1,8 @@
 """The Qwen2 family (Qwen2, Qwen2.5): Llama with biases on q, k and v (https://arxiv.org/abs/2407.10671). No torch in here."""
 
-from megatron_core_impl.checkpoint.shown import shown
 from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.models.hf_config import HF, flag, llama_fields, size
+from megatron_core_impl.shown import shown
 
 
 def config_from_hf(hf: HF) -> ModelConfig:

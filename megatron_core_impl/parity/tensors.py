@@ -11,8 +11,7 @@ from typing import Any
 
 from megatron_core_impl.checkpoint.proven import read_as, same_bytes
 from megatron_core_impl.checkpoint.reshard import check_tensors
-from megatron_core_impl.checkpoint.safetensors_io import row_blocks
-from megatron_core_impl.checkpoint.slicing import whole
+from megatron_core_impl.checkpoint.slicing import row_blocks, whole
 from megatron_core_impl.checkpoint.source import WeightsSource
 from megatron_core_impl.config import TensorSpec
 

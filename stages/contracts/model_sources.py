@@ -1,21 +1,21 @@
 """What kind of checkpoint a local folder is, and the config.json of those that have none of their own. No torch in here."""
 
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_core_impl.checkpoint import megatron_llm, meta
-from megatron_core_impl.checkpoint.json_files import read_json
+from megatron_core_impl.checkpoint.dtypes import Dtype
 from megatron_core_impl.checkpoint.restricted_pickle import RefusedPickle
+from megatron_core_impl.checkpoint.safetensors_io import SafetensorsReader
+from megatron_core_impl.json_files import read_json
 from megatron_core_impl.models import families
 from megatron_core_impl.models import megatron_llm as megatron_form
 from megatron_core_impl.models import meta as meta_form
 
 Kind = Literal["huggingface", "meta", "megatron-llm"]
 CONFIG = "config.json"
-MAX_HEADER_BYTES = 100_000_000  # the limit of the `safetensors` library
 CONFIG_IS_THERE = f"model.config is for checkpoints of Meta and Megatron-LLM, and this model has a {CONFIG}"
 
 
@@ -70,18 +70,14 @@ def describe(folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
     return with_said(megatron_form.hf_from_args(checkpoint.args, stored_rows(checkpoint), said), said)
 
 
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a folder's safetensors files, from their headers. What is no such file is told by `download`."""
-    found: dict[str, tuple[int, ...]] = {}
-    for path in folder.glob("*.safetensors"):
-        try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length)) if length <= MAX_HEADER_BYTES else {}
-            found |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            continue
-    return found
+def stored_tensors(folder: Path) -> dict[str, tuple[Dtype, tuple[int, ...]]]:
+    """Precision and shape of the tensors in a folder's safetensors files, from their headers.
+
+    Raises:
+        WeightsError: a file is no intact safetensors file.
+    """
+    files = (SafetensorsReader(path) for path in sorted(folder.glob("*.safetensors")))
+    return {name: tensor for file in files for name, tensor in file.tensors.items()}
 
 
 def stored_rows(checkpoint: megatron_llm.Checkpoint) -> int:

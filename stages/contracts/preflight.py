@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_core_impl.checkpoint.safetensors_io import WeightsError
 from megatron_core_impl.config import Layout, ModelConfig
 from megatron_core_impl.models import families, megatron_llm
 from stages.contracts import artifacts as a
@@ -97,6 +98,10 @@ def _refusals_of_megatron(model: ModelConfig, layout: Layout) -> list[str]:
 
 def _local_model(folder: Path, settings: ModelSettings) -> ModelConfig:
     model = families.config_from_hf(model_sources.describe(folder, settings.config))
-    if shapes := model_sources.stored_shapes(folder):
-        families.check_stored(model, shapes)
+    try:
+        stored = model_sources.stored_tensors(folder)
+    except WeightsError:  # of a file that is not the model's, perhaps: download tells of those that it takes
+        return model
+    if stored:
+        families.check_stored(model, {name: shape for name, (_, shape) in stored.items()})
     return model

@@ -20,8 +20,8 @@ from torch import Tensor
 from megatron_core_impl.checkpoint import safetensors_io
 from megatron_core_impl.checkpoint.digests import QUEUED, FileDigest, Follower
 from megatron_core_impl.checkpoint.dtypes import DTYPES, dtype_of
-from megatron_core_impl.checkpoint.safetensors_io import SafetensorsReader, SafetensorsWriter, WeightsError, row_blocks
-from megatron_core_impl.checkpoint.slicing import Slice, shape_of
+from megatron_core_impl.checkpoint.safetensors_io import SafetensorsReader, SafetensorsWriter, WeightsError
+from megatron_core_impl.checkpoint.slicing import Slice, row_blocks, shape_of
 
 
 def bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:

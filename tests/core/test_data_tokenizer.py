@@ -176,7 +176,7 @@ def test_eos_is_named_by_the_configuration(folder: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: eos_token '<end>' is no token of tokenizer\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: is not JSON"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: not JSON"):
         load_tokenizer(tmp_path)
     write(tmp_path, "tokenizer_config.json", [])
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: is no JSON object"):

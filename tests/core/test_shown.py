@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_core_impl.checkpoint.shown import shown
+from megatron_core_impl.shown import shown
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ HF: dict[str, Any] = {
     "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
 }  # fmt: skip
 LLAMA1 = HF | {"rms_norm_eps": 1e-6}
+MHA = HF | {"num_key_value_heads": 4, "rope_theta": 1e6}  # Code Llama's
+SAID = {"max_position_embeddings": 64}  # what a checkpoint of Meta does not tell
 MISTRAL = HF | {"model_type": "mistral", "sliding_window": 4096}
 FALCON: dict[str, Any] = {
     "model_type": "falcon", "vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -205,7 +205,7 @@ def test_a_rank_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return part
 
     monkeypatch.setattr(reader, "read_bytes", read)
-    monkeypatch.setattr("megatron_core_impl.checkpoint.safetensors_io.row_blocks.__defaults__", (512,))
+    monkeypatch.setattr("megatron_core_impl.checkpoint.slicing.row_blocks.__defaults__", (512,))
     write_checkpoint(reader, families.config_from_hf(HF), Layout(tp=2), "bfloat16", tmp_path / "x", context(tmp_path))
     assert max(asked) <= 512
 
