@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from stages import runtime  # noqa: E402
+from stages.context import Context  # noqa: E402
 from stages.contracts import artifacts as a  # noqa: E402
 from stages.contracts.config import ExportSettings, ModelSettings  # noqa: E402
 from stages.contracts.specs import (  # noqa: E402
@@ -89,7 +90,7 @@ def make_inputs(folder: Path, is_quick: bool) -> None:
     (source / "config.json").write_text(json.dumps(hf))
     write_tokenizer(source / "tokenizer.json", config.vocab_size)
 
-    def train(spec: TrainSpec, ctx: runtime.Context) -> a.CheckpointArtifact:
+    def train(spec: TrainSpec, ctx: Context) -> a.CheckpointArtifact:
         layout = Layout(tp=2, dp=2)
         step = ctx.scratch / "checkpoints" / "step-000002"
         step.mkdir(parents=True)
@@ -120,7 +121,7 @@ def write_tokenizer(file: Path, vocab_size: int) -> None:
     (file.parent / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def export(spec: ExportSpec, ctx: runtime.Context) -> a.ExportArtifact:
+def export(spec: ExportSpec, ctx: Context) -> a.ExportArtifact:
     """The part of stages.export that writes. Of the base model it reads small files; gate and samples read its weights."""
     base = ctx.facts("model", a.ModelArtifact)
     base_folder = base.folder(ctx.workspace)

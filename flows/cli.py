@@ -21,10 +21,11 @@ from rich.console import Console
 
 from flows.go_on import go_on, other_failures, workspace_option
 from flows.graph import nodes_of, with_dependents
-from flows.launch.protocol import ExitCode, StageFailed
+from flows.launch.protocol import StageFailed
 from flows.load_config import BadConfig, check_ready, load_config
 from flows.run_record import RunFolder, RunRecord, new_name
 from stages.contracts.config import PipelineConfig
+from stages.contracts.process import ExitCode
 from stages.contracts.words import size
 
 FAILED, BAD, GATE, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143

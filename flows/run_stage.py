@@ -12,10 +12,11 @@ from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.states import Completed
 
-from flows.launch.protocol import ExitCode, Progress, StageFailed, StageJob
+from flows.launch.protocol import Progress, StageFailed, StageJob
 from flows.run import Run
 from flows.run_record import now
 from stages.contracts import artifacts as a
+from stages.contracts.process import ExitCode
 from stages.contracts.specs import SPECS, Spec
 from stages.contracts.training_job import planned_job
 

@@ -15,11 +15,11 @@ import torch
 from megatron_core_impl.data.chat_template import ASSISTANT
 from megatron_core_impl.data.instruction_dataset import Conversations, Reading, split_conversations
 from stages import both_models
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts.specs import ExportSpec
 from stages.gate_report import write_json
 from stages.gate_rules import percent
-from stages.runtime import Context
 
 ANSWERS = "answers.json"
 

@@ -27,7 +27,7 @@ from megatron_core_impl.parallel.parallelize import load_weights, parallelize
 from megatron_core_impl.parity.probes import Batch
 from megatron_core_impl.parity.record import Oracle
 from megatron_core_impl.parity.streaming import load_on_demand, streamed_transformer
-from stages.runtime import BadInput
+from stages.outcomes import BadInput
 
 Precision = Literal["fp32", "bf16"]
 

@@ -17,11 +17,12 @@ from megatron_core_impl.json_files import read_json
 from megatron_core_impl.models import families
 from megatron_core_impl.models.tensors import EMBEDDING, HEAD
 from megatron_core_impl.parity.tensors import proven
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts import words
 from stages.contracts.specs import ConvertSpec
 from stages.linked_weights import files_of, is_canonical, link_files
-from stages.runtime import BadInput, Context, GateFailed
+from stages.outcomes import BadInput, GateFailed
 from stages.stored_dtypes import listed, other_dtypes
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")

@@ -6,10 +6,10 @@ time. What was written is read back and compared with the source.
 """
 
 from stages import runtime
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts.specs import ConvertSpec
 from stages.conversion import convert
-from stages.runtime import Context
 
 
 def run(spec: ConvertSpec, ctx: Context) -> a.WeightsArtifact:

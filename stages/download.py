@@ -26,6 +26,7 @@ from megatron_core_impl.checkpoint.digests import file_sha256
 from megatron_core_impl.json_files import read_json
 from megatron_core_impl.models import families
 from stages import runtime
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts import words
 from stages.contracts.model_sources import CONFIG_IS_THERE, kind_of, stored_tensors
@@ -40,8 +41,8 @@ from stages.model_files import (
     unpickle,
     wanted,
 )
+from stages.outcomes import BadInput
 from stages.raw_data import collect
-from stages.runtime import BadInput, Context
 
 WORKERS = 4  # files that arrive at once; each holds a block of 10 MiB
 ATTEMPTS = 5  # in a row that completed no file

@@ -27,6 +27,7 @@ from megatron_core_impl.json_files import read_json
 from megatron_core_impl.models import families
 from stages import both_models, gate, runtime
 from stages.answers import ask, told
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts import words
 from stages.contracts.specs import ExportSpec
@@ -34,7 +35,7 @@ from stages.export_weights import write_weights
 from stages.gate_report import write_json
 from stages.megatron_export import check_megatron, write_megatron
 from stages.model_files import LICENCE_FILES
-from stages.runtime import BadInput, Context, GateFailed
+from stages.outcomes import BadInput, GateFailed
 from stages.stored_dtypes import listed, other_dtypes
 from stages.tokenizer_files import write_tokenizer
 

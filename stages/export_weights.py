@@ -21,8 +21,9 @@ from megatron_core_impl.checkpoint.source import WeightsSource
 from megatron_core_impl.config import ModelConfig, StackedTensor, TensorSpec
 from megatron_core_impl.models import families
 from megatron_core_impl.parity.tensors import prove
+from stages.context import Context
 from stages.contracts import artifacts as a
-from stages.runtime import BadInput, Context, GateFailed
+from stages.outcomes import BadInput, GateFailed
 
 HEADER_BYTES = 160  # at most, of a tensor in the header of its file, besides its name
 

@@ -28,9 +28,10 @@ from megatron_core_impl.models import megatron_llm as megatron_form
 from megatron_core_impl.models import meta as meta_form
 from megatron_core_impl.models.forms import Form
 from megatron_core_impl.models.tensors import EMBEDDING, HEAD
+from stages.context import Context
 from stages.contracts.model_sources import CONFIG, Kind, describe, stored_rows
 from stages.model_files import OTHER_FILES, SAFE, TOKENIZER_FILES, copy_file
-from stages.runtime import BadInput, Context, GateFailed
+from stages.outcomes import BadInput, GateFailed
 
 BESIDE = {"meta": meta.PARAMS, "megatron-llm": megatron_llm.TRACKER, "huggingface": CONFIG}
 

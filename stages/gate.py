@@ -39,13 +39,14 @@ from megatron_core_impl.parity.figures import Comparison, Part, Reference, compa
 from megatron_core_impl.parity.probes import DATA, Batch, Progress, probes
 from megatron_core_impl.parity.record import Oracle, measure, record
 from stages.both_models import Precision, oracle_of
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts import vocabulary, words
 from stages.contracts.config import VerifySettings
 from stages.gate_ranks import run_ours
 from stages.gate_report import card_of, describe_failure, format_table, report_of, write_json
 from stages.gate_rules import Evidence, Gate, first_difference, is_passed, judge, percent, short
-from stages.runtime import BadInput, Context, GateFailed
+from stages.outcomes import BadInput, GateFailed
 
 SEED = 1234  # of the order of samples
 

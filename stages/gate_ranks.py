@@ -26,7 +26,8 @@ from megatron_core_impl.parity.figures import Part
 from megatron_core_impl.parity.probes import Batch
 from stages import torchrun
 from stages.both_models import Precision, device, load_ours
-from stages.runtime import BadInput, Context, Interrupted, StageError
+from stages.context import Context
+from stages.outcomes import BadInput, Interrupted, StageError
 
 JOB = "job.json"
 LOG = "workers.log"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from stages.model_files import listed
-from stages.runtime import BadInput, StageError
+from stages.outcomes import BadInput, StageError
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 UNREACHABLE = {

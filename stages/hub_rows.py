@@ -13,7 +13,7 @@ from typing import Any
 from megatron_core_impl.data.conversations import keys_of
 from stages.contracts.data_settings import SourceSettings
 from stages.hub_errors import Repo, hub_token, is_of_hub, names_of_revisions, told
-from stages.runtime import BadInput
+from stages.outcomes import BadInput
 from stages.text_sources import Line, Progress
 
 DATA_INSTEAD = "set data.source to a local file or folder"

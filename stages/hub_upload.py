@@ -32,12 +32,13 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.logging import set_verbosity
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts import words
 from stages.contracts.config import PushSettings
 from stages.hub_errors import Repo, address, endpoint, hub_token, is_passing, told
 from stages.model_files import TOKENIZER_FILES, listed
-from stages.runtime import BadInput, Context, GateFailed
+from stages.outcomes import BadInput, GateFailed
 
 # What an earlier push may have left, and transformers would load in place of what is published now, or beside it.
 STALE = [

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_core_impl.data.text_files import SUFFIXES
 from stages.contracts.sources import is_glob
 from stages.model_files import listed
-from stages.runtime import BadInput
+from stages.outcomes import BadInput
 
 
 def local_source(source: str, setting: str) -> Path | None:

@@ -20,10 +20,11 @@ from megatron_core_impl.config import Layout, ModelConfig, padded_vocab_size
 from megatron_core_impl.models import families
 from megatron_core_impl.models import megatron_llm as form
 from megatron_core_impl.models.tensors import EMBEDDING, HEAD
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts.config import MegatronLLMSettings
 from stages.model_files import TOKENIZER_FILES, copy_file
-from stages.runtime import BadInput, Context, GateFailed
+from stages.outcomes import BadInput, GateFailed
 
 FOLDER = "megatron"
 

@@ -6,10 +6,11 @@ together, rounded once, written, read back, and compared with the shards they ca
 
 from megatron_core_impl.config import Layout, ModelConfig
 from stages import runtime
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts.specs import MergeSpec
+from stages.input_check import importing
 from stages.reshaping import reshape
-from stages.runtime import Context, importing
 
 
 def run(spec: MergeSpec, ctx: Context) -> a.WeightsArtifact:

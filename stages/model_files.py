@@ -19,7 +19,7 @@ from megatron_core_impl.checkpoint import dtypes
 from megatron_core_impl.models import families
 from megatron_core_impl.shown import shown
 from stages.contracts.config import Dtype
-from stages.runtime import BadInput
+from stages.outcomes import BadInput
 
 CONFIG = "config.json"
 TOKENIZER_FILES = {

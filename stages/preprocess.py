@@ -24,10 +24,11 @@ from megatron_core_impl.data.text_files import SourceFile, UnreadableFile
 from megatron_core_impl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_core_impl.metrics import duration
 from stages import runtime, tokenized_data
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts.specs import PreprocessSpec
 from stages.examples import write_examples
-from stages.runtime import BadInput, Context, Interrupted
+from stages.outcomes import BadInput, Interrupted
 
 MALFORMED_FILE = "malformed.jsonl"
 WITH_WEIGHTS = ("messages", "sharegpt")  # formats whose messages may have weights

@@ -22,6 +22,7 @@ from megatron_core_impl.checkpoint.durable import sync
 from megatron_core_impl.json_files import read_json
 from megatron_core_impl.metrics import METRICS_FILE, read_metrics
 from stages import runtime
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts import publishing, words
 from stages.contracts.config import PushSettings
@@ -33,7 +34,7 @@ from stages.licence import NOTICE, Terms, read_terms
 from stages.loss_chart import draw_losses
 from stages.model_card import Lineage, model_card
 from stages.model_files import copy_file
-from stages.runtime import BadInput, Context
+from stages.outcomes import BadInput
 
 Sources = dict[str, Path]  # what is published: its name there -> the file here
 Records = dict[str, a.PublishedFile]

@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_core_impl.data.streams import bin_path
 from megatron_core_impl.data.text_files import SUFFIXES
 from stages import hub_rows
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts import tokenized, words
 from stages.contracts.data_settings import NamedSource
@@ -19,7 +20,7 @@ from stages.contracts.sources import expand, is_glob
 from stages.contracts.specs import DownloadDataSpec
 from stages.local_source import local_name, local_source
 from stages.model_files import copy_file, listed
-from stages.runtime import BadInput, Context
+from stages.outcomes import BadInput
 from stages.text_sources import Line, SourceFiles, check_links
 from stages.tokenized_data import take
 

@@ -11,7 +11,8 @@ from megatron_core_impl.checkpoint.sharded import WeightsReader, count_bytes, op
 from megatron_core_impl.config import Layout, ModelConfig
 from megatron_core_impl.models import families
 from megatron_core_impl.parity.tensors import proven
-from stages.runtime import BadInput, Context, GateFailed
+from stages.context import Context
+from stages.outcomes import BadInput, GateFailed
 from stages.stored_dtypes import other_dtypes
 
 

@@ -7,10 +7,11 @@ never stored padded: the last tensor-parallel ranks hold fewer rows, or none. Pr
 
 from megatron_core_impl.config import Layout, ModelConfig
 from stages import runtime
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts.specs import ShardSpec
+from stages.outcomes import BadInput
 from stages.reshaping import reshape
-from stages.runtime import BadInput, Context
 
 
 def run(spec: ShardSpec, ctx: Context) -> a.WeightsArtifact:

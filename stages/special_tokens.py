@@ -14,7 +14,7 @@ from stages import both_models
 from stages.contracts import artifacts as a
 from stages.contracts.config import SpecialName
 from stages.json_files import write_json
-from stages.runtime import BadInput, GateFailed
+from stages.outcomes import BadInput, GateFailed
 
 IN_CONFIG = ("bos", "eos", "pad")  # roles that the model's own files know by the id
 SETTING = "export.override_special_tokens"

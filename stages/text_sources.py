@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stages.contracts.sources import linked_folders, list_files
-from stages.runtime import BadInput
+from stages.outcomes import BadInput
 
 Progress = Callable[[float, float, str], None]  # done, total, text
 Line = tuple[bytes, int]  # a document of `data.jsonl`, and the size of its text in bytes

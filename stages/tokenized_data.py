@@ -10,12 +10,13 @@ from megatron_core_impl.data.inspection import statistics_of
 from megatron_core_impl.data.statistics import Statistics
 from megatron_core_impl.data.streams import find_streams
 from megatron_core_impl.data.tokenizer import Tokenizer
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts import tokenized, words
 from stages.contracts.config import BosEos
 from stages.contracts.data_settings import NamedSource
 from stages.model_files import copy_file
-from stages.runtime import BadInput, Context
+from stages.outcomes import BadInput
 
 
 def take(named: NamedSource, ctx: Context) -> a.RawSet:

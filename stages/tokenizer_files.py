@@ -17,7 +17,7 @@ from stages.contracts import artifacts as a
 from stages.contracts.config import SpecialName
 from stages.examples import difference, read_examples
 from stages.json_files import write_json
-from stages.runtime import GateFailed
+from stages.outcomes import GateFailed
 from stages.special_tokens import check_special_tokens, override_special_tokens
 
 KIND: dict[str, Any] = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

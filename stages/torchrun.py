@@ -27,7 +27,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import megatron_core_impl
-from stages import runtime
+from stages.contracts.process import ExitCode
+from stages.outcomes import BadInput, StageError
 
 if TYPE_CHECKING:
     import torch
@@ -39,10 +40,10 @@ COMPANY_SECONDS = 5  # torchrun gives the other workers 30 s after a failure: wh
 Event = dict[str, Any]
 
 
-class WorkerCrashed(runtime.StageError):
+class WorkerCrashed(StageError):
     """A worker ended by a defect of ours, or for no reason that it told."""
 
-    code = runtime.ExitCode.CRASH
+    code = ExitCode.CRASH
 
 
 @dataclass
@@ -215,7 +216,7 @@ def meaning(error: BaseException) -> dict[str, str | int | None]:
     core = Path(megatron_core_impl.__file__).parent
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     # By the core's convention a ValueError of its own is the user's to mend; one from a library is a defect of ours.
-    if isinstance(error, runtime.StageError) or (isinstance(error, ValueError) and raised_in.is_relative_to(core)):
+    if isinstance(error, StageError) or (isinstance(error, ValueError) and raised_in.is_relative_to(core)):
         return {"kind": "bad-input", "message": message}
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate memory" in message:
         return {"kind": "memory", "message": message}
@@ -242,9 +243,7 @@ def join_group() -> "torch.device":
         return torch.device("cpu")
     needed, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     if there < needed:
-        raise runtime.BadInput(
-            f"layout: its {needed} processes need a GPU each, this machine has {there}. Lower layout.dp, tp or pp"
-        )
+        raise BadInput(f"layout: its {needed} processes need a GPU each, this machine has {there}. Lower layout.dp, tp or pp")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device, timeout=patience)

@@ -25,9 +25,11 @@ from megatron_core_impl.memory import Device
 from megatron_core_impl.train_config import Job
 from megatron_core_impl.training_data import conversation_figures, tokens_per_epoch
 from stages import runtime, torchrun
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts import length, memory, training_job, vocabulary
 from stages.contracts.specs import TrainSpec
+from stages.outcomes import BadInput, GateFailed, Interrupted, StageError
 from stages.torchrun import WorkerCrashed
 from stages.training_figures import figures_of
 
@@ -41,7 +43,7 @@ SPEC_FILE = "spec.json"  # the workers' copy
 RESETS = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")  # settings that look for the end of documents
 
 
-def run(spec: TrainSpec, ctx: runtime.Context) -> a.CheckpointArtifact:
+def run(spec: TrainSpec, ctx: Context) -> a.CheckpointArtifact:
     """The stage: check, start workers, listen, publish."""
     weights, _ = ctx.input("weights", a.WeightsArtifact)
     dataset, _ = ctx.input("dataset", a.DatasetArtifact)
@@ -81,32 +83,32 @@ def check(spec: TrainSpec, weights: a.WeightsArtifact, dataset: a.DatasetArtifac
     """
     model, settings, layout = weights.model, spec.settings, spec.layout
     if dataset.tokenizer.vocab_size > model.vocab_size:
-        raise runtime.BadInput(
+        raise BadInput(
             f"dataset.tokenizer.vocab_size={dataset.tokenizer.vocab_size}, but weights.model.vocab_size={model.vocab_size}: "
             "the data has ids that the model has no embedding for. Preprocess the text with the tokenizer of this model"
         )
     if told := vocabulary.difference(dataset, model):
-        raise runtime.BadInput(f"inputs: {told}")
+        raise BadInput(f"inputs: {told}")
     if settings.sequence_length > model.max_position_embeddings:
-        raise runtime.BadInput(
+        raise BadInput(
             f"train.sequence_length={settings.sequence_length} exceeds "
             f"weights.model.max_position_embeddings={model.max_position_embeddings}. Lower train.sequence_length"
         )
     for axis in ("tp", "pp", "vpp"):
         ours, theirs = getattr(layout, axis), getattr(weights, axis)
         if ours != theirs:
-            raise runtime.BadInput(
+            raise BadInput(
                 f"layout.{axis}={ours}, but weights.{axis}={theirs}: run the shard stage with {axis}={ours}, or set "
                 f"layout.{axis} to {theirs}"
             )
     try:
         layout.layout().check(ModelConfig(**model.config_fields()))
     except ValueError as error:
-        raise runtime.BadInput(f"layout: {error}") from None
+        raise BadInput(f"layout: {error}") from None
     resets = [f"train.{name}" for name in RESETS if getattr(settings, name)]
     if resets and (dataset.tokenizer.eod_id is None or dataset.bos_eos == "none"):
         missing = "bos_eos=none" if dataset.tokenizer.eod_id is not None else "tokenizer.eod_id=None"
-        raise runtime.BadInput(
+        raise BadInput(
             f"{' and '.join(resets)} need a token at the end of each document, but dataset.{missing}: preprocess the text with "
             f"preprocess.bos_eos=eos{'' if 'bos_eos' in missing else ' and a tokenizer that has one'}, or leave them out"
         )
@@ -116,7 +118,7 @@ def check(spec: TrainSpec, weights: a.WeightsArtifact, dataset: a.DatasetArtifac
 class Listener:
     """Passes on what the workers tell: rank 0 speaks, the others only when something is wrong."""
 
-    ctx: runtime.Context
+    ctx: Context
     step: int = 0  # the last one that is finished
     is_done: bool = False
     is_paused: bool = False  # the workers have ended with a checkpoint, before the last step
@@ -152,7 +154,7 @@ def failure(outcome: torchrun.Outcome, spec: TrainSpec, scratch: Path, step: int
     if outcome.killed is not None:
         rank, number = outcome.killed
         if number == signal.SIGKILL:
-            return runtime.StageError(
+            return StageError(
                 f"rank {rank} was killed by the kernel (out of memory?) {when}. {last}. {less_memory} if memory is short; "
                 f"else {again}"
             )
@@ -160,11 +162,11 @@ def failure(outcome: torchrun.Outcome, spec: TrainSpec, scratch: Path, step: int
     if outcome.errors:
         match outcome.errors[0]:
             case {"kind": "bad-input", "message": message}:
-                return runtime.BadInput(message)
+                return BadInput(message)
             case {"kind": "diverged", "message": message}:
-                return runtime.GateFailed(message)
+                return GateFailed(message)
             case {"kind": "memory", "rank": rank}:
-                return runtime.StageError(f"rank {rank} ran out of memory {when}. {last}. {less_memory}")
+                return StageError(f"rank {rank} ran out of memory {when}. {last}. {less_memory}")
             case {"kind": "system", "errno": number, "message": message, "file": file}:
                 return OSError(number, message, file or str(scratch))
             case {"rank": rank, "message": message, "trace": trace}:
@@ -174,9 +176,7 @@ def failure(outcome: torchrun.Outcome, spec: TrainSpec, scratch: Path, step: int
                     f"printed in {scratch / LOG}. {last}"
                 )
     if outcome.is_stopped:
-        return runtime.Interrupted(
-            f"stopped; saved at step {saved[0]}; {again}" if saved else f"stopped before a step; {again}"
-        )
+        return Interrupted(f"stopped; saved at step {saved[0]}; {again}" if saved else f"stopped before a step; {again}")
     return WorkerCrashed(
         f"the workers ended (torchrun: {outcome.returncode}) {when}. What they printed: {scratch / LOG}. {last}"
     )
@@ -184,7 +184,7 @@ def failure(outcome: torchrun.Outcome, spec: TrainSpec, scratch: Path, step: int
 
 def publish(
     spec: TrainSpec,
-    ctx: runtime.Context,
+    ctx: Context,
     weights: a.WeightsArtifact,
     dataset: a.DatasetArtifact,
     epoch: int,
@@ -271,7 +271,7 @@ def job_of(spec: TrainSpec, weights: a.WeightsArtifact, dataset: a.DatasetArtifa
             workspace, dataset, spec.settings, weights.model, blend=spec.blend, weights=folder, folder=scratch
         )
     except ValueError as error:
-        raise runtime.BadInput(str(error)) from None
+        raise BadInput(str(error)) from None
 
 
 def _train(spec: TrainSpec, scratch: Path, should_stop: Callable[[], bool]) -> bool:

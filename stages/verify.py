@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 from megatron_core_impl.config import Layout
 from stages import gate, runtime
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts.specs import VerifySpec
 from stages.megatron_export import check_megatron
@@ -25,7 +26,7 @@ from stages.tokenizer_files import write_tokenizer
 REPORT = "verification.json"
 
 
-def run(spec: VerifySpec, ctx: runtime.Context) -> a.VerificationArtifact:
+def run(spec: VerifySpec, ctx: Context) -> a.VerificationArtifact:
     """Compare, and write the report.
 
     Raises:

@@ -25,6 +25,7 @@ from megatron_core_impl.checkpoint.slicing import whole
 from megatron_core_impl.data.tokenizer import load_tokenizer
 from megatron_core_impl.models import families
 from stages import runtime
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts import config as c
 from stages.contracts import specs
@@ -162,7 +163,7 @@ def references(inputs: dict[str, a.Artifact]) -> dict[str, specs.Ref]:
 def publish(spec: specs.Spec, kind: type[a.Artifact], files: dict[str, bytes] | Callable[[Path], None], **facts: Any) -> Any:
     """An artifact that the stage of a spec could have made."""
 
-    def run(spec: specs.Spec, ctx: runtime.Context) -> a.Artifact:
+    def run(spec: specs.Spec, ctx: Context) -> a.Artifact:
         for name in spec.inputs:
             ctx.input(name, a.Artifact)
         if callable(files):

@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-EVENT_PREFIX = "@@stage "  # as in stages.runtime
+from stages.contracts.process import EVENT_PREFIX
+
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING")
 HIDDEN = "[hidden]"
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import IO
 
 from flows.launch.output import LineSplitter, Redactor, is_number, parse_event
-from flows.launch.protocol import ExitCode, Progress, Reason, StageFailed, StageJob
+from flows.launch.protocol import Progress, Reason, StageFailed, StageJob
+from stages.contracts.process import ExitCode
 
 SHIM = Path(__file__).with_name("shim.py")
 GRACE_SECONDS = 30.0  # between SIGTERM and SIGKILL

@@ -7,20 +7,8 @@ the stage and all its children. There is one implementation today, `process.py`;
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import Literal, Protocol
-
-
-class ExitCode(IntEnum):
-    """What a stage's exit code means. The same numbers as `stages.runtime.ExitCode` (flows do not import the runtime)."""
-
-    OK = 0
-    CRASH = 1
-    BAD_INPUT = 2
-    GATE_FAILED = 3
-    INTERRUPTED = 4
-
 
 Reason = Literal["crash", "bad input", "gate failed", "interrupted", "killed"]
 

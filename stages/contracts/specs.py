@@ -116,6 +116,16 @@ class Spec(Frozen):
         """Folder of the result."""
         return Path(self.workspace) / self.path
 
+    @property
+    def scratch(self) -> Path:
+        """Folder of the work under way, of which training leaves its checkpoints and its curves when it stops."""
+        return scratch_of(self.folder)
+
+
+def scratch_of(folder: Path) -> Path:
+    """The folder of the work under way, by that of the result."""
+    return folder.parent / f".{folder.name}.partial"
+
 
 def _key_part(model: Frozen, leave_out: frozenset[str] | set[str] = frozenset()) -> dict[str, Any]:
     """The fields of a model that belong in a key, as JSON values."""

@@ -17,14 +17,17 @@ from typing import Any
 import numpy as np
 
 from flows.launch.process import ProcessLauncher
-from flows.launch.protocol import ExitCode, Progress, StageFailed, StageJob
+from flows.launch.protocol import Progress, StageFailed, StageJob
 from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.data.indexed_dataset import IndexWriter
 from megatron_core_impl.data.streams import bin_path
 from stages import runtime
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts.config import PipelineConfig
+from stages.contracts.process import ExitCode
 from stages.contracts.specs import SOURCES, SPECS, Spec
+from stages.outcomes import BadInput, GateFailed
 
 _CONFIG = ModelConfig(
     family="llama", vocab_size=64, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -67,7 +70,7 @@ def config(workspace: Path, **train: Any) -> PipelineConfig:
     )
 
 
-def fake_run(spec: Spec, ctx: runtime.Context) -> a.Artifact:
+def fake_run(spec: Spec, ctx: Context) -> a.Artifact:
     """Do what a stage of this node does, in small. What it writes follows from the spec, as in the real ones."""
     (ctx.scratch / "content.txt").write_text(f"{spec.NODE} {spec.key}\n")
     for name, kind in spec.INPUTS.items():
@@ -144,7 +147,7 @@ def _as_stage(spec_file: Path) -> None:
     wish = Path(spec.workspace) / "fake" / node
     todo = wish.read_text().strip() if wish.exists() else ""
 
-    def run(spec: Spec, ctx: runtime.Context) -> a.Artifact:
+    def run(spec: Spec, ctx: Context) -> a.Artifact:
         (Path(spec.workspace) / f"{node}.pid").write_text(str(os.getpid()))
         ctx.log(f"this is {node}, token {os.environ.get('HF_TOKEN', 'unset')}")
         ctx.progress(1, 2, "half way")
@@ -153,9 +156,9 @@ def _as_stage(spec_file: Path) -> None:
             while True:
                 time.sleep(0.1)
         if todo == "gate":
-            raise runtime.GateFailed("gate failed at layer 1")
+            raise GateFailed("gate failed at layer 1")
         if todo == "bad":
-            raise runtime.BadInput("the Hub refuses (403)")
+            raise BadInput("the Hub refuses (403)")
         if todo == "fail":
             raise RuntimeError("a defect")
         if todo == "kill":

@@ -4,7 +4,6 @@ import pytest
 
 from flows.launch.output import HIDDEN, LineSplitter, Redactor, parse_event
 from flows.launch.process import explain, stage_environment
-from stages import runtime
 
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 100])
@@ -32,13 +31,6 @@ def test_events_and_what_only_looks_like_one() -> None:
     assert parse_event('@@stage {"event": "progress", "done": 1}') == {"event": "progress", "done": 1}
     for line in ("@@stage {", "@@stage []", '@@stage {"event": 3}', "@@stage ", '{"event": "x"}', "text"):
         assert parse_event(line) is None
-
-
-def test_the_numbers_are_the_runtime_s() -> None:
-    from flows.launch import output, protocol
-
-    assert {e.name: int(e) for e in protocol.ExitCode} == {e.name: int(e) for e in runtime.ExitCode}
-    assert output.EVENT_PREFIX == runtime.EVENT_PREFIX
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from stages.contracts import artifacts as a
 from stages.contracts.config import ModelSettings
 from stages.contracts.data_settings import DataSettings
 from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec, Spec
+from stages.outcomes import BadInput
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_testsecretSECRETtestsecret"
@@ -112,7 +113,7 @@ def done_here(spec: DownloadModelSpec | DownloadDataSpec) -> a.Artifact:
 
 def refused_here(spec: DownloadModelSpec | DownloadDataSpec) -> str:
     """The error of a run in this process that the person must mend."""
-    with pytest.raises(runtime.BadInput) as caught:
+    with pytest.raises(BadInput) as caught:
         runtime.execute(spec, download.run)
     _check_nothing_is_left(spec)
     assert "\n" not in str(caught.value)

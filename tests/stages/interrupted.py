@@ -33,6 +33,7 @@ from megatron_core_impl.config import Layout  # noqa: E402
 from megatron_core_impl.mesh import Mesh  # noqa: E402
 from megatron_core_impl.trainer import train  # noqa: E402
 from stages import convert, export_weights, merge, runtime, shard  # noqa: E402
+from stages.context import Context  # noqa: E402
 from stages.contracts import artifacts as a  # noqa: E402
 from stages.contracts.specs import ConvertSpec, ExportSpec, MergeSpec, ShardSpec, Spec  # noqa: E402
 
@@ -114,7 +115,7 @@ def fork(work: Callable[[], object], say: Path, kill_after: float | None = None)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def of_stage(spec: Spec, run: Callable[[Any, runtime.Context], a.Artifact]) -> Operation:
+def of_stage(spec: Spec, run: Callable[[Any, Context], a.Artifact]) -> Operation:
     """A stage. Nothing, or its whole result."""
 
     def published() -> str:
@@ -136,7 +137,7 @@ def of_stage(spec: Spec, run: Callable[[Any, runtime.Context], a.Artifact]) -> O
     )
 
 
-def write_export(spec: ExportSpec, ctx: runtime.Context) -> a.ExportArtifact:
+def write_export(spec: ExportSpec, ctx: Context) -> a.ExportArtifact:
     """The part of stages.export that writes: the gate after it only reads."""
     weights, folder = ctx.input("weights", a.WeightsArtifact, is_checked_meanwhile=True)
     target = ctx.scratch / "model"

@@ -18,7 +18,7 @@ from stages.contracts import artifacts as a
 from stages.contracts import config as c
 from stages.contracts import specs
 from stages.contracts.data_settings import DataSettings
-from stages.runtime import BadInput, GateFailed
+from stages.outcomes import BadInput, GateFailed
 from stages.tokenizer_files import check_added_tokens
 
 ADDED = ("<|im_start|>", "<|im_end|>")

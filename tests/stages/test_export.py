@@ -15,11 +15,13 @@ from workspaces import STEP, Tensors, Workspace, make_workspace, publish, refere
 
 from megatron_core_impl.data.tokenizer import load_tokenizer
 from stages import export, runtime
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts import specs
 from stages.contracts.config import ModelSettings
+from stages.contracts.process import ExitCode
 from stages.export_weights import Written, plan_shards, write_weights
-from stages.runtime import BadInput, ExitCode, GateFailed
+from stages.outcomes import BadInput, GateFailed
 
 PROMPTS = ("class Spec:\n    ", "def run(")
 
@@ -225,7 +227,7 @@ def test_without_prompts(base: Workspace) -> None:
 
 
 def test_failed_gate_leaves_nothing(base: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_wrongly(source: Path, model: a.ModelFacts, folder: Path, ctx: runtime.Context, *, limit: int) -> Written:
+    def write_wrongly(source: Path, model: a.ModelFacts, folder: Path, ctx: Context, *, limit: int) -> Written:
         written = write_weights(source, model, folder, ctx, limit=limit)
         from safetensors.torch import load_file, save_file
 

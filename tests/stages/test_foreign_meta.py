@@ -24,7 +24,7 @@ from weights_inputs import random_model
 from megatron_core_impl.models import families
 from stages.contracts import config as c
 from stages.contracts import preflight
-from stages.runtime import BadInput
+from stages.outcomes import BadInput
 
 LLAMA3 = HF | {"rope_theta": 500000.0}
 

@@ -33,7 +33,7 @@ from stages import download, preprocess, runtime
 from stages.contracts import artifacts as a
 from stages.contracts import config as c
 from stages.contracts import specs
-from stages.runtime import BadInput
+from stages.outcomes import BadInput
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "megatron_llm"
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="needs ../shared")

@@ -16,7 +16,7 @@ from megatron_core_impl.mesh import Mesh
 from megatron_core_impl.parity.probes import Batch
 from stages import both_models, gate, runtime, verify
 from stages.contracts import artifacts as a
-from stages.runtime import BadInput
+from stages.outcomes import BadInput
 
 FALCON = {
     "model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 96,

@@ -13,7 +13,7 @@ from stages.contracts import artifacts as a
 from stages.contracts import config as c
 from stages.contracts import specs
 from stages.contracts.train_settings import TrainSettings
-from stages.runtime import GateFailed
+from stages.outcomes import GateFailed
 
 
 def sharded(workspace: Workspace, **layout: int) -> Workspace:

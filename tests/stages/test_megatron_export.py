@@ -34,10 +34,11 @@ from megatron_core_impl.checkpoint.torch_tensors import TorchTensors
 from megatron_core_impl.config import Layout
 from megatron_core_impl.models import families
 from stages import export, megatron_export, runtime
+from stages.context import Context
 from stages.contracts import preflight, specs
 from stages.contracts.config import ExportSettings, MegatronLLMSettings, PipelineConfig
 from stages.megatron_export import check_megatron, write_checkpoint
-from stages.runtime import BadInput
+from stages.outcomes import BadInput
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "megatron_llm"
 # What the reference's loader takes from a checkpoint
@@ -50,8 +51,8 @@ LOADED = (
 )  # fmt: skip
 
 
-def context(tmp_path: Path) -> runtime.Context:
-    return runtime.Context(specs.MergeSpec(workspace=str(tmp_path)), tmp_path)
+def context(tmp_path: Path) -> Context:
+    return Context(specs.MergeSpec(workspace=str(tmp_path)), tmp_path)
 
 
 def source(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> WeightsReader:

@@ -18,7 +18,7 @@ from megatron_core_impl.config import Layout
 from stages import convert, export, merge, runtime, shard
 from stages.contracts import artifacts as a
 from stages.contracts.specs import ConvertSpec, ExportSpec, MergeSpec, ShardSpec
-from stages.runtime import BadInput, GateFailed
+from stages.outcomes import BadInput, GateFailed
 
 DTYPES = ("float32", "bfloat16", "float16")
 

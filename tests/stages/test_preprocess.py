@@ -18,14 +18,18 @@ from tiny_tokenizers import CODE, train_huggingface, train_sentencepiece
 from workers_of_preprocessing import workers
 
 from megatron_core_impl.config import ModelConfig
+from megatron_core_impl.data import preprocessing
 from megatron_core_impl.data.indexed_dataset import IndexedDataset
 from megatron_core_impl.data.preprocessing import Job
 from megatron_core_impl.data.tokenizer import load_tokenizer
 from stages import preprocess, runtime
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts.config import ModelSettings, PreprocessSettings
 from stages.contracts.data_settings import DataSettings
+from stages.contracts.process import ExitCode
 from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec, PreprocessSpec, Ref
+from stages.outcomes import BadInput, Interrupted
 
 _CONFIG = ModelConfig(
     family="llama", vocab_size=320, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -65,7 +69,7 @@ def prepare(tmp_path: Path, tokenizers: Path) -> Callable[..., PreprocessSpec]:
     ) -> PreprocessSpec:
         contents = [content if isinstance(content, bytes) else content.encode() for content in raw]
 
-        def make_data(spec: DownloadDataSpec, ctx: runtime.Context) -> a.RawDataArtifact:
+        def make_data(spec: DownloadDataSpec, ctx: Context) -> a.RawDataArtifact:
             sets = []
             for number, (name, content) in enumerate(zip(names, contents, strict=True)):
                 (ctx.scratch / name).write_bytes(content)
@@ -78,7 +82,7 @@ def prepare(tmp_path: Path, tokenizers: Path) -> Callable[..., PreprocessSpec]:
                 a.RawDataArtifact, figure="", source="texts", revision=None, documents=None, text_bytes=1, sets=tuple(sets)
             )
 
-        def make_model(spec: DownloadModelSpec, ctx: runtime.Context) -> a.ModelArtifact:
+        def make_model(spec: DownloadModelSpec, ctx: Context) -> a.ModelArtifact:
             (ctx.scratch / "files").mkdir()
             for name in files:
                 content = (replaced or {}).get(name) or (tokenizers / name).read_bytes()
@@ -107,6 +111,16 @@ def prepare(tmp_path: Path, tokenizers: Path) -> Callable[..., PreprocessSpec]:
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few lines per part, so that a small text has many."""
     monkeypatch.setattr(preprocess, "Job", partial(Job, part_bytes=300))
+
+
+def execute_with_killed_workers(spec: PreprocessSpec, monkeypatch: pytest.MonkeyPatch) -> pytest.ExceptionInfo[Interrupted]:
+    """Kill the workers after the first part, with others to be made: few of them are made ahead."""
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocessing, "WINDOW", 1)
+        patch.setattr(Context, "progress", lambda *_: [os.kill(child, signal.SIGKILL) for child in workers()])
+        with pytest.raises(Interrupted) as error:
+            execute(spec)
+    return error
 
 
 def execute(spec: PreprocessSpec) -> a.DatasetArtifact:
@@ -183,7 +197,7 @@ LISTED = [
 
 def test_malformed_lines_fail_the_stage(prepare: Callable[..., PreprocessSpec]) -> None:
     spec = prepare(malformed(TEXTS))
-    with pytest.raises(runtime.BadInput) as error:
+    with pytest.raises(BadInput) as error:
         execute(spec)
     kept = spec.folder.parent / f".{spec.key}.malformed.jsonl"
     assert str(error.value) == (
@@ -199,9 +213,7 @@ def test_malformed_lines_fail_the_stage(prepare: Callable[..., PreprocessSpec]) 
 
 def test_above_the_share_all_is_read_and_listed(prepare: Callable[..., PreprocessSpec], small_parts: None) -> None:
     spec = prepare(malformed(TEXTS), max_malformed=0.024)
-    with pytest.raises(
-        runtime.BadInput, match=r"3 of the 120 lines of data.jsonl are malformed, more than .*max_malformed=0.024"
-    ):
+    with pytest.raises(BadInput, match=r"3 of the 120 lines of data.jsonl are malformed, more than .*max_malformed=0.024"):
         execute(spec)
     kept = spec.folder.parent / f".{spec.key}.malformed.jsonl"
     assert [json.loads(line) for line in kept.read_text().splitlines()] == LISTED
@@ -211,7 +223,7 @@ def test_first_malformed_line_ends_the_stage_where_none_is_allowed(
     prepare: Callable[..., PreprocessSpec], small_parts: None
 ) -> None:
     spec = prepare(malformed(TEXTS))
-    with pytest.raises(runtime.BadInput, match=r"1 of the first \d lines of data.jsonl are malformed"):
+    with pytest.raises(BadInput, match=r"1 of the first \d lines of data.jsonl are malformed"):
         execute(spec)
     assert not workers()
     kept = spec.folder.parent / f".{spec.key}.malformed.jsonl"
@@ -221,20 +233,18 @@ def test_first_malformed_line_ends_the_stage_where_none_is_allowed(
 def test_share_of_malformed_lines_is_that_of_each_set(prepare: Callable[..., PreprocessSpec]) -> None:
     good, bad = lines_of(TEXTS * 10), '{"text": 1}\n' * 9
     message = r"data\[1\]\.source: 9 of the 9 lines of bad\.jsonl are malformed, .*max_malformed=0.5 .*\n  my/bad\.jsonl:1: "
-    with pytest.raises(runtime.BadInput, match=f"(?s){message}"):
+    with pytest.raises(BadInput, match=f"(?s){message}"):
         execute(prepare(good, bad, names=("good.jsonl", "bad.jsonl"), max_malformed=0.5))
-    with pytest.raises(runtime.BadInput, match=r"data\[0\]\.source: 9 of the 9 lines of bad\.jsonl are malformed"):
+    with pytest.raises(BadInput, match=r"data\[0\]\.source: 9 of the 9 lines of bad\.jsonl are malformed"):
         execute(prepare(bad, good, names=("bad.jsonl", "good.jsonl")))  # not "the first": all its lines were read
 
 
 def test_a_set_without_a_document_is_an_error(prepare: Callable[..., PreprocessSpec]) -> None:
     names, counts = ("good.jsonl", "bad.jsonl"), r"\(0 empty, 0 malformed, 2 blank\)"
     message = rf"data\[1\]\.source: no document with text in 2 lines of bad\.jsonl {counts}\. Check data\[1\]\.source, "
-    with pytest.raises(runtime.BadInput, match=message):
+    with pytest.raises(BadInput, match=message):
         execute(prepare(lines_of(TEXTS), "\n \n", names=names))
-    with pytest.raises(
-        runtime.BadInput, match=r"(?s)\(0 empty, 1 malformed, 0 blank\)\n  my/bad.jsonl:1: an array, .*All are listed"
-    ):
+    with pytest.raises(BadInput, match=r"(?s)\(0 empty, 1 malformed, 0 blank\)\n  my/bad.jsonl:1: an array, .*All are listed"):
         execute(prepare(lines_of(TEXTS), "[]", names=names, max_malformed=1.0))
 
 
@@ -252,7 +262,7 @@ def test_each_key_is_a_document(prepare: Callable[..., PreprocessSpec]) -> None:
     texts = [text for record in records for text in (record["title"], record["text"]) if text]
     assert [data[i].tolist() for i in range(len(data))] == [tokenizer.encode(text) for text in texts]
     assert (artifact.documents, artifact.empty_documents) == (200, 40)
-    with pytest.raises(runtime.BadInput, match=r'my/data.jsonl:1: no key "title"; it has: id, text'):
+    with pytest.raises(BadInput, match=r'my/data.jsonl:1: no key "title"; it has: id, text'):
         execute(prepare(lines_of(TEXTS), columns=("text", "title")))
 
 
@@ -277,7 +287,7 @@ def test_malformed_lines_within_the_share_are_left_out(
 
 
 def test_many_malformed_lines_are_not_all_named(prepare: Callable[..., PreprocessSpec]) -> None:
-    with pytest.raises(runtime.BadInput, match=r"(?s)7 of the 7 lines.*data.jsonl:5: an array.*\n  and 2 more\nAll are listed"):
+    with pytest.raises(BadInput, match=r"(?s)7 of the 7 lines.*data.jsonl:5: an array.*\n  and 2 more\nAll are listed"):
         execute(prepare("[]\n" * 7))
 
 
@@ -286,19 +296,19 @@ def test_no_text_is_an_error(prepare: Callable[..., PreprocessSpec], raw: str) -
     count, empty = raw.count("\n"), raw.count('""')
     counts = rf"{empty} empty, 0 malformed, {count - empty} blank"
     message = rf"data\.source: no document with text in {count} lines of data\.jsonl \({counts}\)\. Check data\.source"
-    with pytest.raises(runtime.BadInput, match=message):
+    with pytest.raises(BadInput, match=message):
         execute(prepare(raw))
 
 
 def test_tokenizer_must_fit_the_model(prepare: Callable[..., PreprocessSpec]) -> None:
-    with pytest.raises(runtime.BadInput, match=r"the tokenizer has 320 ids, the model's config\.json has vocab_size=319"):
+    with pytest.raises(BadInput, match=r"the tokenizer has 320 ids, the model's config\.json has vocab_size=319"):
         execute(prepare(lines_of(TEXTS), vocab_size=319))
-    with pytest.raises(runtime.BadInput, match=r"preprocess\.tokenizer=huggingface: .*files: has no tokenizer\.json"):
+    with pytest.raises(BadInput, match=r"preprocess\.tokenizer=huggingface: .*files: has no tokenizer\.json"):
         execute(prepare(lines_of(TEXTS), tokenizer="huggingface"))
 
 
 def test_ends_need_a_token(prepare: Callable[..., PreprocessSpec]) -> None:
-    with pytest.raises(runtime.BadInput) as error:
+    with pytest.raises(BadInput) as error:
         execute(prepare(lines_of(TEXTS), files=("tokenizer.json",)))
     assert str(error.value) == (
         "preprocess.bos_eos=eos: the tokenizer names no end-of-text token. Name its eos_token in tokenizer_config.json, or set "
@@ -322,7 +332,7 @@ def test_advice_for_a_sentencepiece_model_without_an_end(
     proto.pieces[2].piece = "<other>"
     no_eos = proto.SerializeToString()
     spec = prepare(lines_of(TEXTS), files=("tokenizer.model", *others), replaced={"tokenizer.model": no_eos})
-    with pytest.raises(runtime.BadInput) as error:
+    with pytest.raises(BadInput) as error:
         execute(spec)
     assert f"names no end-of-text token. {advice}" in str(error.value)
     settings = spec.settings.model_copy(update={"tokenizer": "huggingface"} if others else {"bos_eos": "none"})
@@ -338,7 +348,7 @@ def test_added_tokens_are_facts_and_their_text_is_text(prepare: Callable[..., Pr
     assert execute(spec).bos_eos == "both"
     ids = IndexedDataset(spec.folder / "data")[0].tolist()
     assert (ids[0], ids[-2:], ids.count(320)) == (1, [2, 2], 1)
-    with pytest.raises(runtime.BadInput, match=r"model\.added_tokens: added tokens \['<a>', '<a>'\] must be texts"):
+    with pytest.raises(BadInput, match=r"model\.added_tokens: added tokens \['<a>', '<a>'\] must be texts"):
         execute(prepare(lines_of(texts), added_tokens=("<a>", "<a>")))
 
 
@@ -359,17 +369,15 @@ def test_each_set_becomes_a_dataset(prepare: Callable[..., PreprocessSpec], tmp_
 def test_files_that_cannot_be_read(prepare: Callable[..., PreprocessSpec]) -> None:
     whole = gzip.compress(lines_of(TEXTS).encode())
     spec = prepare(whole[:-9], names=("data.jsonl.gz",), max_malformed=1.0)
-    with pytest.raises(
-        runtime.BadInput, match=r"data\.source: my/data\.jsonl\.gz: ends early, in the middle of its compressed data"
-    ):
+    with pytest.raises(BadInput, match=r"data\.source: my/data\.jsonl\.gz: ends early, in the middle of its compressed data"):
         execute(spec)
     assert list(spec.folder.parent.glob(".*.partial")) == []
 
 
 def test_conversations_need_a_template(prepare: Callable[..., PreprocessSpec]) -> None:
-    with pytest.raises(runtime.BadInput, match=r'has no chat template .* Set preprocess\.chat_template to "chatml" or '):
+    with pytest.raises(BadInput, match=r'has no chat template .* Set preprocess\.chat_template to "chatml" or '):
         execute(prepare("", form="alpaca"))
-    with pytest.raises(runtime.BadInput, match=r"model\.added_tokens"):
+    with pytest.raises(BadInput, match=r"model\.added_tokens"):
         execute(prepare("", form="alpaca", chat_template="chatml"))
 
 
@@ -377,10 +385,7 @@ def test_killed_worker_can_be_run_again(
     prepare: Callable[..., PreprocessSpec], small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = prepare(lines_of(TEXTS))
-    with monkeypatch.context() as patch:
-        patch.setattr(runtime.Context, "progress", lambda *_: [os.kill(child, signal.SIGKILL) for child in workers()])
-        with pytest.raises(runtime.Interrupted) as error:
-            execute(spec)
+    error = execute_with_killed_workers(spec, monkeypatch)
     assert re.match(
         r"worker process \d+ was killed by SIGKILL\. If that was the kernel, for lack of memory, lower", str(error.value)
     )
@@ -401,11 +406,8 @@ def test_time_left_is_told_once_it_is_known(
     prepare: Callable[..., PreprocessSpec], small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, told = prepare(lines_of(TEXTS)), list[str]()
-    with monkeypatch.context() as patch:
-        patch.setattr(runtime.Context, "progress", lambda *_: [os.kill(child, signal.SIGKILL) for child in workers()])
-        with pytest.raises(runtime.Interrupted):
-            execute(spec)
-    monkeypatch.setattr(runtime.Context, "progress", lambda self, done, total, text: told.append(text))
+    execute_with_killed_workers(spec, monkeypatch)
+    monkeypatch.setattr(Context, "progress", lambda self, done, total, text: told.append(text))
     execute(spec)
     checks = [text for text in told if "checking" in text]
     assert re.fullmatch(r"0 tokens · checking 1 of \d+ finished parts", checks[0])
@@ -449,7 +451,7 @@ def test_stopped_with_its_whole_group_it_ends_quietly(
             pass  # at work
     os.killpg(process.pid, number)
     _, err = process.communicate()  # returns when no process holds the pipes any more
-    assert process.returncode == runtime.ExitCode.INTERRUPTED
+    assert process.returncode == ExitCode.INTERRUPTED
     assert err == f"error: preprocess: stopped by {number.name}; run it again to go on\n"
     assert not spec.folder.exists()
     assert not list(spec.folder.parent.glob(".*.partial/*.idx"))  # parts at most

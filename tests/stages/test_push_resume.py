@@ -14,9 +14,9 @@ from huggingface_hub import HfApi
 from push_inputs import FILES, PUBLISHED, TOKEN, done, push_inputs, push_spec, refused, run, sha256, started
 
 from stages import hub_upload
+from stages.context import Context
 from stages.contracts.specs import Ref
 from stages.hub_upload import Push
-from stages.runtime import Context
 
 BIG = 17 << 20  # bytes: such a file is sent by itself
 SHARDS = {f"model-0000{n}-of-00003.safetensors": np.random.default_rng(n).bytes(BIG + n) for n in (1, 2, 3)}

@@ -11,23 +11,28 @@ from typing import NamedTuple
 
 import pytest
 
-from stages import runtime
+from stages import context, runtime
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts.data_settings import DataSettings
+from stages.contracts.process import EVENT_PREFIX
 from stages.contracts.specs import DownloadDataSpec, PreprocessSpec, Ref
+from stages.outcomes import BadInput
+from stages.spec_file import read_spec
 
 STAGE = '''
 import errno, os, sys, time
 from stages import runtime
 from stages.contracts import artifacts as a
+from stages.outcomes import BadInput, GateFailed
 
 def run(spec, ctx):
     """A stage of one file."""
     (ctx.scratch / "data.jsonl").write_text("one\\n")
     print("working", flush=True)
     match os.environ.get("DO"):
-        case "bad": raise runtime.BadInput("data.source: is wrong; change it")
-        case "gate": raise runtime.GateFailed("layer 14 differs")
+        case "bad": raise BadInput("data.source: is wrong; change it")
+        case "gate": raise GateFailed("layer 14 differs")
         case "crash": raise RuntimeError("boom")
         case "full": raise OSError(errno.ENOSPC, "No space left on device", "data.jsonl")
         case "full copy": raise OSError(errno.ENOSPC, "No space left on device", "source.jsonl", None, "data.jsonl")
@@ -63,7 +68,7 @@ def start(tmp_path: Path, spec: DownloadDataSpec) -> Callable[..., subprocess.Po
 def made(spec: DownloadDataSpec, text: str = "one\n") -> a.Artifact:
     """Run the work in this process."""
 
-    def run(spec: DownloadDataSpec, ctx: runtime.Context) -> a.Artifact:
+    def run(spec: DownloadDataSpec, ctx: Context) -> a.Artifact:
         (ctx.scratch / "data.jsonl").write_text(text)
         (ctx.scratch / "log.txt").write_text(os.urandom(4).hex())
         return ctx.artifact(
@@ -156,7 +161,7 @@ def test_outcomes(start: Callable[..., subprocess.Popen[str]], spec: DownloadDat
 
 def test_errors_are_events_for_a_launcher(start: Callable[..., subprocess.Popen[str]]) -> None:
     stdout, _ = start(DO="gate", STAGE_EVENTS="1").communicate()
-    events = [json.loads(line.removeprefix(runtime.EVENT_PREFIX)) for line in stdout.splitlines() if line.startswith("@@")]
+    events = [json.loads(line.removeprefix(EVENT_PREFIX)) for line in stdout.splitlines() if line.startswith("@@")]
     assert events == [{"event": "error", "message": "layer 14 differs", "code": 3}]
 
 
@@ -206,8 +211,8 @@ def test_a_bad_spec_is_one_clear_line(tmp_path: Path, content: str | None, messa
     path = tmp_path / "spec.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(runtime.BadInput) as caught:
-        runtime.read_spec(path, {"data": "download-data"})
+    with pytest.raises(BadInput) as caught:
+        read_spec(path, {"data": "download-data"})
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
 
@@ -215,21 +220,21 @@ def test_a_bad_spec_is_one_clear_line(tmp_path: Path, content: str | None, messa
 def test_inputs_are_checked(tmp_path: Path, spec: DownloadDataSpec) -> None:
     artifact = made(spec)
 
-    def context(**refs: Ref) -> runtime.Context:
-        return runtime.Context(PreprocessSpec(workspace=spec.workspace, inputs=refs), tmp_path)
+    def context(**refs: Ref) -> Context:
+        return Context(PreprocessSpec(workspace=spec.workspace, inputs=refs), tmp_path)
 
     good = Ref(path=artifact.path, fingerprint=artifact.fingerprint)
     assert context(data=good).input("data", a.RawDataArtifact) == (artifact, spec.folder)
-    with pytest.raises(runtime.BadInput, match=r"inputs\.data: missing from the spec"):
+    with pytest.raises(BadInput, match=r"inputs\.data: missing from the spec"):
         context().input("data", a.RawDataArtifact)
-    with pytest.raises(runtime.BadInput, match="holds a raw-data artifact, this needs a ModelArtifact"):
+    with pytest.raises(BadInput, match="holds a raw-data artifact, this needs a ModelArtifact"):
         context(data=good).input("data", a.ModelArtifact)
-    with pytest.raises(runtime.BadInput, match="the spec asks for 123"):
+    with pytest.raises(BadInput, match="the spec asks for 123"):
         context(data=Ref(path=artifact.path, fingerprint="123")).input("data", a.RawDataArtifact)
-    with pytest.raises(runtime.BadInput, match=r"no artifact\.json in it"):
+    with pytest.raises(BadInput, match=r"no artifact\.json in it"):
         context(data=Ref(path="download/none")).input("data", a.RawDataArtifact)
     (spec.folder / "data.jsonl").write_text("onf\n")
-    with pytest.raises(runtime.BadInput, match=r"data\.jsonl: its digest is not the one"):
+    with pytest.raises(BadInput, match=r"data\.jsonl: its digest is not the one"):
         context(data=good).input("data", a.RawDataArtifact)
 
 
@@ -251,35 +256,35 @@ def altered(spec: DownloadDataSpec) -> Altered:
     return Altered(PreprocessSpec(workspace=spec.workspace, inputs={"data": Ref(path=artifact.path)}), file)
 
 
-def finish(ctx: runtime.Context) -> a.RawDataArtifact:
+def finish(ctx: Context) -> a.RawDataArtifact:
     return ctx.artifact(a.RawDataArtifact, figure="", documents=1, source="s", revision=None, text_bytes=3, sets=())
 
 
 def test_nothing_is_published_of_an_altered_input(altered: Altered) -> None:
     read: list[str] = []
 
-    def run(spec: PreprocessSpec, ctx: runtime.Context) -> a.Artifact:
+    def run(spec: PreprocessSpec, ctx: Context) -> a.Artifact:
         _, folder = ctx.input("data", a.RawDataArtifact, is_checked_meanwhile=True)
         read.append((folder / "data.jsonl").read_text())
         return finish(ctx)
 
-    with pytest.raises(runtime.BadInput, match=r"^inputs\.data: \S+data\.jsonl: its digest is not the one"):
+    with pytest.raises(BadInput, match=r"^inputs\.data: \S+data\.jsonl: its digest is not the one"):
         runtime.execute(altered.spec, run)
     assert read == ["two\n"]  # the stage went on meanwhile
     assert not altered.spec.folder.exists()
 
 
 def test_damage_is_told_and_not_what_followed_from_it(altered: Altered) -> None:
-    def run(spec: PreprocessSpec, ctx: runtime.Context) -> a.Artifact:
+    def run(spec: PreprocessSpec, ctx: Context) -> a.Artifact:
         ctx.input("data", a.RawDataArtifact, is_checked_meanwhile=True)
         raise ValueError("what is this?")
 
-    with pytest.raises(runtime.BadInput, match=r"data\.jsonl: its digest is not the one"):
+    with pytest.raises(BadInput, match=r"data\.jsonl: its digest is not the one"):
         runtime.execute(altered.spec, run)
 
 
 def test_other_faults_are_told_where_the_input_is_right(altered: Altered) -> None:
-    def run(spec: PreprocessSpec, ctx: runtime.Context) -> a.Artifact:
+    def run(spec: PreprocessSpec, ctx: Context) -> a.Artifact:
         ctx.input("data", a.RawDataArtifact, is_checked_meanwhile=True)
         raise ValueError("what is this?")
 
@@ -290,17 +295,17 @@ def test_other_faults_are_told_where_the_input_is_right(altered: Altered) -> Non
 
 def test_a_missing_file_is_told_at_once(altered: Altered) -> None:
     altered.file.write_text("longer")
-    ctx = runtime.Context(altered.spec, altered.spec.folder)
-    with pytest.raises(runtime.BadInput, match=r"inputs\.data: \S+data\.jsonl: has 6 bytes, its artifact says 4"):
+    ctx = Context(altered.spec, altered.spec.folder)
+    with pytest.raises(BadInput, match=r"inputs\.data: \S+data\.jsonl: has 6 bytes, its artifact says 4"):
         ctx.input("data", a.RawDataArtifact, is_checked_meanwhile=True)
 
 
 def test_facts_of_an_input_of_which_no_file_is_read(altered: Altered) -> None:
     altered.file.unlink()
 
-    def run(spec: PreprocessSpec, ctx: runtime.Context) -> a.Artifact:
+    def run(spec: PreprocessSpec, ctx: Context) -> a.Artifact:
         assert ctx.facts("data", a.RawDataArtifact).documents == 1
-        with pytest.raises(runtime.BadInput, match="holds a raw-data artifact, this needs a ModelArtifact"):
+        with pytest.raises(BadInput, match="holds a raw-data artifact, this needs a ModelArtifact"):
             ctx.facts("data", a.ModelArtifact)
         return finish(ctx)
 
@@ -315,9 +320,9 @@ def test_a_digest_that_is_known_is_not_taken_again(spec: DownloadDataSpec, monke
         taken.append(path.name)
         return "0" * 64
 
-    monkeypatch.setattr(runtime, "file_blake3", digest)
+    monkeypatch.setattr(context, "file_blake3", digest)
 
-    def run(spec: DownloadDataSpec, ctx: runtime.Context) -> a.Artifact:
+    def run(spec: DownloadDataSpec, ctx: Context) -> a.Artifact:
         for name in ("a", "b"):
             (ctx.scratch / name).write_text(name)
         return ctx.artifact(

@@ -20,10 +20,12 @@ from megatron_core_impl.data.tokenizer import load_tokenizer
 from megatron_core_impl.train_config import DataSet, Job, TrainConfig
 from megatron_core_impl.training_data import TrainingData, open_data
 from stages import download, preprocess, runtime
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts.config import ModelSettings, PipelineConfig, PreprocessSettings
 from stages.contracts.data_settings import DataSettings
 from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec, PreprocessSpec, Ref
+from stages.outcomes import BadInput
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
 GOLDEN_TOKENIZER = GOLDEN / "tokenizer" / "llama2.model"
@@ -46,7 +48,7 @@ def read(tmp_path: Path, tokenizer: Path) -> Read:
 
     def read(data: dict[str, Any], *, model: Path = tokenizer, added: tuple[str, ...] = (), **settings: Any) -> Any:
 
-        def make_model(spec: DownloadModelSpec, ctx: runtime.Context) -> a.ModelArtifact:
+        def make_model(spec: DownloadModelSpec, ctx: Context) -> a.ModelArtifact:
             (ctx.scratch / "files").mkdir()
             (ctx.scratch / "files" / "tokenizer.model").write_bytes(model.read_bytes())
             size = load_tokenizer(ctx.scratch / "files").vocab_size
@@ -216,7 +218,7 @@ def test_conversations(read: Read, tmp_path: Path) -> None:
 def test_what_is_not_what_it_should_be(read: Read, tmp_path: Path, spoil: Callable[[Path], Any], told: str) -> None:
     write(tmp_path / "d", [7], [8, 9])
     spoil(tmp_path)
-    with pytest.raises(runtime.BadInput, match="^the tokenized data d: .*" + re.escape(told)):
+    with pytest.raises(BadInput, match="^the tokenized data d: .*" + re.escape(told)):
         read(tokenized(tmp_path / "d"))
 
 
@@ -231,7 +233,7 @@ def test_what_is_not_what_it_should_be(read: Read, tmp_path: Path, spoil: Callab
 )
 def test_conversations_that_are_none(read: Read, tmp_path: Path, roles: Any, weights: Any, told: str) -> None:
     write_conversations(tmp_path / "d", [[5, 6]], roles, weights)
-    with pytest.raises(runtime.BadInput, match=told):
+    with pytest.raises(BadInput, match=told):
         read(tokenized(tmp_path / "d"), chat_template="chatml", added=("<|im_start|>", "<|im_end|>"))
 
 
@@ -248,10 +250,10 @@ def test_what_is_not_there(read: Read, tmp_path: Path) -> None:
         ({"blend": [tokenized(tmp_path / "data"), tokenized(tmp_path / "talks")]},
          "data: data.blend[0] is text and data.blend[1] is conversations; a model is trained on one"),
     ):  # fmt: skip
-        with pytest.raises(runtime.BadInput, match=re.escape(told)):
+        with pytest.raises(BadInput, match=re.escape(told)):
             read(data)
     (tmp_path / "talks-role.bin").unlink()
-    with pytest.raises(runtime.BadInput, match=r"talks lacks talks-role\.bin: it needs \.bin and \.idx of -text and -role"):
+    with pytest.raises(BadInput, match=r"talks lacks talks-role\.bin: it needs \.bin and \.idx of -text and -role"):
         read(tokenized(tmp_path / "talks"))
     with pytest.raises(ValueError, match="columns is for conversations"):
         DataSettings.model_validate({**tokenized(tmp_path / "data"), "columns": {"messages": "x"}})

@@ -19,8 +19,10 @@ from megatron_core_impl.checkpoint.training import finished_steps
 from megatron_core_impl.mesh import Mesh
 from stages import runtime, torchrun, train
 from stages.contracts import artifacts as a
+from stages.contracts.process import ExitCode
 from stages.contracts.specs import TrainSpec
 from stages.contracts.training_job import INDEX
+from stages.outcomes import GateFailed, Interrupted, StageError
 
 
 def scratch_of(spec: TrainSpec) -> Path:
@@ -92,7 +94,7 @@ def test_stops_when_asked_and_goes_on_under_another_layout(tmp_path: Path, start
     stage.wait_for("step   2/160 · loss ")
     stage.process.send_signal(signal.SIGTERM)
     code, _, err = stage.end()
-    assert code == runtime.ExitCode.INTERRUPTED
+    assert code == ExitCode.INTERRUPTED
     [step] = finished_steps(scratch_of(spec) / "checkpoints")
     assert 2 <= step < 160
     assert err == f"error: train: stopped; saved at step {step}; run again to go on from step {step}\n"
@@ -168,7 +170,7 @@ def test_a_killed_worker_is_named_and_takes_nobody_along_unseen(tmp_path: Path, 
     os.kill(stage.processes()["1"], signal.SIGKILL)
     code, _, err = stage.end()
     last = finished_steps(scratch_of(spec) / "checkpoints")[0]
-    assert code == runtime.ExitCode.BAD_INPUT
+    assert code == ExitCode.BAD_INPUT
     assert err.startswith("error: train: rank 1 was killed by the kernel (out of memory?) in step ")
     assert f". Last checkpoint: step {last}. Lower train.micro_batch_size (now 2) if memory is short; else run again to" in err
     assert err.count("\n") == 1, "one line, no traceback of those who missed it"
@@ -179,7 +181,7 @@ def test_a_killed_worker_is_named_and_takes_nobody_along_unseen(tmp_path: Path, 
 def test_an_error_of_all_workers_is_told_once(tmp_path: Path, start: Callable[[TrainSpec], Stage]) -> None:
     wrong = put_weights(tmp_path, replace(MODEL, intermediate_size=32), tp=2)
     code, out, err = start(spec_of(tmp_path, tp=2, weights=wrong)).end()
-    assert code == runtime.ExitCode.BAD_INPUT
+    assert code == ExitCode.BAD_INPUT
     assert err.startswith("error: train: model.layers.0.mlp.gate_proj.weight ")
     assert "(24, 16)" in err
     assert "(32, 16)" in err
@@ -202,7 +204,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk(small_disk: Path, start: Callable[[TrainSpec], Stage]) -> None:
     spec = spec_of(small_disk, steps=3, checkpoint_interval=1)
     code, _, err = start(spec).end()
-    assert code == runtime.ExitCode.BAD_INPUT
+    assert code == ExitCode.BAD_INPUT
     assert err.startswith("error: train: no space left at ")
     assert "make room or choose another workspace, then run again" in err
     assert not spec.folder.exists()
@@ -219,7 +221,7 @@ def test_a_changed_byte(tmp_path: Path, start: Callable[[TrainSpec], Stage]) -> 
     data[100] ^= 1
     file.write_bytes(data)
     code, _, err = start(spec).end()
-    assert code == runtime.ExitCode.BAD_INPUT
+    assert code == ExitCode.BAD_INPUT
     assert err.startswith(f"error: train: inputs.dataset: {file}: its digest is not the one its artifact records")
 
 
@@ -233,7 +235,7 @@ def outcome_text(tmp_path: Path, outcome: torchrun.Outcome, step: int = 40, **se
 
 def test_a_pause_is_an_interruption(tmp_path: Path) -> None:
     """The worker stops by itself, as stop_after_minutes asks: not finished, and nothing is wrong."""
-    with pytest.raises(runtime.Interrupted, match=r"^stopped; saved at step 1; run again to go on from step 1$"):
+    with pytest.raises(Interrupted, match=r"^stopped; saved at step 1; run again to go on from step 1$"):
         runtime.execute(spec_of(tmp_path, stop_after_minutes=0.0001), train.run, resumable=True)
 
 
@@ -247,7 +249,7 @@ def test_out_of_memory(tmp_path: Path) -> None:
     assert text.endswith(
         "Set train.recompute to full (now none), lower train.sequence_length (now 16), or raise layout.tp (now 1) or pp (now 1)"
     )
-    assert kind is runtime.StageError
+    assert kind is StageError
 
 
 def test_a_defect_shows_its_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,7 +257,7 @@ def test_a_defect_shows_its_traceback(tmp_path: Path, capsys: pytest.CaptureFixt
     outcome = torchrun.Outcome(returncode=1, errors=[event, {**event, "rank": 0, "message": "connection closed by peer"}])
     kind, text = outcome_text(tmp_path, outcome)
     assert kind is train.WorkerCrashed
-    assert train.WorkerCrashed.code == runtime.ExitCode.CRASH
+    assert train.WorkerCrashed.code == ExitCode.CRASH
     assert text.startswith("rank 1, in step 41: KeyError: 'x'. This is a defect of ours; the traceback is above")
     assert str(tmp_path / "logs" / "workers.log") in text
     assert capsys.readouterr().err == "Traceback …\nKeyError: 'x'\n"
@@ -263,7 +265,7 @@ def test_a_defect_shows_its_traceback(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_divergence_is_a_failed_check(tmp_path: Path) -> None:
     outcome = torchrun.Outcome(returncode=1, errors=[{"kind": "diverged", "rank": 0, "message": "Lower lr"}])
-    assert outcome_text(tmp_path, outcome) == (runtime.GateFailed, "Lower lr")
+    assert outcome_text(tmp_path, outcome) == (GateFailed, "Lower lr")
 
 
 def test_another_signal_is_named(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from train_inputs import cut_spec, put_conversations, put_dataset, put_weights, 
 
 from stages import runtime, torchrun, train
 from stages.contracts.specs import TrainSpec
+from stages.outcomes import BadInput
 
 
 def refusal(spec: TrainSpec) -> str:
-    with pytest.raises(runtime.BadInput) as error:
+    with pytest.raises(BadInput) as error:
         runtime.execute(spec, train.run, resumable=True)
     return str(error.value)
 

@@ -23,7 +23,8 @@ from megatron_core_impl.mesh import Mesh
 from stages import both_models, gate, runtime, verify
 from stages.contracts import artifacts as a
 from stages.contracts import specs
-from stages.runtime import BadInput, ExitCode, GateFailed
+from stages.contracts.process import ExitCode
+from stages.outcomes import BadInput, GateFailed
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from stages import convert, download, export, preprocess, runtime, train, verify
 from stages.contracts import artifacts as a
 from stages.contracts import config as c
 from stages.contracts import specs
-from stages.runtime import BadInput, GateFailed
+from stages.outcomes import BadInput, GateFailed
 from stages.tokenizer_files import check_vocabulary
 
 ADDED = ("<|sep|>", "<|im_end|>")

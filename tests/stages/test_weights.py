@@ -19,8 +19,9 @@ from megatron_core_impl.config import Layout
 from stages import convert, merge, runtime, shard
 from stages.contracts import artifacts as a
 from stages.contracts import words
+from stages.contracts.process import EVENT_PREFIX
 from stages.contracts.specs import ConvertSpec, MergeSpec, ShardSpec
-from stages.runtime import BadInput, GateFailed
+from stages.outcomes import BadInput, GateFailed
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "megatron_llm" / "llama2_gqa" / "hf"
 
@@ -118,8 +119,8 @@ def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     weights = converted(tmp_path, make_model(tmp_path, random_model()))
     monkeypatch.setenv("STAGE_EVENTS", "1")
     sharded(tmp_path, weights, tp=2)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(runtime.EVENT_PREFIX)]
-    last = json.loads(lines[-1].removeprefix(runtime.EVENT_PREFIX))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(EVENT_PREFIX)]
+    last = json.loads(lines[-1].removeprefix(EVENT_PREFIX))
     assert last["done"] == last["total"] > 0
 
 

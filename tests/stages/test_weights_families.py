@@ -22,7 +22,7 @@ from stages import convert, export, merge, runtime, shard, verify
 from stages.contracts import artifacts as a
 from stages.contracts import specs
 from stages.contracts.train_settings import TrainSettings
-from stages.runtime import BadInput, GateFailed
+from stages.outcomes import BadInput, GateFailed
 
 FALCON: dict[str, Any] = {
     "model_type": "falcon", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

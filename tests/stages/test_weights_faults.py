@@ -18,7 +18,9 @@ from megatron_core_impl.checkpoint.safetensors_io import SafetensorsWriter
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.config import Layout
 from stages import convert, runtime
+from stages.context import Context
 from stages.contracts import artifacts as a
+from stages.contracts.process import ExitCode
 from stages.contracts.specs import ConvertSpec, MergeSpec, ShardSpec, Spec
 
 # Runs a stage that kills itself, as the kernel would, at the n-th block of rows it writes.
@@ -66,7 +68,7 @@ def test_altered_input_is_refused_by_file(tmp_path: Path) -> None:
     model = make_model(tmp_path, random_model())
     flip_a_byte(model.folder(tmp_path) / "files" / "model.safetensors")
     done = start(ConvertSpec(workspace=str(tmp_path), inputs={"model": ref(model)}), tmp_path)
-    assert done.returncode == runtime.ExitCode.BAD_INPUT, done.stderr
+    assert done.returncode == ExitCode.BAD_INPUT, done.stderr
     assert done.stderr.startswith("error: convert: inputs.model: ")
     assert "files/model.safetensors: its digest is not the one its artifact records: it was changed" in done.stderr
     assert "Traceback" not in done.stderr
@@ -77,7 +79,7 @@ def test_altered_checkpoint_is_refused_by_file(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, random_model(dtype=torch.float32), layout=Layout(tp=2))
     flip_a_byte(checkpoint.folder(tmp_path) / "checkpoints" / "step-000002" / "rank-0001.safetensors")
     done = start(MergeSpec(workspace=str(tmp_path), inputs={"checkpoint": ref(checkpoint)}), tmp_path)
-    assert done.returncode == runtime.ExitCode.BAD_INPUT, done.stderr
+    assert done.returncode == ExitCode.BAD_INPUT, done.stderr
     assert done.stderr.startswith("error: merge: inputs.checkpoint: ")
     assert "step-000002/rank-0001.safetensors: its digest is not the one" in done.stderr
     assert published(tmp_path, "merge") == []
@@ -123,7 +125,7 @@ def test_full_disk_is_said_and_leaves_nothing(small_disk: Path, tmp_path: Path) 
     model = make_model(small_disk, random_model(hf), hf=hf)  # 560 kB: it fits once
     weights = runtime.execute(ConvertSpec(workspace=str(small_disk), inputs={"model": ref(model)}), convert.run)  # a link
     done = start(ShardSpec(workspace=str(small_disk), inputs={"weights": ref(weights)}), tmp_path)
-    assert done.returncode == runtime.ExitCode.BAD_INPUT, done.stderr
+    assert done.returncode == ExitCode.BAD_INPUT, done.stderr
     assert done.stderr.startswith("error: shard: no space left at ")
     assert "rank-0000.safetensors: make room or choose another workspace, then run again" in done.stderr
     assert "Traceback" not in done.stderr
@@ -149,7 +151,7 @@ def test_finished_result_is_not_made_again(tmp_path: Path, monkeypatch: pytest.M
     spec = ConvertSpec(workspace=str(tmp_path), inputs={"model": ref(model)})
     first = runtime.execute(spec, convert.run)
 
-    def run(spec: ConvertSpec, ctx: runtime.Context) -> a.Artifact:
+    def run(spec: ConvertSpec, ctx: Context) -> a.Artifact:
         raise AssertionError("made again")
 
     assert runtime.execute(spec, run) == first

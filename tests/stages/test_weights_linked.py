@@ -16,7 +16,7 @@ from megatron_core_impl.checkpoint.sharded import WeightsReader, open_weights
 from stages import convert, linked_weights, runtime, shard
 from stages.contracts import artifacts as a
 from stages.contracts.specs import ConvertSpec, ShardSpec
-from stages.runtime import BadInput, GateFailed
+from stages.outcomes import BadInput, GateFailed
 
 
 def converted(workspace: Path, model: a.ModelArtifact) -> a.WeightsArtifact:

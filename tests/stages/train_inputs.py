@@ -11,6 +11,7 @@ from tiny_training import MODEL, write_dataset, write_weights
 
 from megatron_core_impl.config import ModelConfig
 from stages import runtime
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts.specs import PreprocessSpec, Ref, ShardSpec, Spec, TrainSpec
 from stages.contracts.train_settings import LayoutSettings, TrainSettings
@@ -24,7 +25,7 @@ SETTINGS = {
 def put(spec: Spec, write: Callable[[Path], None], kind: type[a.Artifact], **facts: Any) -> a.Artifact:
     """Publish an artifact of the test's own."""
 
-    def run(spec: Spec, ctx: runtime.Context) -> a.Artifact:
+    def run(spec: Spec, ctx: Context) -> a.Artifact:
         write(ctx.scratch)
         return ctx.artifact(kind, figure="made by a test", **facts)
 

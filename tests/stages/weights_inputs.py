@@ -15,6 +15,7 @@ from megatron_core_impl.checkpoint.slicing import dp_rows, rank_slices, replica
 from megatron_core_impl.config import Layout, ModelConfig
 from megatron_core_impl.models import families
 from stages import runtime
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts.config import ModelSettings
 from stages.contracts.specs import DownloadModelSpec, Ref, TrainSpec
@@ -49,7 +50,7 @@ def make_model(
 ) -> a.ModelArtifact:
     """What download makes of a Hugging Face model. `changes` are facts that differ from config.json's."""
 
-    def run(spec: DownloadModelSpec, ctx: runtime.Context) -> a.ModelArtifact:
+    def run(spec: DownloadModelSpec, ctx: Context) -> a.ModelArtifact:
         files = ctx.scratch / "files"
         files.mkdir()
         (files / "config.json").write_text(json.dumps(hf))
@@ -73,7 +74,7 @@ def make_checkpoint(
     config = families.config_from_hf(hf)
     specs = families.tensors(config)
 
-    def run(spec: TrainSpec, ctx: runtime.Context) -> a.CheckpointArtifact:
+    def run(spec: TrainSpec, ctx: Context) -> a.CheckpointArtifact:
         folder = ctx.scratch / "checkpoints" / "step-000002"
         folder.mkdir(parents=True)
         for rank in range(layout.world_size):
