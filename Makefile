@@ -7,10 +7,10 @@ PYTHON := $(firstword $(foreach name,python3.12 python3.11 python3 python,$(shel
 	'import sys; (3, 11) <= sys.version_info[:2] <= (3, 12) and print("$(name)")' 2>/dev/null)))
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo demo-chat test check clean
+.PHONY: help demo demo-chat test test-containers test-browser image-cpu image-gpu image-runner wheels check clean
 
 help: ## show what there is
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 11
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 demo: $(INSTALLED) ## the whole job on this machine: base model and text to a fine-tuned model, in minutes
 	@$(BIN)/python configs/demo_inputs.py workspace/demo
@@ -23,6 +23,33 @@ demo-chat: $(INSTALLED) ## the same for instruction tuning: a small model learns
 # Two files at a time: much of a test's time is waiting for processes to start.
 test: $(INSTALLED) ## run the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# An engine and images where there are none: tests/containers/prepare.sh. Two files at a time, as above.
+test-containers: $(INSTALLED) ## run the tests that need a Docker engine and the image megatron-flows:cpu
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m docker tests/containers tests/compose $(ARGS)
+
+# A browser where there is none: tests/browser/prepare.sh.
+test-browser: $(INSTALLED) ## run the tests of the web UI, which need Chromium
+	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[browser]'
+	@$(BIN)/python -m pytest -m browser tests/browser $(ARGS)
+
+DOCKER := docker
+image-cpu: ## build the image of stages on machines without GPU
+	DOCKER_BUILDKIT=1 $(DOCKER) build $(BUILD) -f containers/cpu.Dockerfile -t megatron-flows:cpu .
+
+image-gpu: ## build the image of stages on machines with NVIDIA GPUs
+	DOCKER_BUILDKIT=1 $(DOCKER) build $(BUILD) -f containers/gpu.Dockerfile -t megatron-flows:gpu .
+
+image-runner: ## build the image of a runner for CPUs, on image-cpu's (docker-compose.yml)
+	DOCKER_BUILDKIT=1 $(DOCKER) build $(BUILD) -f containers/runner.Dockerfile -t megatron-flows:runner .
+
+wheels: containers/wheels/.fetched ## fetch what images need, so that they can be built without a network
+containers/wheels/.fetched: $(INSTALLED) constraints.txt
+	@rm -f containers/wheels/*.whl
+	@$(BIN)/python -m pip download -qq -c constraints.txt -d containers/wheels torch
+	@$(BIN)/python -m pip download -qq -c constraints.txt -d containers/wheels '.[core,flows]'
+	@rm -f containers/wheels/megatron_flows-*.whl
+	@touch $@
 
 check: $(INSTALLED) ## lint and type-check
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

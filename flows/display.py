@@ -53,7 +53,8 @@ def _running_for(record: NodeRecord) -> str:
 
 def header(record: RunRecord) -> Text:
     """The first line of a run."""
-    text = Text("finetune-llama2", style="bold").append(" · run ").append(record.name, style="bold")
+    what = "finetune-llama2" if record.stage is None else f"stage/{record.stage}"
+    text = Text(what, style="bold").append(" · run ").append(record.name, style="bold")
     return text.append(f" · {record.page}") if record.page else text
 
 

@@ -25,6 +25,8 @@ def go_on(workspace: Path, record: RunRecord, option: str) -> str:
     it has to run. `--stage` does what depends on it again, too. Where that would throw away a finished training, the
     damaged folder is removed instead: the same bits, made again, leave everything after them as it is.
     """
+    if record.stage is not None:  # of a deployment of one stage: a runner does it
+        return f"prefect flow-run retry {record.flow_run_id}"
     command = f"finetune rerun {record.name}{option}"
     damaged = damaged_sources(record)
     trained = any((workspace / "train").glob(f"*/{ARTIFACT_FILE}"))

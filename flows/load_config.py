@@ -1,5 +1,7 @@
-"""A configuration from YAML and `--set`, or every problem of it as one line that says where, what, and what is legal."""
+"""A configuration from YAML and `--set`, or from a flow's parameters; or every problem of it as one line that says where, what,
+and what is legal."""
 
+import copy
 import json
 import math
 import os
@@ -36,20 +38,37 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     Raises:
         BadConfig: with every problem that could be found at once.
     """
-    data = _read(file)
+    return _checked(_read(file), overrides, where=str(file), option="--set ")
+
+
+def given_config(config: PipelineConfig | dict[str, Any], overrides: Sequence[str] = ()) -> PipelineConfig:
+    """A configuration that came as a parameter of a flow, in a form's fields or as JSON, with overrides as after `--set`.
+
+    Raises:
+        BadConfig: with every problem that could be found at once.
+    """
+    if isinstance(config, PipelineConfig):
+        if not overrides:
+            return config
+        config = config.model_dump(mode="json")
+    return _checked(copy.deepcopy(config), overrides, where="config", option="overrides: ")
+
+
+def _checked(data: dict[str, Any], overrides: Sequence[str], *, where: str, option: str) -> PipelineConfig:
+    """Apply overrides, which errors call `option`, and validate."""
     sources: dict[KeyPath, str] = {}  # path -> the override it came from, which may have made the section, too
     for text in overrides:
-        sources |= dict.fromkeys(_override(data, text), text)
-    problems = [f"{_where(file, sources, path)}: {told}" for path, told in _impossible_numbers(data)]
+        sources |= dict.fromkeys(_override(data, text, option), option + text)
+    problems = [f"{_where(where, sources, path)}: {told}" for path, told in _impossible_numbers(data)]
     if not problems:
         try:
             # Strict, but as JSON: a list is a tuple, a whole number is a float, and nothing else is what it is not.
             return PipelineConfig.model_validate_json(json.dumps(data, default=str), strict=True)
         except ValidationError as error:
             # First, for whoever mends only what the batches need of a layout would be refused again.
-            problems += [_line(str(file), told) for told in preflight.refused_layout(data)]
+            problems += [_line(where, told) for told in preflight.refused_layout(data)]
             problems += [
-                _line(_where(file, sources, problem["loc"]), explain(problem))
+                _line(_where(where, sources, problem["loc"]), explain(problem))
                 for problem in error.errors(include_url=False)
                 if not (problem["type"] == "too_short" and problem["input"])  # told of a list whose items are wrong
             ]
@@ -135,12 +154,12 @@ def _read(file: Path) -> dict[str, Any]:
     return data
 
 
-def _override(data: dict[str, Any], text: str) -> list[KeyPath]:
+def _override(data: dict[str, Any], text: str, option: str) -> list[KeyPath]:
     """Put one `a.b=value` or `a.b[0].c=value` into the data. Returns the paths that were not there like this before."""
     key, sign, value = text.partition("=")
     path = _path(key.strip())
     if not sign or not path:
-        raise BadConfig([f"--set {text}: must be key.path=value, e.g. --set train.lr=1e-4 or data.blend[0].weight=2"])
+        raise BadConfig([f"{option}{text}: must be key.path=value, e.g. {option}train.lr=1e-4 or data.blend[0].weight=2"])
     try:
         parsed = YAML(typ="safe", pure=True).load(value)
     except YAMLError:
@@ -151,9 +170,9 @@ def _override(data: dict[str, Any], text: str) -> list[KeyPath]:
         if isinstance(part, int):
             if not isinstance(here, list) or part >= len(here):
                 told = f"has {len(here)} items, the first is [0]" if isinstance(here, list) else "is no list"
-                raise BadConfig([f"--set {text}: {key_of(path[:depth])} {told}"])
+                raise BadConfig([f"{option}{text}: {key_of(path[:depth])} {told}"])
         elif not isinstance(here, dict):
-            raise BadConfig([f"--set {text}: {key_of(path[:depth])} is no section"])
+            raise BadConfig([f"{option}{text}: {key_of(path[:depth])} is no section"])
         if depth == len(path) - 1:
             here[part] = parsed
         elif isinstance(part, str) and here.get(part) is None and isinstance(path[depth + 1], str):
@@ -182,13 +201,13 @@ def _impossible_numbers(data: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath
         yield path, f"{data} is not a number that can be used"
 
 
-def _where(file: Path, sources: dict[KeyPath, str], path: KeyPath) -> str:
-    """Where a person has to look: the override that a key, or the section it is in, came from, else the file."""
+def _where(whole: str, sources: dict[KeyPath, str], path: KeyPath) -> str:
+    """Where a person has to look: the override that a key, or the section it is in, came from, else `whole`."""
     key = key_of(path)
     for length in range(len(path), 0, -1):
         if text := sources.get(path[:length]):
-            return f"--set {text}" if text.partition("=")[0].strip() == key else f"--set {text}: {key}"
-    return ": ".join(filter(None, [str(file), key]))
+            return text if text.partition("=")[0].rpartition(" ")[2].strip() == key else f"{text}: {key}"
+    return ": ".join(filter(None, [whole, key]))
 
 
 def _line(where: str, told: str) -> str:

@@ -60,7 +60,7 @@ def _why(spec: Spec) -> str:
         except a.DamagedArtifact as error:
             return f"its result is damaged: {str(error).split('. Remove')[0]}"
         return "what it published is not where it was"
-    partial = spec.folder.parent / f".{spec.key}.partial" / "checkpoints"
+    partial = spec.scratch / "checkpoints"
     if any(partial.glob("step-*/state.json")):
         newest = max(p.parent.name for p in partial.glob("step-*/state.json"))
         return f"goes on from checkpoint {newest}"

@@ -1,6 +1,7 @@
 """What is known of a run: `<workspace>/runs/<name>/`, readable without Prefect and without the process that made it.
 
     run.json            the record: configuration, state, what every node did
+    report.html         all of it for people, written at the end
     <node>              a link to the node's result, ../../<stage>/<key>
     logs/<node>.log     the node's whole output; prefect.log is Prefect's own
     specs/<node>.json   what the node was asked to do: python -m stages.<stage> specs/<node>.json repeats it by hand
@@ -23,6 +24,8 @@ import coolname
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stages.contracts.specs import SPECS
+
+RUN_NAME = r"^[A-Za-z0-9][\w.-]*$"
 
 NodeState = Literal["waiting", "running", "ran", "cached", "failed", "stopped"]
 RunState = Literal["running", "done", "failed", "stopped", "crashed"]
@@ -54,10 +57,13 @@ class RunRecord(BaseModel):
     config: dict[str, Any]
     cwd: str  # relative paths of the configuration start here
     refresh: list[str] = []
+    start_from: list[str] = []  # results that were taken as they are, with what they were made from
+    stage: str | None = None  # the only node that was done, of a run that does one
     pid: int
     started: datetime
     finished: datetime | None = None
     flow_run_id: str | None = None
+    attempt: int = 1  # of the flow run: a retry is the second
     page: str | None = None  # its address in Prefect's web UI
     error: str | None = None
     nodes: dict[str, NodeRecord] = Field(default_factory=lambda: {node: NodeRecord() for node in SPECS})
@@ -78,6 +84,11 @@ class RunFolder:
     def log(self, name: str) -> Path:
         """File of a node's output."""
         return self.path / "logs" / f"{name}.log"
+
+    @property
+    def report(self) -> Path:
+        """File of the report."""
+        return self.path / "report.html"
 
     def spec(self, node: str) -> Path:
         """File of a node's spec."""

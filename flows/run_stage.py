@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar, cast
-from uuid import UUID
 
 from prefect import get_run_logger
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.client.schemas.objects import State
+from prefect.context import TaskRunContext
 from prefect.states import Completed
 
 from flows.launch.protocol import Progress, StageFailed, StageJob
+from flows.pages.live import Live, shown_on
 from flows.run import Run
 from flows.run_record import now
+from flows.turns import in_turn
 from stages.contracts import artifacts as a
 from stages.contracts.process import ExitCode
 from stages.contracts.specs import SPECS, Spec
@@ -26,25 +28,32 @@ A = TypeVar("A", bound=a.Artifact)
 def run_stage(run: Run, kind: type[A], spec_type: type[Spec], **inputs: a.Artifact) -> A:
     """Do the work of a node and return its artifact.
 
-    A result that is there and intact is taken, and the task shows as Cached, even if Prefect's records are gone. A node that
-    is to be refreshed puts its old result aside first; it comes back should the stage fail.
+    A result that is there and intact is taken, and the task shows as Cached, even if Prefect's records are gone; so is one that
+    another run is making, once it is there. A node that is to be refreshed puts its old result aside first; it comes back
+    should the stage fail.
 
     Raises:
         StageFailed: the stage did not end well, or did not leave what it should.
     """
+    if (given := run.given.get(spec_type.NODE)) is not None:
+        return cast(A, _taken(given, "the run starts from it"))
     spec = spec_type.of(run.config, **inputs)
     node = spec.NODE
     run.record.node(node, key=spec.key, path=spec.path)
     if node not in run.refresh and (found := a.find_reusable(spec.folder)) is not None:
-        # To Prefect a returned state is the task's own state; the task's caller gets its data.
-        return cast(A, Completed(name="Cached", message="its folder is intact", data=found))
+        return cast(A, _taken(found, "its folder is intact"))
 
     started = time.monotonic()
     run.folder.unlink(node)
     run.record.node(node, state="running", started=now())
     try:
-        with _set_aside(spec.folder, wanted=node in run.refresh):
-            artifact = _launch(run, kind, spec)
+        with in_turn(run, spec) as holds:
+            if node not in run.refresh and (made := a.find_reusable(spec.folder)) is not None:
+                return cast(A, _taken(made, "another run made it meanwhile"))
+            if False:
+                shutil.rmtree(spec.scratch, ignore_errors=True)
+            with _set_aside(spec.folder, wanted=node in run.refresh):
+                artifact = _launch(run, kind, spec, holds)
     except BaseException as error:
         if isinstance(error, StageFailed):
             run.failures.append(error)
@@ -54,6 +63,11 @@ def run_stage(run: Run, kind: type[A], spec_type: type[Spec], **inputs: a.Artifa
         raise
     run.record.node(node, wall_seconds=round(time.monotonic() - started, 1))
     return artifact
+
+
+def _taken(artifact: a.Artifact, why: str) -> State[a.Artifact]:
+    """To Prefect a returned state is the task's own state; the task's caller gets its data."""
+    return Completed(name="Cached", message=why, data=artifact)
 
 
 def check_training(run: Run, dataset: a.DatasetArtifact, model: a.ModelArtifact) -> None:
@@ -73,21 +87,26 @@ def check_training(run: Run, dataset: a.DatasetArtifact, model: a.ModelArtifact)
         raise failed from None
 
 
-def _launch(run: Run, kind: type[A], spec: Spec) -> A:
-    job = StageJob(node=spec.NODE, stage=spec.STAGE, spec_file=run.folder.spec(spec.NODE), log_file=run.folder.log(spec.NODE))
+def _launch(run: Run, kind: type[A], spec: Spec, holds: tuple[int, ...]) -> A:
+    job = StageJob(
+        node=spec.NODE, stage=spec.STAGE, spec_file=run.folder.spec(spec.NODE), log_file=run.folder.log(spec.NODE),
+        run=run.folder.name, holds=holds,
+    )  # fmt: skip
     job.spec_file.parent.mkdir(exist_ok=True)
     job.spec_file.write_text(spec.model_dump_json(indent=1) + "\n")
     log = PrefectLog(job.log_file)
-    shown = ProgressPage(spec.NODE)
+    context = TaskRunContext.get()
+    assert context is not None
+    with Live(shown_on(run.board, spec, context.task_run.id), log.logger) as live:
 
-    def on_progress(progress: Progress) -> None:
-        run.record.node(spec.NODE, done=progress.share, doing=progress.text)
-        shown.update(progress)
+        def on_progress(progress: Progress) -> None:
+            run.record.node(spec.NODE, done=progress.share, doing=progress.text)
+            live.update(progress)
 
-    try:
-        run.launcher.run(job, on_line=log.line, on_progress=on_progress, stop=run.stop)
-    finally:
-        log.end()
+        try:
+            run.launcher.run(job, on_line=log.line, on_progress=on_progress, stop=run.stop)
+        finally:
+            log.end()
     artifact = a.find_intact(spec.folder)
     if not isinstance(artifact, kind):
         message = f"said it was done, but left no intact {kind.__name__} in {spec.folder}. This is a defect of ours"
@@ -143,34 +162,3 @@ class PrefectLog:
         if self._left_out:
             self.logger.info("… %d more lines in %s", self._left_out, self.log_file)
         self._left_out = 0
-
-
-class ProgressPage:
-    """A stage's progress as an artifact in Prefect's UI, made when there is some, refreshed every few seconds.
-
-    A server that does not answer any more must not end hours of training: the page then stays as it is.
-    """
-
-    SECONDS = 5.0
-
-    def __init__(self, node: str) -> None:
-        self.node = node
-        self._id: UUID | None = None
-        self._next = 0.0
-        self._is_lost = False
-
-    def update(self, progress: Progress) -> None:
-        """Show it, if it is time to."""
-        if self._is_lost or (time.monotonic() < self._next and progress.share < 1):
-            return
-        self._next = time.monotonic() + self.SECONDS
-        percent = round(100 * progress.share, 1)
-        try:
-            if self._id is None:
-                made = create_progress_artifact(percent, key=f"{self.node}-progress", description=progress.text)
-                self._id = cast(UUID, made)
-            else:
-                update_progress_artifact(self._id, progress=percent, description=progress.text)
-        except Exception as error:
-            self._is_lost = True
-            get_run_logger().warning("no more progress in the UI: %s", error)

@@ -14,6 +14,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 import urllib.request
@@ -25,6 +26,7 @@ from flows.launch.process import shim_command
 
 START_SECONDS = 180.0  # a fresh database takes 12 s to set up, three times that on a busy machine
 USUAL_PORT = 4200
+UI_FILES = "ui"  # in the server's home: what browsers get; by default Prefect writes these into its own package
 
 # Of our environment, what the server needs. No token in particular: what it has, its API can be asked for.
 ALLOWED = ("PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH")
@@ -68,6 +70,7 @@ def server_environment(home: Path, port: int, ours: Mapping[str, str]) -> dict[s
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(home / UI_FILES),
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "DO_NOT_TRACK": "1",
     }
@@ -81,8 +84,8 @@ def serving(
     say: Callable[[str], None] = print,
     meanwhile: Callable[[Server], None] = lambda server: None,
 ) -> Iterator[Server]:
-    """A server for as long as this lasts; longer with `keep`, if it is ours. `meanwhile` is called before it
-    answers, and once more where another server took its port and it is started anew.
+    """A server for as long as this lasts; longer with `keep`, if it is ours. Should ours die, it is started again, at its
+    address. `meanwhile` is called before it answers, and once more where another server took its port and it is started anew.
 
     Raises:
         NoServer: the named one does not answer, or the local one does not start.
@@ -105,7 +108,52 @@ def serving(
         while not _wait_for(server, home):
             server = _own(home, keep, say)
             meanwhile(server)
-        yield server
+        with _revived(server, home, say):
+            yield server
+
+
+@contextlib.contextmanager
+def kept_alive() -> Iterator[tuple[int, ...]]:
+    """Keep the local server that Prefect's settings of this process name for as long as this lasts, where it is a local one.
+
+    A run of a runner outlives a runner that is killed, and so must its server. Yields the descriptor of the lock, which other
+    processes can inherit.
+    """
+    home = Path(os.environ.get("PREFECT_HOME", "/nowhere"))
+    server = _running(home) if (home / "server.json").exists() else None
+    if server is None or server.api != os.environ.get("PREFECT_API_URL"):
+        yield ()
+        return
+    with _locked(home / "users.lock", fcntl.LOCK_SH) as descriptor:
+        yield (descriptor,)
+
+
+@contextlib.contextmanager
+def _revived(server: Server, home: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Start our server again whenever it has died, while this lasts: runs find it where it was."""
+    ended = threading.Event()
+    port = int(server.api.removesuffix("/api").rpartition(":")[2])
+
+    def look() -> None:
+        while not ended.wait(1.0):
+            if _is_alive(home):
+                continue
+            with _locked(home / "start.lock", fcntl.LOCK_EX):
+                if not _is_alive(home):
+                    say("the Prefect server died")
+                    _start(home, say, port)
+            with contextlib.suppress(NoServer):
+                if not _wait_for(server, home):
+                    say(f"its port, {port}, is another program's now: nothing is shown until the next start")
+                    return
+
+    thread = threading.Thread(target=look, name="server", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def stays(workspace: Path) -> bool:
@@ -149,11 +197,11 @@ def _running(home: Path) -> Server | None:
     return Server(api=str(known["api"]), pid=int(known["pid"]))
 
 
-def _start(home: Path, say: Callable[[str], None]) -> Server:
+def _start(home: Path, say: Callable[[str], None], port: int | None = None) -> Server:
     is_first = not (home / "prefect.db").exists()
     say(f"starting a Prefect server in the workspace{' (the first time takes longer)' if is_first else ''} …")
     (home / "server.keep").unlink(missing_ok=True)
-    port = _free_port()
+    port = port or _free_port()
     command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     options = ["--while-used", str(home / "users.lock"), "--keep", str(home / "server.keep")]
     with _log(home).open("wb") as log, _locked(home / "server.lock", fcntl.LOCK_EX) as alive:

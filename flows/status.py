@@ -12,7 +12,8 @@ from flows.display import brief, header, node_text, server_is_off
 from flows.go_on import go_on, other_failures, workspace_option
 from flows.run_record import RunFolder, RunRecord, all_runs, now
 from flows.server import page_is_lost
-from flows.summary import print_summary, shown_path
+from flows.story import shown_path
+from flows.summary import print_summary
 from stages.contracts.specs import SPECS
 from stages.contracts.words import ago, plain, seconds
 
@@ -83,6 +84,8 @@ def print_run(folder: RunFolder, record: RunRecord, console: Console) -> None:
     if record.state == "done":
         print_summary(record, folder, console)
     else:
+        if folder.report.exists():
+            say(f"Report:     {shown_path(folder.report)}")
         say(f"Logs:       {shown_path(folder.path / 'logs')}")
         if record.state != "running":
             say(f"Go on:      {go_on(folder.workspace, record, option)}")

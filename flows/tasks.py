@@ -1,17 +1,22 @@
 """One typed task per node of the pipeline, around one way of running a stage.
 
-A task's cache key is its spec's key, so Prefect's records and the stage's own folder agree on what is done. Parameters are
-named as the spec names its inputs.
+A task's cache key has its spec's key in it, so Prefect's records and the stage's own folder agree on what is done. Parameters
+are named as the spec names its inputs.
 """
 
+import hashlib
+import os
 from typing import Any
 
 from prefect import Task, task
-from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 
-from flows.pages import stage_page
+from flows.display import brief
+from flows.launch.protocol import StageFailed
+from flows.pages.failed import failed_page
+from flows.pages.live import progress_key
+from flows.pages.stage import stage_page
 from flows.run import Run
 from flows.run_stage import check_training, run_stage
 from stages.contracts import artifacts as a
@@ -19,10 +24,16 @@ from stages.contracts import specs as s
 
 
 def cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
-    """The node and the key of its spec. Prefect runs a task uncached, without a word, when this raises: it must not."""
+    """The node, the key of its spec, and the workspace: Prefect's records are found from every one, a result in its own only.
+
+    Prefect runs a task uncached, without a word, when this raises: it must not.
+    """
     inputs = {name: value for name, value in parameters.items() if name != "run"}
     run: Run = parameters["run"]
-    return f"{context.task.name}-{s.SPECS[context.task.name].of(run.config, **inputs).key}"
+    given = run.given.get(context.task.name)
+    key = given.key if given is not None else s.SPECS[context.task.name].of(run.config, **inputs).key
+    place = hashlib.sha256(os.fsencode(run.workspace)).hexdigest()[:16]
+    return f"{context.task.name}-{key}-{place}"
 
 
 def record_result(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> None:
@@ -42,8 +53,22 @@ def record_result(task: Task[..., Any], task_run: TaskRun, state: State[Any]) ->
         done=None,
         doing=None,
     )
-    page = stage_page(task.name, artifact, cached=cached)
-    create_markdown_artifact(page, key=task.name, description=artifact.figure)
+    page = stage_page(task.name, artifact, run.workspace, cached=cached)
+    run.board.put(task.name, "markdown", page, artifact.figure, task_run_id=task_run.id, is_final=True)
+    if run.board.has(progress_key(task.name)):  # a stage tells how far it is, not that it is done
+        run.board.put(progress_key(task.name), "progress", 100.0, artifact.figure, is_final=True)
+
+
+def show_failure(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> None:
+    """When a node has failed: its page in the UI says why, and what it said last."""
+    context = TaskRunContext.get()
+    assert context is not None
+    run: Run = context.parameters["run"]
+    error = state.result(raise_on_failure=False)
+    if isinstance(error, StageFailed):
+        record = run.record.snapshot().nodes[error.node]
+        page = failed_page(error.node, error, record, run.workspace)
+        run.board.put(task.name, "markdown", page, brief(error.message), task_run_id=task_run.id, is_final=True)
 
 
 def _node(spec: type[s.Spec]) -> dict[str, Any]:
@@ -54,6 +79,7 @@ def _node(spec: type[s.Spec]) -> dict[str, Any]:
         "persist_result": True,
         "cache_key_fn": cache_key,
         "on_completion": [record_result],
+        "on_failure": [show_failure],
     }
 
 
@@ -73,7 +99,8 @@ def download_data(run: Run) -> a.RawDataArtifact:
 def preprocess(run: Run, data: a.RawDataArtifact, model: a.ModelArtifact) -> a.DatasetArtifact:
     """Text to token ids, in Megatron's format. What training could not begin with is refused before other work is done."""
     done = run_stage(run, a.DatasetArtifact, s.PreprocessSpec, data=data, model=model)
-    check_training(run, done.data if isinstance(done, State) else done, model)
+    if run.does("train"):
+        check_training(run, done.data if isinstance(done, State) else done, model)
     return done
 
 

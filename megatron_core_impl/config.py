@@ -18,6 +18,7 @@ Kernel = Literal["flash-attn", "varlen", "sdpa"]
 # What rows of added tokens begin as: see checkpoint.grown
 NewRows = Literal["mean", "zeros", "last", "normal"]
 Range = tuple[int, int]  # half-open
+MOST_LAYERS = 10_000  # a model of more is a damaged config.json, and takes hours to list
 
 
 def check_choices(settings: "DataclassInstance", *, where: str = "") -> None:
@@ -130,6 +131,8 @@ class ModelConfig:
             "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", at_least=1,
         )  # fmt: skip
         check_numbers(self, "norm_eps", "rope_theta", above=0)
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers={self.num_hidden_layers} is impossible: at most {MOST_LAYERS:,}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} does not divide num_attention_heads={self.num_attention_heads}"

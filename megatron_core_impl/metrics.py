@@ -1,9 +1,10 @@
 """What training tells of itself: a line for people, a line of JSON and TensorBoard scalars every few steps, and how far it is.
 
 `metrics.jsonl` holds one object per line: `{"step", "loss", "lr", "grad_norm", "tokens", "tokens_read", "seconds", …}` for the
-steps since the line before, with `loss_scale` and `batch_size` where these may change, and `data_wait_share`, the share of
-these seconds spent waiting for data; `{"step", "valid_loss", "valid_perplexity", "valid_accuracy", …, "eval_seconds"}` for an
-evaluation (`Sums.metrics`), `test_…` for that of the test split. A figure that is not finite, or that there is not, is null.
+steps since the line before, with `loss_scale` and `batch_size` where these may change, `memory`, the bytes that the process has
+held at most (of its GPU, or of the machine), and `data_wait_share`, the share of these seconds spent waiting for data;
+`{"step", "valid_loss", "valid_perplexity", "valid_accuracy", …, "eval_seconds"}` for an evaluation (`Sums.metrics`), `test_…`
+for that of the test split. A figure that is not finite, or that there is not, is null.
 
 There are two numbers of tokens. `tokens` are those that count: labels with a weight above 0, each of them one whatever its
 weight. `tokens_read` are all that went through the model, padding and what no loss counts included. A loss is divided by
@@ -107,6 +108,7 @@ class Journal:
         grad_norm: float | None,
         loss_scale: float | None = None,
         batch_size: int | None = None,
+        memory: int | None = None,
     ) -> None:
         """Take in a finished step: its loss, its time.
 
@@ -117,6 +119,7 @@ class Journal:
             waited: how many of the seconds were spent waiting for data.
             grad_norm: not finite: the step was skipped for that; None: it was not meant to update anything.
             loss_scale, batch_size: given where they may change from step to step.
+            memory: bytes that this process has held at most.
         """
         window = self._window
         is_skipped = grad_norm is not None and not math.isfinite(grad_norm)
@@ -145,7 +148,9 @@ class Journal:
             ]
             self._report.log(" · ".join(filter(None, [self._place(step), *parts])))
             vary = {
-                name: value for name, value in (("loss_scale", loss_scale), ("batch_size", batch_size)) if value is not None
+                name: value
+                for name, value in (("loss_scale", loss_scale), ("batch_size", batch_size), ("memory", memory))
+                if value is not None
             }
             self._write(
                 step, loss=window.loss, lr=lr, grad_norm=math.nan if grad_norm is None else grad_norm, tokens=window.tokens,

@@ -12,9 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from megatron_core_impl.batches import evaluation_batches, on_device, training_batches
 from megatron_core_impl.checkpoint import training as checkpoints
 from megatron_core_impl.data.samples import Samples
+from megatron_core_impl.host_memory import peak_bytes
 from megatron_core_impl.mesh import Mesh
 from megatron_core_impl.metrics import Journal, Report, Sums, total
 from megatron_core_impl.parallel.pipeline import Pipeline
@@ -96,6 +99,7 @@ def train(job: Job, mesh: Mesh, *, report: Report | None = None, should_stop: Ca
                 grad_norm=result.grad_norm,
                 loss_scale=scale if config.precision == "fp16" else None,
                 batch_size=batch_size if config.ramp_start is not None else None,
+                memory=_peak_memory(mesh.device),
             )
             _count_skipped(state, result, job, scale)
 
@@ -120,6 +124,11 @@ def evaluate(pipeline: Pipeline, samples: Samples, job: Job) -> Sums:
     mesh = pipeline.model.mesh
     with Prefetched(evaluation_batches(samples, job, mesh)) as feed:
         return total(measure_sums(pipeline, on_device(batches, mesh.device)) for batches in feed)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: of tensors on its GPU, or on a CPU of everything."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()
 
 
 def _evaluate(

@@ -190,7 +190,9 @@ def version_rows(checkpoint: a.CheckpointArtifact, made: Mapping[str, a.Artifact
     loaded = [pair for artifact in made.values() for pair in artifact.versions.libraries.items()]
     for library in dict.fromkeys(name for name, _ in loaded):
         rows.append((library, ", ".join(sorted({version for name, version in loaded if name == library}))))
-    return [*rows, *([("container image", f"`{versions.image}`")] if versions.image else [])]
+    if versions.image and "@" in versions.image:  # of a registry; one that was built here says nothing to readers
+        rows.append(("container image", f"`{versions.image}`"))
+    return rows
 
 
 def fingerprint_rows(base_model: str, made: Mapping[str, a.Artifact]) -> list[Row]:

@@ -112,11 +112,15 @@ class Context:
             return
         self._last_progress = now
         if self.events:
-            event = {"event": "progress", "done": done, "total": total, "text": text}
-            print(EVENT_PREFIX + json.dumps(event), flush=True)
+            self.tell("progress", done=done, total=total, text=text)
         else:
             share = 100 * done / total if total else 100
             print(f"{share:3.0f} %  {text}", flush=True)
+
+    def tell(self, event: str, **values: Any) -> None:
+        """Tell the launcher something, which people do not read."""
+        if self.events:
+            print(EVENT_PREFIX + json.dumps({"event": event, **values}), flush=True)
 
     def artifact(
         self,

@@ -40,16 +40,22 @@ S = TypeVar("S", bound=Spec)
 
 
 def main(
-    node: str | dict[str, str], run: Callable[[Any, Context], a.Artifact], doc: str | None, *, resumable: bool = False
-) -> NoReturn:
+    node: str | dict[str, str], run: Callable[[Any, Context], a.Artifact], doc: str | None,
+    *, resumable: bool = False, part: Callable[[Any, Context], None] | None = None,
+) -> NoReturn:  # fmt: skip
     """Run a stage as a process: parse the command line, do the work, exit.
 
-    `node` is the stage's name in the pipeline, or, where one stage serves several, {key in the spec's JSON: node}.
+    Args:
+        node: the stage's name in the pipeline, or, where one stage serves several, {key in the spec's JSON: node}.
+        part: what is done instead of `run`, where another process has charge of the result and its scratch folder.
     """
-    raise SystemExit(_main(node, run, doc or "", resumable))
+    raise SystemExit(_main(node, run, doc or "", resumable, part))
 
 
-def _main(node: str | dict[str, str], run: Callable[[Any, Context], a.Artifact], doc: str, resumable: bool) -> int:
+def _main(
+    node: str | dict[str, str], run: Callable[[Any, Context], a.Artifact], doc: str, resumable: bool,
+    part: Callable[[Any, Context], None] | None,
+) -> int:  # fmt: skip
     nodes = [node] if isinstance(node, str) else list(node.values())
     stage = SPECS[nodes[0]].STAGE
     parser = argparse.ArgumentParser(
@@ -63,6 +69,9 @@ def _main(node: str | dict[str, str], run: Callable[[Any, Context], a.Artifact],
     try:
         spec = read_spec(arguments.spec, node)
         with _stopped_by_signals():
+            if part is not None:
+                part(spec, Context(spec, spec.scratch))
+                return ExitCode.OK
             artifact = execute(spec, run, resumable=resumable)
         print(f"{stage}: {artifact.figure}\n{stage}: {Path(spec.workspace) / artifact.path}", flush=True)
         return ExitCode.OK
@@ -70,14 +79,18 @@ def _main(node: str | dict[str, str], run: Callable[[Any, Context], a.Artifact],
         return _fail(stage, str(error), error.code)
     except OSError as error:
         # A machine that lacks something is the person's to mend; any other error of the system is a defect of ours.
-        told = {errno.ENOSPC: "no space left", errno.EDQUOT: "disk quota exceeded", errno.EROFS: "read-only file system",
-                errno.EACCES: "permission denied"}.get(error.errno or 0)  # fmt: skip
-        if told is None:
+        lack = {
+            errno.ENOSPC: ("no space left", "make room or choose another workspace"),
+            errno.EDQUOT: ("disk quota exceeded", "make room or choose another workspace"),
+            errno.EROFS: ("read-only file system", "choose another workspace"),
+            errno.EACCES: ("permission denied", "allow it or choose another workspace"),
+        }.get(error.errno or 0)
+        if lack is None:
             traceback.print_exc()
             return _fail(stage, f"{error}. This is a defect of ours; the traceback is above", ExitCode.CRASH)
         path = error.filename2 or error.filename  # of a copy that fails the second is what is written
         where = f" at {path}" if path else ""
-        return _fail(stage, f"{told}{where}: make room or choose another workspace, then run again", ExitCode.BAD_INPUT)
+        return _fail(stage, f"{lack[0]}{where}: {lack[1]}, then run again", ExitCode.BAD_INPUT)
     except Exception as error:
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}. This is a defect of ours; the traceback is above"

@@ -6,6 +6,8 @@
   does not mix with those of other workers. What else they or torchrun print goes to a log file.
 - The stage turns SIGTERM and SIGINT into a SIGTERM to every worker, which then stops in its own good time; torchrun just sees
   its workers end. A second signal ends all at once.
+- Several machines share the workers of a stage, where STAGE_NODES says so: each runs its part of them under a torchrun of its
+  own, which all meet where STAGE_RENDEZVOUS says, on the first of them. The worker of rank 0 is there, too.
 - The stage holds the other end of everybody's stdin. When the stage dies, however it dies, they find its end and kill
   themselves; the kernel kills them too when their parent dies (PR_SET_PDEATHSIG).
 """
@@ -40,6 +42,33 @@ COMPANY_SECONDS = 5  # torchrun gives the other workers 30 s after a failure: wh
 Event = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """The machines that share the workers, and which of them this one is."""
+
+    count: int = 1
+    rank: int = 0
+    rendezvous: str = ""  # address and port of the first one
+
+    @classmethod
+    def here(cls) -> "Nodes":
+        """As whoever started the stage says."""
+        return cls(
+            int(os.environ.get("STAGE_NODES", 1)), int(os.environ.get("STAGE_NODE", 0)), os.environ.get("STAGE_RENDEZVOUS", "")
+        )
+
+    def options(self) -> list[str]:
+        """Of torchrun."""
+        if self.count == 1:
+            return ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+        address, _, port = self.rendezvous.rpartition(":")
+        # static: the ranks are as the nodes are numbered, so that rank 0 is where its stage listens
+        return [
+            f"--nnodes={self.count}", f"--node-rank={self.rank}", "--rdzv-backend=static",
+            f"--master-addr={address}", f"--master-port={port}",
+        ]  # fmt: skip
+
+
 class WorkerCrashed(StageError):
     """A worker ended by a defect of ours, or for no reason that it told."""
 
@@ -56,24 +85,28 @@ class Outcome:
     errors: list[Event] = field(default_factory=list)  # what workers told of their ends, in order
 
 
-def run_workers(module: str, arguments: list[str], *, processes: int, log: Path, on_event: Callable[[Event], None]) -> Outcome:
+def run_workers(
+    module: str, arguments: list[str], *,
+    processes: int, log: Path, on_event: Callable[[Event], None], nodes: Nodes = Nodes(),
+) -> Outcome:  # fmt: skip
     """Run `python -m module arguments` in several processes under torchrun, until all have ended.
 
     Args:
         module, arguments: what each worker runs. It calls `join` first.
-        processes: how many, all on this machine.
+        processes: how many on this machine.
         log: file that gets what is printed and is no event.
         on_event: called for each event that a worker tells, which has at least `event` and `rank`. `hello` and `error` are
             kept here.
+        nodes: the machines that share them.
     """
     process = subprocess.Popen(
         [
-            sys.executable, "-m", "stages.torchrun", "--nnodes=1", f"--nproc-per-node={processes}", "--max-restarts=0",
-            "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "-m", module, *arguments,
+            sys.executable, "-m", "stages.torchrun", *nodes.options(), f"--nproc-per-node={processes}", "--max-restarts=0",
+            "-m", module, *arguments,
         ],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,  # Ctrl-C in a terminal is for the stage to pass on
-        env=_environment(processes),
+        env=_environment(processes, is_alone=nodes.count == 1),
     )  # fmt: skip
     outcome = Outcome()
     pids: list[int] = []
@@ -116,14 +149,14 @@ def run_workers(module: str, arguments: list[str], *, processes: int, log: Path,
     return outcome
 
 
-def _environment(processes: int) -> dict[str, str]:
+def _environment(processes: int, *, is_alone: bool) -> dict[str, str]:
     """The workers': this package, whatever lies in the current folder; to each its share of the cores; the loopback device.
 
     The last two only where nothing else is set.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = {"OMP_NUM_THREADS": str(max(1, cores // processes))}
-    if Path("/sys/class/net/lo").exists():
+    if is_alone and Path("/sys/class/net/lo").exists():
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # gloo would look up the machine's name, which need not resolve
     ours = str(Path(__file__).parents[1])
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH")))), "PYTHONSAFEPATH": "1"}

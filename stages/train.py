@@ -2,7 +2,8 @@
 
 Started as a stage, this process loads no torch. It checks that weights, data, layout and settings fit each other, starts the
 workers through torchrun, passes on what they say, and publishes the last checkpoint. Each worker runs this module again, with
-RANK set, and trains.
+RANK set, and trains. Where several machines share the work (STAGE_NODES), the first does all that; once it says JOIN, each
+of the others runs this module as well, which there starts workers only. They see the same workspace.
 
 Asked to stop (SIGTERM, Ctrl-C), or after `stop_after_minutes`, the workers finish their step and save a checkpoint. However
 training ends, the same spec goes on from the newest checkpoint that is intact.
@@ -28,6 +29,7 @@ from stages import runtime, torchrun
 from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts import length, memory, training_job, vocabulary
+from stages.contracts.process import JOIN
 from stages.contracts.specs import TrainSpec
 from stages.outcomes import BadInput, GateFailed, Interrupted, StageError
 from stages.torchrun import WorkerCrashed
@@ -60,19 +62,41 @@ def run(spec: TrainSpec, ctx: Context) -> a.CheckpointArtifact:
     (ctx.scratch / SPEC_FILE).write_text(spec.model_dump_json())
     listener = Listener(ctx)
     try:
-        outcome = torchrun.run_workers(
-            "stages.train",
-            [str(ctx.scratch / SPEC_FILE)],
-            processes=spec.layout.world_size,
-            log=ctx.scratch / LOG,
-            on_event=listener.take,
-        )
+        outcome = _run_workers(spec, ctx, listener.take)
         outcome.is_stopped |= listener.is_paused
         if not listener.is_done:
             raise failure(outcome, spec, ctx.scratch, listener.step)
     finally:
         checkpoints.remove_unfinished(ctx.scratch / CHECKPOINTS)
     return publish(spec, ctx, weights, dataset, epoch, conversation_figures(job) if job.content == "conversations" else {})
+
+
+def take_part(spec: TrainSpec, ctx: Context) -> None:
+    """What a further machine does of the stage: run its workers. The first machine has charge of everything else."""
+    outcome = _run_workers(spec, ctx, lambda event: None)
+    if outcome.returncode:
+        raise failure(outcome, spec, ctx.scratch, None)
+
+
+def _run_workers(spec: TrainSpec, ctx: Context, on_event: Callable[[torchrun.Event], None]) -> torchrun.Outcome:
+    """Run this machine's workers to their end."""
+    nodes = torchrun.Nodes.here()
+    if nodes.count > 1 and nodes.rank == 0:
+        ctx.tell(JOIN)
+    return torchrun.run_workers(
+        "stages.train",
+        [str(ctx.scratch / SPEC_FILE)],
+        processes=spec.layout.world_size // nodes.count,
+        log=_log_file(ctx.scratch),
+        on_event=on_event,
+        nodes=nodes,
+    )
+
+
+def _log_file(scratch: Path) -> Path:
+    """What this machine's workers print goes there."""
+    rank = torchrun.Nodes.here().rank
+    return scratch / (f"logs/workers-{rank}.log" if rank else LOG)
 
 
 def check(spec: TrainSpec, weights: a.WeightsArtifact, dataset: a.DatasetArtifact) -> None:
@@ -138,13 +162,17 @@ class Listener:
                 self.is_paused = True
 
 
-def failure(outcome: torchrun.Outcome, spec: TrainSpec, scratch: Path, step: int) -> BaseException:
-    """What to raise when the workers have not finished: who died of what, and what a person can do."""
+def failure(outcome: torchrun.Outcome, spec: TrainSpec, scratch: Path, step: int | None) -> BaseException:
+    """What to raise when the workers have not finished: who died of what, and what a person can do.
+
+    Args:
+        step: the last one that is finished. None: this machine's workers do not tell.
+    """
     settings = spec.settings
     saved = checkpoints.finished_steps(scratch / CHECKPOINTS)
     last = f"Last checkpoint: step {saved[0]}" if saved else "There is no checkpoint yet"
     again = f"run again to go on from step {saved[0]}" if saved else "run again to start anew"
-    when = f"in step {step + 1}" if step else "before its first step was done"
+    when = f" in step {step + 1}" if step else "" if step is None else " before its first step was done"
     less_memory = (
         f"Lower train.micro_batch_size (now {settings.micro_batch_size})"
         if settings.micro_batch_size > 1
@@ -155,10 +183,10 @@ def failure(outcome: torchrun.Outcome, spec: TrainSpec, scratch: Path, step: int
         rank, number = outcome.killed
         if number == signal.SIGKILL:
             return StageError(
-                f"rank {rank} was killed by the kernel (out of memory?) {when}. {last}. {less_memory} if memory is short; "
+                f"rank {rank} was killed by the kernel (out of memory?){when}. {last}. {less_memory} if memory is short; "
                 f"else {again}"
             )
-        return WorkerCrashed(f"rank {rank} died of {number.name} {when}. {last}. What it printed: {scratch / LOG}")
+        return WorkerCrashed(f"rank {rank} died of {number.name}{when}. {last}. What it printed: {_log_file(scratch)}")
     if outcome.errors:
         match outcome.errors[0]:
             case {"kind": "bad-input", "message": message}:
@@ -166,19 +194,19 @@ def failure(outcome: torchrun.Outcome, spec: TrainSpec, scratch: Path, step: int
             case {"kind": "diverged", "message": message}:
                 return GateFailed(message)
             case {"kind": "memory", "rank": rank}:
-                return StageError(f"rank {rank} ran out of memory {when}. {last}. {less_memory}")
+                return StageError(f"rank {rank} ran out of memory{when}. {last}. {less_memory}")
             case {"kind": "system", "errno": number, "message": message, "file": file}:
                 return OSError(number, message, file or str(scratch))
             case {"rank": rank, "message": message, "trace": trace}:
                 print(trace, file=sys.stderr, flush=True)
                 return WorkerCrashed(
-                    f"rank {rank}, {when}: {message}. This is a defect of ours; the traceback is above, and what the workers "
-                    f"printed in {scratch / LOG}. {last}"
+                    f"rank {rank}{when and ','}{when}: {message}. This is a defect of ours; the traceback is above, and what "
+                    f"the workers printed in {_log_file(scratch)}. {last}"
                 )
     if outcome.is_stopped:
         return Interrupted(f"stopped; saved at step {saved[0]}; {again}" if saved else f"stopped before a step; {again}")
     return WorkerCrashed(
-        f"the workers ended (torchrun: {outcome.returncode}) {when}. What they printed: {scratch / LOG}. {last}"
+        f"the workers ended (torchrun: {outcome.returncode}){when}. What they printed: {_log_file(scratch)}. {last}"
     )
 
 
@@ -324,4 +352,4 @@ def _tell_memory(spec: TrainSpec, model: ModelConfig, mesh: "Mesh", report: metr
 if __name__ == "__main__":
     if "RANK" in os.environ:
         sys.exit(work(Path(sys.argv[1])))
-    runtime.main("train", run, __doc__, resumable=True)
+    runtime.main("train", run, __doc__, resumable=True, part=take_part if torchrun.Nodes.here().rank else None)

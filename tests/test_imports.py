@@ -51,7 +51,7 @@ def offences(module: str, names: set[str]) -> list[str]:
     package = module.split(".")[0]
     if package == "flows":
         bad = [n for n in names if starts(n, "torch", CORE) or (starts(n, "stages") and not starts(n, "stages.contracts"))]
-        bad += [n for n in names if starts(n, "docker") and module != "flows.launch.docker"]
+        bad += [n for n in names if starts(n, "docker") and not module.startswith("flows.launch.docker")]
         return bad
     bad = [n for n in names if starts(n, "prefect", "docker", "flows")]
     if starts(module, "stages.contracts"):

@@ -1,7 +1,7 @@
 """What a launcher is given, what it does, and how it tells that a stage failed.
 
 A launcher starts one stage with a spec, streams its output, and owns what it started: whatever ends the launcher also ends
-the stage and all its children. There is one implementation today, `process.py`; containers are the second.
+the stage and all its children. There are two: plain processes (`process.py`) and containers (`docker.py`).
 """
 
 import threading
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-Reason = Literal["crash", "bad input", "gate failed", "interrupted", "killed"]
+Reason = Literal["crash", "bad input", "gate failed", "interrupted", "killed", "out of memory"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,10 @@ class StageJob:
     stage: str  # the module: stages.<stage>
     spec_file: Path
     log_file: Path  # receives the whole output, redacted
+    run: str  # name of the run that it belongs to
+    holds: tuple[
+        int, ...
+    ] = ()  # descriptors of locks, inherited by what ends the stage with us: held until the stage has ended
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,17 @@
 """Stands between a launcher and what it starts, so that nothing outlives the launcher. Run as a script, with the standard
 library only:
 
-    python shim.py --grace SECONDS [--while-used FILE [--keep FILE]] -- COMMAND …
+    python shim.py --grace SECONDS [--while-used FILE [--keep FILE]] [--in-container] -- COMMAND …
 
 It ends the command when its owner is gone. The owner is by default whoever holds the other end of its standard input: the
 kernel closes that pipe however the owner dies (kill -9 of its process group too: the shim has a session of its own). With
 `--while-used`, the owners are all processes that hold a shared lock on FILE, and the command stays while FILE named by
 `--keep` exists.
+
+In a container it is the first program: the engine holds the other end of its standard input for a launcher that is attached,
+and closes it when the launcher is gone, on another machine too. With `--in-container`, the first line of standard input is
+JSON: an environment to add to the command's, which so is in no configuration of a container; and the two outputs are one, in
+order.
 
 Ending means: SIGTERM to the command, SIGKILL after the grace period, then SIGKILL to every descendant that is left, those in
 other sessions too (torchrun's workers are): the shim is their subreaper, so all orphans become its children. Its exit code
@@ -17,6 +22,7 @@ import argparse
 import contextlib
 import ctypes
 import fcntl
+import json
 import os
 import select
 import signal
@@ -82,7 +88,17 @@ class Owner:
         return True
 
 
-def supervise(command: list[str], grace: float, owner: Owner) -> int:
+def read_environment() -> dict[str, str] | None:
+    """The environment in the first line of standard input, of which no byte more is read. None: the owner was gone before."""
+    line = b""
+    while not line.endswith(b"\n"):
+        if not (byte := os.read(0, 1)):
+            return None
+        line += byte
+    return {str(name): str(value) for name, value in json.loads(line).items()}
+
+
+def supervise(command: list[str], grace: float, owner: Owner, added: dict[str, str]) -> int:
     """Run the command until it ends or has to; returns the exit code."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
@@ -93,7 +109,9 @@ def supervise(command: list[str], grace: float, owner: Owner) -> int:
         signal.signal(number, lambda number, frame: asked.append(number))
     signal.signal(signal.SIGCHLD, lambda number, frame: None)  # only to wake us
 
-    started = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_shim)
+    started = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_shim, env=os.environ | added
+    )
     deadline: float | None = None
     watched = [reader, 0] if owner.lock is None else [reader]
     while True:
@@ -141,10 +159,18 @@ def main() -> int:
     parser.add_argument("--grace", type=float, required=True)
     parser.add_argument("--while-used", type=Path)
     parser.add_argument("--keep", type=Path)
+    parser.add_argument("--in-container", action="store_true")
     parser.add_argument("command", nargs="+")
     arguments = parser.parse_args()
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    code = supervise(arguments.command, arguments.grace, Owner(arguments.while_used, arguments.keep))
+    added: dict[str, str] = {}
+    if arguments.in_container:
+        os.dup2(1, 2)
+        environment = read_environment()
+        if environment is None:
+            return 128 + signal.SIGTERM
+        added = environment
+    code = supervise(arguments.command, arguments.grace, Owner(arguments.while_used, arguments.keep), added)
     if arguments.keep is not None:
         arguments.keep.unlink(missing_ok=True)
     return code

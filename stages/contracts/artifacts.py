@@ -6,11 +6,12 @@ never given a second time as a flag. Paths are relative, so an artifact is valid
 
 import hashlib
 import json
+import stat
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter
 
 from megatron_core_impl.checkpoint.digests import file_blake3, file_sha256
 from megatron_core_impl.config import Activation, NewRows, NormKind, RopeScaling
@@ -28,6 +29,15 @@ class FileRecord(Frozen):
     size: int = Field(ge=0)
     blake3: str = Field(pattern="^[0-9a-f]{64}$")
     volatile: bool = False
+
+
+def _is_inside(name: str) -> str:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"{name} leads out of the folder")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_is_inside)]  # relative to the artifact's folder
 
 
 class PublishedFile(Frozen):
@@ -102,7 +112,7 @@ class Artifact(Frozen):
     stage: str
     key: str
     path: str  # of the folder, relative to the workspace: <stage>/<key>
-    files: dict[str, FileRecord]
+    files: dict[FileName, FileRecord]
     fingerprint: str  # of the content: kind, files that are not volatile, facts
     inputs: dict[str, str]  # input name -> fingerprint
     spec: dict[str, Any]  # what it was made from
@@ -347,11 +357,14 @@ def check_size(folder: Path, artifact: Artifact, name: str) -> None:
     """Raise DamagedArtifact if a file of an artifact is missing or has another size than its record."""
     path, record = folder / name, artifact.files[name]
     try:
-        size = path.stat().st_size
+        found = path.lstat()
     except FileNotFoundError:
         raise DamagedArtifact(f"{path}: missing. {_mend(folder, artifact)}") from None
-    if size != record.size:
-        raise DamagedArtifact(f"{path}: has {size:,} bytes, its artifact says {record.size:,}. {_mend(folder, artifact)}")
+    if not stat.S_ISREG(found.st_mode):  # a link may lead anywhere, and a device has no end
+        raise DamagedArtifact(f"{path}: is a link or the like, which no stage makes. {_mend(folder, artifact)}")
+    if found.st_size != record.size:
+        sizes = f"has {found.st_size:,} bytes, its artifact says {record.size:,}"
+        raise DamagedArtifact(f"{path}: {sizes}. {_mend(folder, artifact)}")
 
 
 def check_content(folder: Path, artifact: Artifact, name: str) -> None:

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from megatron_core_impl.config import NewRows
 from stages.contracts.data_settings import DataSettings
+from stages.contracts.launch_settings import LaunchSettings
 from stages.contracts.settings import NOT_IN_KEY, Frozen
 from stages.contracts.sizes import Bytes
 from stages.contracts.train_settings import LayoutSettings, TrainSettings, check_batches
@@ -200,6 +201,7 @@ class PipelineConfig(Frozen):
     train: TrainSettings
     export: ExportSettings = ExportSettings()
     push: PushSettings = PushSettings()
+    launch: LaunchSettings = LaunchSettings()
 
     @property
     def workspace_path(self) -> Path:
@@ -225,4 +227,14 @@ class PipelineConfig(Frozen):
     @model_validator(mode="after")
     def _batches_fit_layout(self) -> Self:
         check_batches(self.train, self.layout)
+        return self
+
+    @model_validator(mode="after")
+    def _processes_fit_hosts(self) -> Self:
+        hosts, processes = len(self.launch.hosts) or 1, self.layout.world_size
+        if processes % hosts:
+            raise ValueError(
+                f"launch.hosts: {hosts} machines cannot share the {processes} processes of layout (tp × pp × dp) evenly. "
+                "Change one of them"
+            )
         return self

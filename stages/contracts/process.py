@@ -2,7 +2,8 @@
 
 from enum import IntEnum
 
-EVENT_PREFIX = "@@stage "  # of a line of JSON: progress, or an error
+EVENT_PREFIX = "@@stage "  # of a line of JSON: progress, an error, or JOIN
+JOIN = "join"  # event of a stage that several machines share: its workers begin, those of the other machines may come
 
 
 class ExitCode(IntEnum):

@@ -51,3 +51,8 @@ def short(value: float) -> str:
 def plain(text: str) -> str:
     """Text of others, made safe for a terminal: one line, no control characters."""
     return "".join(c if c.isprintable() else " " for c in text)
+
+
+def lines(text: str) -> str:
+    """The same of text that may have several lines, and indents them."""
+    return "\n".join(plain(line.expandtabs(4)) for line in text.split("\n"))

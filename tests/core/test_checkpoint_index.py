@@ -120,7 +120,8 @@ def test_index_that_is_none(folder: Path, text: str) -> None:
         open_weights(folder)
 
 
-def test_index_that_lies_is_refused_before_memory_is_taken(folder: Path) -> None:
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_index_that_lies_is_refused_before_memory_is_taken(folder: Path, dtype: torch.dtype | None) -> None:
     """It says petabytes; the files say otherwise."""
 
     def change(index: dict[str, Any]) -> None:
@@ -131,7 +132,7 @@ def test_index_that_lies_is_refused_before_memory_is_taken(folder: Path) -> None
     edit(folder, change)
     message = rf"rank-0000\.safetensors: w: the index says float32 \[{1 << 50}, 2\], the file holds float32 \[4, 2\]"
     with pytest.raises(WeightsError, match=message):
-        open_weights(folder).read("w")
+        open_weights(folder).read("w", dtype=dtype)
     edit(folder, lambda index: index["tensors"].update(v=index["tensors"].pop("w")))
     with pytest.raises(WeightsError, match=r"rank-0000\.safetensors: v: .* the file holds no such tensor"):
         open_weights(folder).read("v")

@@ -214,6 +214,7 @@ NEW_FALCON = FALCON | {"new_decoder_architecture": True}
         (LLAMA | {"quantization_config": {"bits": 4}}, r"quantization_config is not supported\. Start from the model's unq"),
         (LLAMA | {"intermediate_size": None}, r"^config\.json: intermediate_size is missing$"),
         (LLAMA | {"num_attention_heads": 0}, r"^config\.json: num_attention_heads=0 must be at least 1$"),
+        (LLAMA | {"num_hidden_layers": 10**8}, r"^num_hidden_layers=100000000 is impossible: at most 10,000$"),
         (LLAMA | {"num_attention_heads": 7}, r"num_attention_heads=7 does not divide hidden_size=64"),
         (LLAMA | {"num_key_value_heads": 3}, r"num_key_value_heads=3 does not divide num_attention_heads=8"),
         (MISTRAL | {"sliding_window": "all"}, r"sliding_window='all' must be a whole number"),

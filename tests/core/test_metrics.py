@@ -28,8 +28,9 @@ def test_journal_writes_and_talks(tmp_path: Path) -> None:
         journal.evaluation(0, Sums(loss=10 * math.log(4098), weight=10, tokens=10, correct=1))
         for step in (1, 2):
             journal.step(
-                step, loss=3.5, weight=0.5, tokens=20_000, read=24_100, seconds=1.0, waited=0.25, lr=3e-4, grad_norm=1.25
-            )
+                step, loss=3.5, weight=0.5, tokens=20_000, read=24_100, seconds=1.0, waited=0.25, lr=3e-4, grad_norm=1.25,
+                memory=2_000_000_000,
+            )  # fmt: skip
     assert lines == [
         "step   0/100 · held-out loss 8.3183 · perplexity 4,098 · next token right 10.0%",
         "step   2/100 · loss 3.5000 · lr 3.00e-04 · grad norm 1.25 · 24,100 tokens/s · 1m 38s left",
@@ -37,6 +38,7 @@ def test_journal_writes_and_talks(tmp_path: Path) -> None:
     assert read_metrics(tmp_path)[1] == {
         "step": 2, "loss": 3.5, "lr": 3e-4, "grad_norm": 1.25, "tokens": 40_000, "tokens_read": 48_200, "seconds": 2.0,
         "tokens_per_second": 24_100.0, "seconds_left": 98.0, "skipped_steps": 0, "data_wait_share": 0.25,
+        "memory": 2_000_000_000,
     }  # fmt: skip
 
 

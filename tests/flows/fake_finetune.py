@@ -1,4 +1,7 @@
-"""The real `finetune` command with stand-in stages, as a process: `python -m tests.flows.fake_finetune ARGUMENTS`."""
+"""The real `finetune` command with stand-in stages, as a process: `python -m tests.flows.fake_finetune ARGUMENTS`.
+
+The processes that a runner starts for its runs read this file, too: multiprocessing does so.
+"""
 
 import sys
 
@@ -7,6 +10,7 @@ from fake_stages import Script
 from flows import cli
 from flows.launch import choose
 
+choose.launcher_for = lambda config: Script(grace=5.0)
+
 if __name__ == "__main__":
-    choose.launcher_for = lambda config: Script(grace=5.0)
     sys.exit(cli.main())

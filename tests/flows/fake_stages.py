@@ -1,7 +1,8 @@
 """Stand-ins for the stages: they publish real artifacts through the real runtime, in milliseconds.
 
 As a script (`fake_stages.py SPEC.json`) it is a stage process of its own. What it should do is read from the environment of
-the *launcher*, or from files in the workspace: `<workspace>/fake/<node>` holds `fail`, `gate`, `bad`, `kill` or `hang`.
+the *launcher*, or from files in the workspace: `<workspace>/fake/<node>` holds `fail`, `gate`, `bad`, `kill` or `hang`, which
+it does until something else stands there.
 """
 
 import json
@@ -113,6 +114,7 @@ class InProcess:
     def __init__(self) -> None:
         self.ran: list[str] = []
         self.failing: dict[str, StageFailed] = {}
+        self.before: Callable[[str], object] = lambda node: None  # called when a node has told its progress
 
     def fail(self, node: str, message: str) -> None:
         """Make a node fail from now on."""
@@ -129,9 +131,10 @@ class InProcess:
         self.ran.append(job.node)
         on_line(f"this is {job.node}")
         on_progress(Progress(1, 2, "half way"))
+        self.before(job.node)
         if job.node in self.failing:
             raise self.failing[job.node]
-        runtime.execute(read_spec(job.spec_file), fake_run)
+        runtime.execute(read_spec(job.spec_file), fake_run, resumable=job.node == "train")
 
 
 class Script(ProcessLauncher):
@@ -152,15 +155,19 @@ def _as_stage(spec_file: Path) -> None:
         ctx.log(f"this is {node}, token {os.environ.get('HF_TOKEN', 'unset')}")
         ctx.progress(1, 2, "half way")
         if todo == "hang":
-            (Path(spec.workspace) / f"{node}.hangs").touch()
-            while True:
-                time.sleep(0.1)
+            hangs = Path(spec.workspace) / f"{node}.hangs"
+            hangs.write_text(str(os.getpid()))
+            while wish.read_text().strip() == "hang":
+                time.sleep(0.02)
+            hangs.unlink()
         if todo == "gate":
             raise GateFailed("gate failed at layer 1")
         if todo == "bad":
             raise BadInput("the Hub refuses (403)")
         if todo == "fail":
             raise RuntimeError("a defect")
+        if todo == "leak":
+            raise RuntimeError(f"https://me:{os.environ['HF_TOKEN']}@hub refuses")
         if todo == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         return fake_run(spec, ctx)

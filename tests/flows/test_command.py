@@ -16,6 +16,8 @@ from processes import lives, wait_until
 
 from flows import cli
 from flows import server as servers
+from flows.commands import run
+from flows.commands.run import exit_code
 from flows.go_on import go_on, other_failures
 from flows.launch.protocol import Reason, StageFailed
 from flows.load_config import load_config
@@ -121,6 +123,7 @@ def test_a_stage_that_fails(finetune: Command) -> None:
         [
             "error: convert: RuntimeError: a defect. This is a defect of ours; the traceback is above",
             "       Log: workspace/runs/calm-heron/logs/convert.log",
+            "       Report: workspace/runs/calm-heron/report.html",
             "       Go on: finetune rerun calm-heron",
         ],
     )
@@ -196,7 +199,7 @@ def test_a_page_whose_server_ended(tmp_path: Path, capsys: pytest.CaptureFixture
     ("reason", "code"), [("crash", 1), ("killed", 1), ("interrupted", 1), ("bad input", 2), ("gate failed", 3)]
 )
 def test_exit_codes(reason: Reason, code: int) -> None:
-    assert cli.exit_code(StageFailed("verify", reason, "", log_file=Path("log"), code=9)) == code
+    assert exit_code(StageFailed("verify", reason, "", log_file=Path("log"), code=9)) == code
 
 
 def test_a_wrong_configuration_starts_nothing(finetune: Command) -> None:
@@ -218,7 +221,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     arguments = ["run", str(tmp_path / "mine.yaml"), "--workspace", str(tmp_path / "ws")]
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err == "error: the local Prefect server ended: database or disk is full\n"
-    monkeypatch.setattr(cli, "NO_SPACE", 1 << 62)
+    monkeypatch.setattr(run, "NO_SPACE", 1 << 62)
     assert cli.main(arguments) == 2
     assert re.fullmatch(r"error: .*/ws: no space left \(.* free\): make room\n", capsys.readouterr().err)
 
@@ -278,7 +281,7 @@ def test_help_is_worth_reading(arguments: list[str], told: str, capsys: pytest.C
 
 def shown_commands() -> list[str]:
     """The `finetune` commands with `--set` that the help and the README show."""
-    texts = [cli._parser().format_help(), (ROOT / "README.md").read_text()]
+    texts = [cli.parser().format_help(), (ROOT / "README.md").read_text()]
     return [found.strip() for text in texts for found in re.findall(r"finetune (?:run|plan)[^|`#\n]*--set[^|`#\n]*", text)]
 
 
@@ -293,3 +296,64 @@ def test_the_examples_of_help_and_readme_are_good(command: str) -> None:
 
 def test_there_are_examples() -> None:
     assert len(shown_commands()) >= 3
+
+
+def test_the_same_work_is_waited_for_and_trainings_take_turns(finetune: Command) -> None:
+    make_results(load_config(finetune.folder / "mine.yaml", [f"workspace={finetune.workspace}"]), until="verify")
+    finetune.wish("train", "hang")
+    first = finetune.start("run", "mine.yaml", "--name", "first")
+    wait_until((finetune.workspace / "train.hangs").exists)
+    same = finetune.start("run", "mine.yaml", "--name", "same")
+    other = finetune.start("run", "mine.yaml", "--name", "other", "--set", "train.lr=0.5")
+
+    def doing(run: str) -> str:
+        record = RunFolder(finetune.workspace, run).read()
+        return (record.nodes["train"].doing or "") if record is not None else ""
+
+    wait_until(lambda: doing("same") == "waiting: run first is making this result")
+    turn = f"waiting for its turn: run first of {finetune.workspace} has it"
+    wait_until(lambda: doing("other") == turn)
+    _, out, _ = finetune("status")
+    assert f"  train           {turn}" in out
+    third = finetune.start("run", "mine.yaml", "--name", "third", "--set", "train.lr=0.5")
+    wait_until(lambda: doing("third") == turn)  # of the same key as `other`, which has not begun either
+    third.send_signal(signal.SIGINT)
+    _, err = third.communicate(timeout=60)
+    assert (third.returncode, "Traceback" in err) == (130, False)
+    assert RunFolder(finetune.workspace, "third").read().state == "stopped"  # type: ignore[union-attr]
+
+    finetune.wish("train", "")
+    for process in (first, same, other):
+        process.communicate(timeout=90)
+        assert process.returncode == 0
+    records = {name: RunFolder(finetune.workspace, name).read() for name in ("first", "same", "other")}
+    assert {name: record.nodes["train"].state for name, record in records.items() if record is not None} == {
+        "first": "ran", "same": "cached", "other": "ran",
+    }  # fmt: skip
+    log = (finetune.workspace / "runs" / "other" / "logs" / "prefect.log").read_text()
+    assert turn in log
+
+
+AWAY = """
+import sys
+import flows.finetune
+from flows import cli
+from flows.run_record import LiveRecord, RunFolder, RunRecord, now
+
+def finetune(config, run_name, **asked):
+    record = RunRecord(name=run_name, config={}, cwd="/", pid=1, started=now(), finished=now(), state="done")
+    LiveRecord(RunFolder(config.workspace_path, run_name), record)
+    raise ConnectionError("refused")
+
+flows.finetune.finetune = finetune
+sys.exit(cli.main(["run", "mine.yaml"]))
+"""
+
+
+def test_a_server_that_is_away_when_the_run_ends(finetune: Command) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AWAY], cwd=finetune.folder, env=finetune.environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert done.stderr == "the Prefect server was away when the run ended (ConnectionError); the next run tells its page\n"
+    assert "Logs:       workspace/runs/" in done.stdout

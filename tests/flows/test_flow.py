@@ -1,14 +1,23 @@
 """The flow against a real Prefect server, with stand-in stages: what runs, what is reused, what is seen."""
 
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from fake_stages import InProcess, config
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    ArtifactFilterType,
+    FlowRunFilter,
+    FlowRunFilterId,
+)
+from prefect.client.schemas.objects import Artifact
 from prefect.context import _temporary_global_settings_context, get_settings_context
 from prefect.settings import (
     PREFECT_API_URL,
@@ -16,17 +25,20 @@ from prefect.settings import (
     PREFECT_RESULTS_LOCAL_STORAGE_PATH,
     temporary_settings,
 )
+from prefect.states import Running
 from processes import wait_until
 
+from flows import settle
 from flows.finetune import Node, finetune
-from flows.graph import with_dependents
 from flows.launch import choose
 from flows.launch.protocol import StageFailed
+from flows.pages import live
+from flows.pages.board import Board
 from flows.run_record import LiveRecord, RunFolder, RunRecord, now
 from flows.server import Server
 from flows.settle import reconcile
 from stages.contracts import artifacts as a
-from stages.contracts.specs import SPECS
+from stages.contracts.specs import SPECS, scratch_of
 
 ALL = list(SPECS)
 AFTER_VERIFY = ["train", "merge", "export", "push"]
@@ -39,10 +51,14 @@ class World:
         self.workspace = workspace
         self.launcher = launcher
 
-    def run(self, name: str, refresh: list[Node] | None = None, **train: Any) -> RunRecord:
+    def run(
+        self, name: str, refresh: list[Node] | None = None, *, fresh: bool = False, start_from: list[str] | None = None,
+        **train: Any,
+    ) -> RunRecord:  # fmt: skip
         """Run the flow; `launcher.ran` then holds what ran this time."""
         self.launcher.ran.clear()
-        finetune(config=config(self.workspace, **train), run_name=name, refresh=refresh or [])
+        asked = config(self.workspace, **train)
+        finetune(config=asked, run_name=name, refresh=refresh or [], fresh=fresh, start_from=start_from or [])
         return self.record(name)
 
     def folder_of_dataset(self) -> Path:
@@ -80,6 +96,16 @@ def task_states(record: RunRecord) -> dict[str, str]:
     return {run.name: run.state_name or "" for run in found}
 
 
+def pages_of(record: RunRecord) -> dict[str | None, Artifact]:
+    """What a run shows in Prefect's UI, by key."""
+    assert record.flow_run_id is not None
+    wanted = ArtifactFilter(
+        flow_run_id=ArtifactFilterFlowRunId(any_=[UUID(record.flow_run_id)]), type=ArtifactFilterType(not_any_=["result"])
+    )
+    with get_client(sync_client=True) as client:
+        return {page.key: page for page in client.read_artifacts(artifact_filter=wanted)}
+
+
 def test_run_then_all_cached_then_another_learning_rate(world: World) -> None:
     first = world.run("first")
     assert sorted(world.launcher.ran) == sorted(ALL)
@@ -110,6 +136,15 @@ def test_run_then_all_cached_then_another_learning_rate(world: World) -> None:
     assert states(merged)["export"] == "cached"  # the same bits again
 
 
+def test_a_result_of_another_workspace_is_none_of_this_one(world: World) -> None:
+    world.run("run")
+    world.launcher.ran.clear()
+    other = world.workspace / "other"
+    finetune(config=config(other), run_name="run")  # Prefect's records are those of before
+    assert sorted(world.launcher.ran) == sorted(ALL)
+    assert (other / "runs" / "run" / "export" / "content.txt").exists()
+
+
 def test_data_that_training_could_not_begin_with(world: World) -> None:
     with pytest.raises(
         StageFailed, match=r"^train: train\.split=.* one sample needs 513\. Set train\.split to .80,20,0., or lower"
@@ -126,14 +161,35 @@ def test_order_and_pages(world: World) -> None:
     record = world.run("run")
     ran = world.launcher.ran
     assert ran.index("shard") < ran.index("verify") < ran.index("train") < ran.index("merge") < ran.index("push")
-    assert record.flow_run_id is not None
-    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[record.flow_run_id]))
+    pages = pages_of(record)
     with get_client(sync_client=True) as client:
-        pages = {page.key: page for page in client.read_artifacts(artifact_filter=wanted)}
-        assert client.read_flow_run(record.flow_run_id).name == "run"
-    assert set(ALL) <= set(pages)
-    assert str(pages["train"].data).startswith("## train\n**train made**")
-    assert pages["train-progress"].data == 50.0
+        assert client.read_flow_run(UUID(record.flow_run_id)).name == "run"
+    assert set(pages) == {*ALL, "summary"}, "stages that are done at once show no progress"
+    assert all(pages[node].task_run_id is not None for node in ALL)
+    assert str(pages["train"].data).startswith("## train\n\nRan in ")
+    assert pages["train"].description == "train made"
+    assert str(pages["summary"].data).startswith("## run: done")
+    assert "train made" in RunFolder(world.workspace, "run").report.read_text()
+
+
+def test_a_stage_that_takes_its_time_shows_how_far_it_is(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(live, "SECONDS", 0.01)
+    shown, seen = threading.Event(), []
+
+    def put(board: Board, key: str, kind: str, data: object, words: str, **options: Any) -> None:
+        real(board, key, kind, data, words, **options)  # type: ignore[arg-type]
+        if key == "train-progress":
+            seen.append(data)
+            shown.set()
+
+    real = Board.put
+    monkeypatch.setattr(Board, "put", put)
+    monkeypatch.setattr(world.launcher, "before", lambda node: node != "train" or shown.wait(60))
+    pages = pages_of(world.run("run"))
+    assert seen == [50.0, 100.0]
+    assert (pages["train-progress"].data, pages["train-progress"].description) == (100.0, "train made")
+    assert str(pages["train"].data).startswith("## train\n\nRan in "), "the page of the end, not the one under way"
 
 
 def test_a_failed_gate_stops_what_follows_and_a_rerun_goes_on(world: World) -> None:
@@ -149,6 +205,10 @@ def test_a_failed_gate_stops_what_follows_and_a_rerun_goes_on(world: World) -> N
     }
     assert "train" not in world.launcher.ran
     wait_until(lambda: task_states(failed).get("verify") == "Failed")
+    pages = pages_of(failed)
+    assert "gate failed at layer 14" in str(pages["verify"].data)
+    assert "`finetune rerun run`" in str(pages["summary"].data)
+    assert "gate failed at layer 14" in RunFolder(world.workspace, "run").report.read_text()
 
     world.launcher.failing.clear()
     assert world.run("run").state == "done"
@@ -168,14 +228,50 @@ def test_refresh_does_it_again_and_keeps_the_old_result_until_then(world: World)
     assert not list(folder.parent.glob(".*.replaced"))
 
     world.launcher.failing.clear()
-    refresh = with_dependents(["train"])
-    again = world.run("run", refresh=refresh)  # type: ignore[arg-type]
+    again = world.run("run", refresh=["train"])
     assert world.launcher.ran == AFTER_VERIFY
     assert states(again)["shard"] == "cached"
     assert (folder / "content.txt").stat().st_mtime_ns > written
     assert not list(folder.parent.glob(".*.replaced"))
     world.run("run")
     assert world.launcher.ran == []
+
+
+def test_training_goes_on_or_begins_anew(world: World) -> None:
+    folder = world.workspace / str(world.run("run").nodes["train"].path)
+    scratch = scratch_of(folder)
+    for fresh in (False, True):
+        scratch.mkdir()
+        (scratch / "checkpoint").write_text("of an interrupted training")
+        world.run("run", refresh=["train"], fresh=fresh)
+        assert world.launcher.ran == AFTER_VERIFY
+        assert (folder / "checkpoint").exists() is not fresh
+
+
+def test_a_run_that_starts_from_a_result(world: World) -> None:
+    first = world.run("first")
+    started = world.run("started", start_from=["first/train"], lr=0.5)  # this would be another training
+    assert world.launcher.ran == []
+    assert started.nodes["train"].path == first.nodes["train"].path
+    assert started.start_from == [first.nodes["train"].path]
+    assert set(states(started).values()) == {"cached"}
+    shutil.rmtree(world.workspace / "merge")
+    shutil.rmtree(world.workspace / "prefect")
+    world.run("started", start_from=["first/train"], lr=0.5)
+    assert world.launcher.ran == ["merge"]
+
+
+def test_a_run_whose_end_the_server_missed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = world.run("run")
+    assert record.flow_run_id is not None
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(UUID(record.flow_run_id), Running(), force=True)
+        RunFolder(world.workspace, "run").write(record.model_copy(update={"attempt": 2}))  # as Prefect counts them
+        reconcile(world.workspace)
+        assert client.read_flow_run(UUID(record.flow_run_id)).state_name == "Running", "it may be about to tell it itself"
+        monkeypatch.setattr(settle, "PATIENCE", 0.0)
+        reconcile(world.workspace)
+        assert client.read_flow_run(UUID(record.flow_run_id)).state_name == "Completed"
 
 
 def test_names_that_are_none_are_refused(world: World) -> None:
@@ -191,8 +287,6 @@ def test_runs_of_dead_processes_are_marked(world: World) -> None:
     folder = RunFolder(world.workspace, "dead")
     folder.path.mkdir()
     with get_client(sync_client=True) as client:
-        from prefect.states import Running
-
         flow_run = client.create_flow_run(finetune, name="dead", state=Running())
     dead = RunRecord(name="dead", config={}, cwd="/", pid=1, started=now(), flow_run_id=str(flow_run.id))
     LiveRecord(folder, dead).node("train", state="running", done=0.3)
@@ -200,6 +294,7 @@ def test_runs_of_dead_processes_are_marked(world: World) -> None:
     assert reconcile(world.workspace) == []
     record = world.record("dead")
     assert (record.state, record.nodes["train"].state) == ("crashed", "stopped")
+    assert "its process is gone" in folder.report.read_text()
     with get_client(sync_client=True) as client:
         assert client.read_flow_run(flow_run.id).state_name == "Crashed"
     assert world.record("run") == done

@@ -6,7 +6,6 @@ import pytest
 from fake_stages import config, fake_run
 from pydantic import ValidationError
 
-from flows.pages import stage_page
 from flows.results import ArtifactSerializer
 from stages import runtime
 from stages.contracts import artifacts as a
@@ -46,14 +45,3 @@ def test_errors_are_kept_as_text_and_nothing_else_is(tmp_path: Path) -> None:
     assert (type(error), str(error)) == (RuntimeError, "too big")
     with pytest.raises(TypeError, match="results are artifacts, not dict"):
         serializer.dumps({"a": 1})
-
-
-def test_a_stage_s_page(artifact: a.Artifact) -> None:
-    hostile = artifact.model_copy(update={"source": "`|<script>\n"})
-    page = stage_page("download-model", hostile, cached=False)
-    assert page.startswith("## download-model\n**download-model made**\n\nran in ")
-    assert f"| key | `{artifact.key}` |" in page
-    assert "| source | `'¦<script> ` |" in page
-    assert "| content.txt | `" in page
-    assert "| model.source | `somebody/model` |" in page
-    assert "cached: this result was there" in stage_page("download-model", artifact, cached=True)

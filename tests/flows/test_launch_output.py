@@ -2,8 +2,11 @@
 
 import pytest
 
+from flows.launch.environment import container_environment, hub_environment, stage_environment
+from flows.launch.listener import LAST_LINES, LONGEST_LAST, explain, last_lines
 from flows.launch.output import HIDDEN, LineSplitter, Redactor, parse_event
-from flows.launch.process import explain, stage_environment
+
+KILLED = "killed (SIGKILL) from outside: probably by the kernel, out of memory"
 
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 100])
@@ -36,16 +39,16 @@ def test_events_and_what_only_looks_like_one() -> None:
 @pytest.mark.parametrize(
     ("code", "told", "stopped", "reason", "message"),
     [
-        (1, None, False, "crash", "ended with exit code 1 and no message of its own. Last line: last"),
+        (1, None, False, "crash", "ended with exit code 1 and no message of its own. Its last lines: first ⏎ last"),
         (1, "X: y", False, "crash", "X: y"),
         (2, "no", False, "bad input", "no"),
         (3, "no", False, "gate failed", "no"),
         (4, "stopped by SIGTERM", False, "interrupted", "stopped by SIGTERM"),
         (4, None, True, "interrupted", "stopped"),
-        (137, None, False, "killed", "killed (SIGKILL) from outside: probably by the kernel, out of memory"),
-        (-9, None, False, "killed", "killed (SIGKILL) from outside: probably by the kernel, out of memory"),
-        (139, None, False, "killed", "killed by SIGSEGV"),
-        (77, None, False, "crash", "ended with exit code 77 and no message of its own. Last line: last"),
+        (137, None, False, "killed", f"{KILLED}. Its last lines: first ⏎ last"),
+        (-9, None, False, "killed", f"{KILLED}. Its last lines: first ⏎ last"),
+        (139, None, False, "killed", "killed by SIGSEGV. Its last lines: first ⏎ last"),
+        (77, None, False, "crash", "ended with exit code 77 and no message of its own. Its last lines: first ⏎ last"),
     ],
 )
 def test_exit_codes_in_words(code: int, told: str | None, stopped: bool, reason: str, message: str) -> None:
@@ -62,3 +65,21 @@ def test_a_stage_s_environment_is_an_allow_list() -> None:
                           "PYTHONUNBUFFERED"}  # fmt: skip
     for stage in ("download", "push"):
         assert set(stage_environment(stage, ours)) - set(train) == {"HF_TOKEN", "HF_ENDPOINT", "HTTPS_PROXY"}
+
+
+def test_a_container_gets_less_of_it() -> None:
+    """Its programs, folders and devices are its own; what is for the Hub goes another way, which nobody sees."""
+    ours = {
+        "HF_TOKEN": "secret", "HTTPS_PROXY": "http://me:pw@x", "PREFECT_API_URL": "x", "PATH": "/bin", "HOME": "/home/me",
+        "CUDA_VISIBLE_DEVICES": "0", "HF_HOME": "/h", "OMP_NUM_THREADS": "1", "NCCL_DEBUG": "INFO", "LD_LIBRARY_PATH": "/x",
+    }  # fmt: skip
+    assert set(container_environment(ours)) == {"OMP_NUM_THREADS", "NCCL_DEBUG", "STAGE_EVENTS", "PYTHONUNBUFFERED"}
+    assert hub_environment("push", ours) == {"HF_TOKEN": "secret", "HTTPS_PROXY": "http://me:pw@x"}
+    assert hub_environment("train", ours) == {}
+
+
+def test_last_lines_are_one_line() -> None:
+    assert last_lines([]) == "It printed nothing"
+    shown = last_lines([f"line {number}" for number in range(10)] + ["x" * 1000, ""])
+    assert shown.startswith("Its last lines: line 8 ⏎ line 9 ⏎ xxx")
+    assert len(shown) < LAST_LINES * (LONGEST_LAST + 3) + 20

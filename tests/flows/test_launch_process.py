@@ -33,7 +33,7 @@ class Watched:
 
     def __init__(self, tmp_path: Path, code: str, grace: float = 5.0, stage: str = "train") -> None:
         self.launcher = Scripted(code, grace)
-        self.job = StageJob(stage, stage, tmp_path / "spec.json", tmp_path / "logs" / "stage.log")
+        self.job = StageJob(stage, stage, tmp_path / "spec.json", tmp_path / "logs" / "stage.log", "brisk-otter")
         self.lines: list[str] = []
         self.progress: list[Progress] = []
         self.stop = threading.Event()
@@ -167,7 +167,7 @@ from pathlib import Path
 sys.path[:0] = {path!r}
 from test_launch_process import Scripted
 from flows.launch.protocol import StageJob
-job = StageJob("train", "train", Path("spec.json"), Path({log!r}))
+job = StageJob("train", "train", Path("spec.json"), Path({log!r}), "brisk-otter")
 Scripted({code!r}, grace=0.3).run(job, on_line=print, on_progress=print, stop=threading.Event())
 """
 

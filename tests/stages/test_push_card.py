@@ -104,6 +104,13 @@ def test_a_library_that_changed_on_the_way_is_told_twice(tmp_path: Path) -> None
     assert "| sentencepiece | 0.2.1 |" in lines
 
 
+@pytest.mark.parametrize(("image", "is_told"), [("me/mine@sha256:12", True), ("sha256:12", False), (None, False)])
+def test_the_image_is_told_where_others_find_it(tmp_path: Path, image: str | None, is_told: bool) -> None:
+    made = lineage(tmp_path)
+    trained = made.checkpoint.model_copy(update={"versions": made.checkpoint.versions.model_copy(update={"image": image})})
+    assert (f"| container image | `{image}` |" in model_card(replace(made, checkpoint=trained), "ada/fine")) == is_told
+
+
 @pytest.mark.parametrize(
     ("settings", "called"),
     [

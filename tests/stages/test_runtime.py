@@ -36,6 +36,8 @@ def run(spec, ctx):
         case "crash": raise RuntimeError("boom")
         case "full": raise OSError(errno.ENOSPC, "No space left on device", "data.jsonl")
         case "full copy": raise OSError(errno.ENOSPC, "No space left on device", "source.jsonl", None, "data.jsonl")
+        case "read-only": raise OSError(errno.EROFS, "Read-only file system", "data.jsonl")
+        case "not allowed": raise OSError(errno.EACCES, "Permission denied", "data.jsonl")
         case "hang": sys.stdin.read()
     return ctx.artifact(a.RawDataArtifact, figure="1 document", documents=1, source="s", revision=None, text_bytes=3, sets=())
 
@@ -121,6 +123,33 @@ def test_damage_is_named(spec: DownloadDataSpec, damage: Callable[[Path], object
         a.check_files(spec.folder, a.load_artifact(spec.folder), thorough=True)
 
 
+def test_a_change_within_the_tick_of_the_artifact_is_found(spec: DownloadDataSpec) -> None:
+    made(spec)
+    (spec.folder / "data.jsonl").write_text("onf\n")
+    tick = (spec.folder / "artifact.json").stat().st_mtime_ns
+    os.utime(spec.folder / "data.jsonl", ns=(tick, tick))
+    assert a.find_intact(spec.folder) is None
+
+
+@pytest.mark.parametrize("target", ["../elsewhere", "/dev/zero"])
+def test_a_link_in_a_result_is_not_followed(spec: DownloadDataSpec, tmp_path: Path, target: str) -> None:
+    artifact = made(spec)
+    (spec.folder.parent / "elsewhere").write_text("one\n")
+    (spec.folder / "data.jsonl").unlink()
+    (spec.folder / "data.jsonl").symlink_to(target)
+    with pytest.raises(a.DamagedArtifact, match=r"data\.jsonl: is a link or the like, which no stage makes\. Remove "):
+        a.check_files(spec.folder, artifact, thorough=True)
+
+
+@pytest.mark.parametrize("name", ["../../data.jsonl", "/etc/passwd", "a/../../b"])
+def test_files_of_an_artifact_are_in_its_folder(spec: DownloadDataSpec, name: str) -> None:
+    made(spec)
+    file = spec.folder / "artifact.json"
+    file.write_text(file.read_text().replace('"data.jsonl"', json.dumps(name)))
+    with pytest.raises(a.DamagedArtifact, match=f"{name} leads out of the folder"):
+        a.load_artifact(spec.folder)
+
+
 def test_a_changed_fact_is_damage(spec: DownloadDataSpec) -> None:
     made(spec)
     file = spec.folder / "artifact.json"
@@ -147,6 +176,12 @@ def test_damage_with_an_old_time_is_found_by_a_thorough_check(spec: DownloadData
         ("crash", 1, "error: download: RuntimeError: boom. This is a defect of ours; the traceback is above"),
         ("full", 2, "error: download: no space left at data.jsonl: make room or choose another workspace, then run again"),
         ("full copy", 2, "error: download: no space left at data.jsonl: make room or choose another workspace, then run again"),
+        ("read-only", 2, "error: download: read-only file system at data.jsonl: choose another workspace, then run again"),
+        (
+            "not allowed",
+            2,
+            "error: download: permission denied at data.jsonl: allow it or choose another workspace, then run again",
+        ),
     ],
 )
 def test_outcomes(start: Callable[..., subprocess.Popen[str]], spec: DownloadDataSpec, do: str, code: int, error: str) -> None:

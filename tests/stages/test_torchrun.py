@@ -4,6 +4,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,23 +23,33 @@ from stages import torchrun
 def show(event):
     print(json.dumps(event), flush=True)
 
-outcome = torchrun.run_workers("stand_in_worker", sys.argv[1:2], processes=2, log=Path(sys.argv[2]), on_event=show)
+nodes = torchrun.Nodes.here()
+outcome = torchrun.run_workers(
+    "stand_in_worker", sys.argv[1:2], processes=2 // nodes.count, log=Path(sys.argv[2]), on_event=show, nodes=nodes
+)
 show({"event": "outcome", "returncode": outcome.returncode, "is_stopped": outcome.is_stopped, "killed": outcome.killed})
 """
 
 
 class Stage:
-    """A process that runs two stand-in workers, and what it tells."""
+    """A process that runs two stand-in workers, or one of them, and what it tells."""
 
-    def __init__(self, mode: str, log: Path) -> None:
+    def __init__(self, mode: str, log: Path, **nodes: str) -> None:
         here = Path(__file__).parent
         paths = [str(here), str(here.parents[1])]
         environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", STAGE, mode, str(log)], stdout=subprocess.PIPE, text=True,
-            env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
+            env={**environment, "PYTHONPATH": os.pathsep.join(paths), **nodes},
         )  # fmt: skip
-        ready = sorted((self.event("ready"), self.event("ready")), key=lambda event: event["rank"])
+        self.descriptors: list[int] = []
+        if not nodes:
+            self.wait_for(2)
+
+    def wait_for(self, workers: int) -> None:
+        """Until so many are ready."""
+        ready = sorted((self.event("ready") for _ in range(workers)), key=lambda event: event["rank"])
+        self.ranks = [event["rank"] for event in ready]
         self.workers = [event["pid"] for event in ready]
         self.torchrun = ready[0]["torchrun"]
         self.threads = ready[0]["threads"]
@@ -65,8 +76,8 @@ class Stage:
 def start(tmp_path: Path) -> Iterator[Callable[..., Stage]]:
     stages: list[Stage] = []
 
-    def start(mode: str = "waiting") -> Stage:
-        stages.append(Stage(mode, tmp_path / "logs" / "workers.log"))
+    def start(mode: str = "waiting", **nodes: str) -> Stage:
+        stages.append(Stage(mode, tmp_path / "logs" / "workers.log", **nodes))
         return stages[-1]
 
     yield start
@@ -113,6 +124,23 @@ def test_nothing_outlives_a_killed_stage(start: Callable[..., Stage]) -> None:
     stage = start("deaf")
     stage.process.kill()
     stage.assert_all_gone()
+
+
+def test_two_machines_share_the_workers(start: Callable[..., Stage]) -> None:
+    """Each has its part, and ranks are as the machines are numbered, whoever comes first."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = f"127.0.0.1:{free.getsockname()[1]}"
+    second = start(STAGE_NODES="2", STAGE_NODE="1", STAGE_RENDEZVOUS=meeting)
+    first = start(STAGE_NODES="2", STAGE_NODE="0", STAGE_RENDEZVOUS=meeting)
+    first.wait_for(1)
+    second.wait_for(1)
+    assert (first.ranks, second.ranks) == ([0], [1])
+    assert int(first.threads) == len(os.sched_getaffinity(0))  # of its machine's cores
+    for stage in (first, second):
+        stage.process.send_signal(signal.SIGTERM)
+    for stage in (first, second):
+        assert stage.outcome() == (0, True, None)
+        stage.assert_all_gone()
 
 
 def test_first_killed() -> None:

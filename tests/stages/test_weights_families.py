@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from transformers import AutoModelForCausalLM
 from weights_inputs import make_model
 from workspaces import STEP, Workspace, make_workspace, publish, references
 
-from megatron_core_impl.checkpoint.foreign import Rearranged
+from megatron_core_impl.checkpoint.foreign import Rearranged, invert
 from megatron_core_impl.checkpoint.proven import same_bits
 from megatron_core_impl.checkpoint.sharded import open_weights
-from megatron_core_impl.config import ModelConfig, RopeScaling
+from megatron_core_impl.config import ModelConfig, RopeScaling, StackedTensor
 from megatron_core_impl.models import families
-from stages import convert, export, merge, runtime, shard, verify
+from stages import convert, export, export_weights, merge, runtime, shard, verify
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts import specs
 from stages.contracts.train_settings import TrainSettings
@@ -97,6 +99,26 @@ def test_all_the_way_and_back(tmp_path: Path, model: dict[str, Any]) -> None:
     tokens = torch.randint(400, (1, 40))
     with torch.no_grad():
         assert torch.equal(theirs(tokens).logits, again(tokens).logits)
+
+
+def test_what_export_fuses_is_read_back_as_convert_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = make_workspace(tmp_path, **FAMILIES["falcon-7b"])
+    weights = converted(workspace)
+    spec, scratch = workspace.verify_spec(batches=1), tmp_path / "published"
+    scratch.mkdir()
+
+    def another_way(table: Sequence[StackedTensor]) -> list[StackedTensor]:
+        back = {stacked.name: stacked for stacked in invert(table)}
+        q = back["model.layers.0.self_attn.q_proj.weight"]
+        first, *others = q.parts
+        moved = replace(first, start=first.start + 1, stop=first.stop + 1)
+        return list((back | {q.name: replace(q, parts=(moved, *others))}).values())
+
+    monkeypatch.setattr(export_weights, "invert", another_way)
+    with pytest.raises(
+        GateFailed, match=r"layers\.0\.self_attn\.q_proj\.weight: what was written, read as convert reads it, diff"
+    ):
+        export_weights.write_weights(weights.folder(tmp_path), weights.model, scratch, Context(spec, scratch), limit=10**9)
 
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason="needs ../shared")

@@ -1,0 +1,203 @@
+"""Charts as SVG: curves over steps, and bars. Small enough to be sent to a browser every few seconds, and without a library.
+
+A chart brings no colours. Its parts have classes (`ink`, `grid`, `frame`, `a` … `d`) which the page that it stands in gives
+colours, light, dark or printed. As a picture of its own (`as_image`) it has colours that can be read on white and on black.
+"""
+
+import base64
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Literal, NamedTuple, TypeGuard
+
+from stages.contracts.words import short
+
+Colour = Literal["a", "b", "c", "d"]
+Point = tuple[float, float | None]  # None: there is no value, and the line has a gap
+
+FONT = 12  # all lengths are in units of the picture, which are pixels where it is shown as large as it is
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 30, 30  # around the part of a chart where its curves are
+ROW = 20  # height of a bar with its share of the gap
+
+STYLE = (
+    f"text{{font:{FONT}px system-ui,sans-serif;fill:#747983}}"
+    ".title{font-weight:600}.grid{stroke:#80808055}.frame{stroke:#80808099}.rest{fill:#80808033}.curve{fill:none;stroke-width:1.8}"
+    ".curve.a,.key.a{stroke:#3b82c4}.curve.b,.key.b{stroke:#d9651e}.curve.c,.key.c{stroke:#7f6bc9}.curve.d,.key.d{stroke:#2f9a6a}"
+    ".dot.a,.bar.a,text.a{fill:#3b82c4}.dot.b,.bar.b,text.b{fill:#d9651e}.dot.c,.bar.c,text.c{fill:#7f6bc9}"
+    ".dot.d,.bar.d,text.d{fill:#2f9a6a}"
+)
+
+
+class Series(NamedTuple):
+    """One curve. Few points that matter each get a dot, and the first and the last their values."""
+
+    name: str
+    points: Sequence[Point]
+    colour: Colour = "a"
+    is_marked: bool = False
+
+
+class Bar(NamedTuple):
+    """One bar of a chart, from a value to another."""
+
+    label: str
+    begin: float
+    end: float
+    text: str  # beside it
+    colour: Colour = "a"
+
+
+def curves(
+    series: Sequence[Series], *, title: str, last_x: float | None = None, width: int = 640, height: int = 300
+) -> str | None:
+    """Curves over steps, as SVG; None where there is not a single value.
+
+    Args:
+        last_x: where the axis ends, beyond the last point: how far there is to go.
+    """
+    shown = [each for each in series if any(_is_value(y) for _, y in each.points)]
+    values = [y for each in shown for _, y in each.points if _is_value(y)]
+    if not values:
+        return None
+    steps = [x for each in shown for x, _ in each.points]
+    x = _Axis.over(min(steps), max(max(steps), last_x or 0), LEFT, width - RIGHT, count=width // 110, is_tight=True)
+    y = _Axis.over(min(values), max(values), height - BOTTOM, TOP, count=height // 55)
+    parts = [_text(0, FONT + 2, title, "title"), *_legend(shown, width)]
+    for tick, label in y.ticks():
+        parts.append(f'<path class="grid" d="M{LEFT} {tick}H{width - RIGHT}"/>' + _text(LEFT - 6, tick + 4, label, "", "end"))
+    for tick, label in x.ticks():
+        parts.append(_text(tick, height - BOTTOM + 17, label, "", "middle"))
+    parts.append(f'<path class="frame" d="M{LEFT} {height - BOTTOM}H{width - RIGHT}"/>')
+    for each in shown:
+        parts += _curve(each, x, y)
+    return _svg(parts, width, height, title)
+
+
+def bars(rows: Sequence[Bar], *, title: str, labels: int = 120, width: int = 640) -> str | None:
+    """Horizontal bars, one below the other, as SVG; None without any.
+
+    Args:
+        labels: width of the space for their names.
+    """
+    if not rows:
+        return None
+    low, high = min(bar.begin for bar in rows), max(bar.end for bar in rows)
+    widest = max(len(bar.text) for bar in rows) * FONT * 0.6 + 8
+    scale = max(1.0, width - labels - widest) / ((high - low) or 1.0)
+    parts = [_text(0, FONT + 2, title, "title")]
+    for place, bar in enumerate(rows):
+        top = TOP + ROW * place
+        begin, end = (labels + scale * (value - low) for value in (bar.begin, bar.end))
+        parts.append(_text(labels - 8, top + 12, bar.label, "", "end"))
+        place_and_size = f'x="{begin:.1f}" y="{top}" width="{max(1.5, end - begin):.1f}" height="{ROW - 6}"'
+        parts.append(f'<rect class="bar {bar.colour}" {place_and_size} rx="2"/>')
+        parts.append(_text(round(max(begin + 1.5, end) + 6, 1), top + 12, bar.text))
+    return _svg(parts, width, TOP + ROW * len(rows), title)
+
+
+def progress_bar(share: float, *, width: int = 640) -> str:
+    """How much of something is done, as SVG."""
+    height = 10
+    full = f'<rect class="bar d" width="{width * min(1.0, max(0.0, share)):.1f}" height="{height}" rx="{height // 2}"/>'
+    empty = f'<rect class="rest" width="{width}" height="{height}" rx="{height // 2}"/>'
+    return _svg([empty, full], width, height, f"{share:.0%}")
+
+
+def as_image(svg: str) -> str:
+    """A chart as an address that an image can have, with its own colours."""
+    styled = svg.replace(">", f"><style>{STYLE}</style>", 1)
+    return "data:image/svg+xml;base64," + base64.b64encode(styled.encode()).decode()
+
+
+def _svg(parts: Iterable[str], width: int, height: int, title: str) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    )
+
+
+def _text(x: float, y: float, text: str, css: str = "", anchor: str = "start") -> str:
+    classes = f' class="{css}"' if css else ""
+    side = f' text-anchor="{anchor}"' if anchor != "start" else ""
+    return f'<text x="{x:g}" y="{y:g}"{classes}{side}>{escape(text)}</text>'
+
+
+def _legend(series: Sequence[Series], width: int) -> list[str]:
+    """What each curve is, in the upper right corner. One alone is what the title says."""
+    if len(series) < 2:
+        return []
+    parts = []
+    x = width - RIGHT - sum(map(_legend_width, series))
+    for each in series:
+        parts.append(f'<path class="key {each.colour}" stroke-width="2.5" d="M{x} {FONT - 2}h16"/>')
+        parts.append(_text(x + 21, FONT + 2, each.name))
+        x += _legend_width(each)
+    return parts
+
+
+def _legend_width(series: Series) -> int:
+    """About: letters are not measured."""
+    return 36 + round(len(series.name) * FONT * 0.5)
+
+
+def _curve(series: Series, x: "_Axis", y: "_Axis") -> list[str]:
+    points = [(x.at(step), y.at(value) if _is_value(value) else None, value) for step, value in series.points]
+    path, pen_is_up = "", True
+    for left, top, _ in points:
+        if top is None:
+            pen_is_up = True
+            continue
+        path += f"{'M' if pen_is_up else 'L'}{left:g} {top:g}"
+        pen_is_up = False
+    parts = [f'<path class="curve {series.colour}" d="{path}"/>']
+    placed = [(left, top, value) for left, top, value in points if top is not None and value is not None]
+    if series.is_marked or len(placed) == 1:  # a line of one point is invisible
+        parts += [f'<circle class="dot {series.colour}" cx="{left:g}" cy="{top:g}" r="3"/>' for left, top, _ in placed]
+    if series.is_marked:
+        ends = [(placed[0], "start")] if len(placed) == 1 else [(placed[0], "start"), (placed[-1], "end")]
+        for (left, top, value), anchor in ends:
+            parts.append(_text(left, max(top - 8, TOP + 6), f"{value:.2f}", series.colour, anchor))
+    return parts
+
+
+def _is_value(y: float | None) -> TypeGuard[float]:
+    return y is not None and math.isfinite(y)
+
+
+class _Axis(NamedTuple):
+    """From values to places in the picture."""
+
+    low: float
+    high: float
+    begin: float  # where `low` is
+    end: float
+    step: float  # between ticks
+
+    @classmethod
+    def over(cls, low: float, high: float, begin: float, end: float, *, count: int, is_tight: bool = False) -> "_Axis":
+        """An axis on which all values find room, with about so many ticks at round numbers."""
+        if high <= low:
+            low, high = (low - 1, high + 1) if is_tight or not low else (low - abs(low) / 2, high + abs(high) / 2)
+        elif not is_tight:
+            margin = 0.05 * (high - low)
+            low, high = (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
+        rough = (high - low) / max(count, 1)
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = next(power * nice for nice in (1, 2, 5, 10) if power * nice >= rough * 0.999)
+        return cls(low, high, begin, end, step)
+
+    def at(self, value: float) -> float:
+        return round(self.begin + (value - self.low) / (self.high - self.low) * (self.end - self.begin), 1)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Places and labels."""
+        first, last = math.ceil(self.low / self.step - 1e-9), math.floor(self.high / self.step + 1e-9)
+        return [(self.at(n * self.step), _label(n * self.step, self.step)) for n in range(first, last + 1)]
+
+
+def _label(value: float, step: float) -> str:
+    if abs(value) >= 10_000:
+        return short(value).replace(" ", "")
+    if step < 0.001:
+        return f"{value:.3g}".replace("e-0", "e-")
+    return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"

@@ -1,0 +1,93 @@
+"""Arguments that several commands have, and what they name: a configuration, a workspace, a run in it."""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from flows.commands.outcome import Wrong
+from flows.go_on import workspace_option
+from flows.load_config import check_ready, load_config
+from flows.run_record import RUN_NAME, RunFolder, RunRecord
+from stages.contracts.config import PipelineConfig
+
+Command = Callable[[argparse.Namespace], int]  # returns the exit code
+
+
+class Add(Protocol):
+    """Makes the parser of a command."""
+
+    def __call__(self, name: str, command: Command, *, help: str, description: str) -> argparse.ArgumentParser: ...
+
+
+def takes_config(parser: argparse.ArgumentParser) -> None:
+    """CONFIG.yaml, what overrides it, and where to work."""
+    parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="the configuration; see configs/")
+    takes_overrides(parser)
+    parser.add_argument("--workspace", metavar="FOLDER", help="where everything is kept; default: the configuration's")
+
+
+def takes_overrides(parser: argparse.ArgumentParser) -> None:
+    """What overrides a configuration."""
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help="override, e.g. train.lr=1e-4"
+    )
+
+
+def has_workspace(parser: argparse.ArgumentParser) -> None:
+    """The workspace of a run that is there."""
+    parser.add_argument(
+        "--workspace", metavar="FOLDER", default="workspace", help="the workspace of the run (default: %(default)s)"
+    )
+
+
+def keeps_server(parser: argparse.ArgumentParser) -> None:
+    """Whether the local server stays."""
+    parser.add_argument("--keep-server", action="store_true", help="leave the local Prefect server running afterwards")
+
+
+def run_name(text: str) -> str:
+    """The name of a run, as an argument."""
+    if not re.fullmatch(RUN_NAME, text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a run: letters, digits, - _ . only")
+    return text
+
+
+def configuration(arguments: argparse.Namespace) -> PipelineConfig:
+    """What `takes_config` named, checked.
+
+    Raises:
+        BadConfig: it cannot be run.
+    """
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.workspace is not None:
+        config = config.model_copy(update={"workspace": arguments.workspace})
+    check_ready(config, str(arguments.config))
+    return config
+
+
+def find_run(arguments: argparse.Namespace) -> tuple[RunFolder, RunRecord]:
+    """The run that `run` and `--workspace` name.
+
+    Raises:
+        Wrong: it is not there.
+    """
+    workspace = existing_workspace(arguments)
+    folder = RunFolder(workspace, arguments.run)
+    record = folder.read()
+    if record is None:
+        raise Wrong(f"there is no run {arguments.run} in {workspace}; see: finetune status{workspace_option(workspace)}")
+    return folder, record
+
+
+def existing_workspace(arguments: argparse.Namespace) -> Path:
+    """The workspace that `has_workspace` named.
+
+    Raises:
+        Wrong: it is not there.
+    """
+    workspace = Path(arguments.workspace).expanduser().resolve()
+    if not workspace.is_dir():
+        raise Wrong(f"there is no workspace {workspace}; name the one of the configuration: --workspace FOLDER")
+    return workspace

@@ -1,0 +1,203 @@
+"""`finetune run` and `rerun`: the flow in this process, shown in the terminal."""
+
+import argparse
+import os
+import shutil
+import traceback
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from flows.commands.arguments import Add, configuration, find_run, has_workspace, keeps_server, run_name, takes_config
+from flows.commands.outcome import BAD, FAILED, GATE, Wrong, say, say_errors
+from flows.go_on import go_on, other_failures, workspace_option
+from flows.graph import nodes_of
+from flows.launch.choose import in_the_way
+from flows.launch.protocol import StageFailed
+from flows.lineage import NoResult, find_result
+from flows.load_config import BadConfig, check_ready
+from flows.run_record import RunFolder, new_name, now
+from stages.contracts.config import PipelineConfig
+from stages.contracts.process import ExitCode
+from stages.contracts.words import size
+
+NO_SPACE = 10_000_000  # bytes: a disk with less has probably just run full
+
+RUN_HELP = """\
+Check a configuration, then do the whole job: download, preprocess, convert, verify, shard, train, merge, export, push.
+
+Stages whose results are in the workspace and intact are not run again, so the same command after a failure, a Ctrl-C or
+a kill goes on where it stopped; training goes on from its last checkpoint.
+
+The run shows in Prefect's web UI, at the address printed first: of the server that PREFECT_API_URL names, else of a local
+one that starts with the run and ends with it. The Hub's token is read from HF_TOKEN, and given to download and push only."""
+
+RERUN_HELP = """\
+Do a run again with its own configuration. Without --stage it goes on where it stopped. With --stage, that stage runs even
+if its result is there, and so does every stage that uses its result; training that had not finished goes on from its last
+checkpoint, or with --fresh begins anew; training that had finished begins anew. An old result is kept until the new one is
+there."""
+
+
+def add_to(add: Add) -> None:
+    """Add these commands to the parser."""
+    run = add("run", _run, help="do the whole job of a configuration", description=RUN_HELP)
+    takes_config(run)
+    run.add_argument(
+        "--name",
+        type=run_name,
+        metavar="NAME",
+        help="name of the run, a new one or one to do over; default: one like brisk-otter",
+    )
+    run.add_argument(
+        "--from",
+        metavar="RESULT",
+        action="append",
+        default=[],
+        dest="start_from",
+        help="start from a result: its folder, or a stage of a run such as brisk-otter/train. It and what it was made from are "
+        "taken as they are; may be repeated",
+    )
+    keeps_server(run)
+    rerun = add("rerun", _rerun, help="go on with a run, or do a stage of it again", description=RERUN_HELP)
+    rerun.add_argument("run", metavar="RUN", type=run_name, help="name of the run, as `finetune status` shows it")
+    rerun.add_argument("--stage", metavar="STAGE", action="append", default=[], help="do it again, and what depends on it")
+    rerun.add_argument(
+        "--fresh", action="store_true", help="with --stage: begin it anew, whatever an interrupted attempt left to go on from"
+    )
+    has_workspace(rerun)
+    keeps_server(rerun)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    config = configuration(arguments)
+    name = arguments.name or new_name(config.workspace_path)
+    option = workspace_option(config.workspace_path)
+    try:
+        for result in arguments.start_from:
+            find_result(config.workspace_path, result)
+    except NoResult as error:
+        raise Wrong(f"--from {error}") from None
+    return _do(config, name, option, keep_server=arguments.keep_server, start_from=arguments.start_from)
+
+
+def _rerun(arguments: argparse.Namespace) -> int:
+    folder, record = find_run(arguments)
+    try:
+        refresh = [node for name in arguments.stage for node in nodes_of(name)]
+    except ValueError as error:
+        raise Wrong(str(error)) from None
+    if arguments.fresh and not refresh:
+        raise Wrong("--fresh says how to do a stage again: name it, e.g. --stage train --fresh")
+    if record.stage is not None:
+        again = go_on(folder.workspace, record, workspace_option(folder.workspace))
+        raise Wrong(f"run {record.name} did one stage, for a deployment. To do it again: {again}")
+    if not Path(record.cwd).is_dir():
+        raise Wrong(f"{record.cwd}: the folder the run was started in is gone; relative paths of its configuration need it")
+    workspace, option = str(folder.workspace), workspace_option(folder.workspace)  # where the person is
+    os.chdir(record.cwd)  # relative paths of its configuration start there
+    config = PipelineConfig.model_validate({**record.config, "workspace": workspace})
+    check_ready(config, f"run {record.name}")
+    asked = {"refresh": refresh, "fresh": arguments.fresh, "start_from": record.start_from}
+    return _do(config, record.name, option, keep_server=arguments.keep_server, **asked)
+
+
+def _do(config: PipelineConfig, name: str, option: str, *, keep_server: bool, **asked: Any) -> int:
+    """Run the flow in this process, show it, say how it ended.
+
+    Args:
+        option: the `--workspace` that later commands need.
+        asked: further parameters of the flow.
+    """
+    from flows.display import server_is_off
+    from flows.server import NoServer, Server, client_environment, serving, stays
+
+    workspace = config.workspace_path
+    folder = RunFolder(workspace, name)
+    if folder.is_live():
+        raise Wrong(f"run {name} is going on in another process; see: finetune status {name}{option}")
+
+    if told := in_the_way(config):
+        raise Wrong(f"launch: {told}")
+
+    def prepare(server: Server) -> None:
+        os.environ.update(client_environment(workspace, server))
+        import_module("flows.finetune")  # and with it Prefect, while the server starts
+        import_module("prefect.context").refresh_global_settings_context()  # the second time, the address is another
+
+    try:
+        (folder.path / "logs").mkdir(parents=True, exist_ok=True)
+        with serving(workspace, keep=keep_server, say=say, meanwhile=prepare) as server:
+            code = _run_flow(config, folder, option, asked)
+            if server.pid is not None and stays(workspace):
+                say(f"the Prefect server stays at {server.page}; to stop it: kill {server.pid}")
+            elif server.pid is not None:
+                say(server_is_off(name, option))
+            return code
+    except NoServer as error:
+        raise Wrong(_no_space(workspace) or str(error)) from None
+    except OSError as error:
+        if folder.read() is not None:
+            raise
+        raise Wrong(f"workspace: {workspace} cannot be used: {error}") from None
+
+
+def _run_flow(config: PipelineConfig, folder: RunFolder, option: str, asked: dict[str, Any]) -> int:
+    from flows.display import Display
+    from flows.finetune import finetune
+    from flows.quiet import logs_to_file
+    from flows.settle import reconcile
+    from flows.story import shown_path
+    from flows.summary import print_summary
+
+    console = Console()
+    logs_to_file(folder.log("prefect"))
+    reconcile(folder.workspace)
+
+    def how_to_go_on() -> str:
+        record = folder.read()
+        return f"Go on: {go_on(folder.workspace, record, option)}" if record is not None else ""
+
+    begun = now()
+    try:
+        with Display(folder, console):
+            finetune(config=config, run_name=folder.name, **asked)
+    except StageFailed as error:
+        record = folder.read()
+        say_errors([str(error), *(other_failures(record) if record is not None else [])])
+        say(f"       Log: {shown_path(error.log_file)}\n       Report: {shown_path(folder.report)}\n       {how_to_go_on()}")
+        return exit_code(error)
+    except BadConfig:
+        raise
+    except Exception as error:
+        record = folder.read()
+        if record is not None and record.started >= begun and record.state == "done":
+            say(f"the Prefect server was away when the run ended ({type(error).__name__}); the next run tells its page")
+            print_summary(record, folder, console)
+            return ExitCode.OK
+        if told := _no_space(folder.workspace):  # whatever broke first: ours, or the server, whose database is there, too
+            raise Wrong(f"{told}. {how_to_go_on()}".removesuffix(". ")) from None
+        traceback.print_exc()
+        say_errors([f"{type(error).__name__}: {error}. This is a defect of ours; Prefect's log: {folder.log('prefect')}"])
+        return FAILED
+    except BaseException:
+        if told := how_to_go_on():
+            say(told)
+        raise
+    record = folder.read()
+    if record is not None:
+        print_summary(record, folder, console)
+    return ExitCode.OK
+
+
+def _no_space(folder: Path) -> str | None:
+    """What to say when there is no room left to work in, else None."""
+    free = shutil.disk_usage(folder).free
+    return f"{folder}: no space left ({size(free)} free): make room" if free < NO_SPACE else None
+
+
+def exit_code(error: StageFailed) -> int:
+    """Our exit code for a stage's failure."""
+    return {"bad input": BAD, "gate failed": GATE}.get(error.reason, FAILED)

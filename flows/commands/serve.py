@@ -1,0 +1,118 @@
+"""`finetune serve` and `ui`: the runner of this machine, and with it, if need be, a server."""
+
+import argparse
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from importlib import import_module
+from pathlib import Path
+
+from flows.commands.arguments import Add
+from flows.commands.outcome import Wrong, say
+from flows.locks import Lock, Stopped, held
+from flows.server import NoServer, Server, client_environment, serving
+from stages.contracts.process import ExitCode
+
+SERVE_HELP = """\
+Do the runs that are started in Prefect's web UI, or with `prefect deployment run`, on this machine: where the GPUs, Docker and
+the data are. Deploys finetune-llama2/demo (configs/demo.yaml, in processes), finetune-llama2/gpu (configs/llama2-7b.yaml, in
+containers), or instead finetune-llama2/NAME for each NAME.yaml that is given; and stage/NAME, one stage from results that are
+there.
+
+The server is the one that PREFECT_API_URL names, else one of the workspace, which starts and ends with this.
+Ctrl-C or SIGTERM: takes no more runs, waits for those that go on. Once more: stops them; trainings save a checkpoint first."""
+
+UI_HELP = """\
+Start a Prefect server on this machine and a runner for it, print the page's address, and stop both at Ctrl-C: the same as
+`finetune serve` without PREFECT_API_URL. Everything is kept in the workspace; nothing is asked of any other machine."""
+
+
+def add_to(add: Add) -> None:
+    """Add these commands to the parser."""
+    for name, command, about, help_text in (
+        ("ui", _ui, "Prefect's web UI and a runner, on this machine", UI_HELP),
+        ("serve", _serve, "a runner for the runs that are started in the web UI", SERVE_HELP),
+    ):
+        parser = add(name, command, help=about, description=help_text)
+        parser.add_argument(
+            "configs", metavar="CONFIG.yaml", nargs="*", type=Path, help="deploy these configurations instead of the usual two"
+        )
+        parser.add_argument(
+            "--workspace", metavar="FOLDER", help="where everything is kept; default: each configuration's, and ./workspace "
+            "for the server",
+        )  # fmt: skip
+
+
+def _ui(arguments: argparse.Namespace) -> int:
+    if named := os.environ.get("PREFECT_API_URL"):
+        raise Wrong(
+            f"PREFECT_API_URL={named} names a server already. For a runner of that one: finetune serve; for a server of this "
+            "machine: unset PREFECT_API_URL"
+        )
+    return _serve(arguments)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    home = Path(arguments.workspace or "workspace").expanduser().resolve()
+    workspace = str(home) if arguments.workspace is not None else None
+
+    def prepare(server: Server) -> None:
+        os.environ.update(client_environment(home, server))
+        os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"  # of the runs' processes: their logs are in files
+        import_module("flows.serve")  # and with it Prefect, while the server starts
+        import_module("prefect.context").refresh_global_settings_context()  # the second time, the address is another
+
+    try:
+        (home / "prefect").mkdir(parents=True, exist_ok=True)
+        with _only_one(home), serving(home, say=say, meanwhile=prepare) as server:
+            return _run(arguments.configs, workspace, server, home)
+    except NoServer as error:
+        raise Wrong(str(error)) from None
+    except OSError as error:
+        raise Wrong(f"workspace: {home} cannot be used: {error}") from None
+
+
+@contextmanager
+def _only_one(home: Path) -> Iterator[None]:
+    """One runner per workspace: two would share out the runs between them, and settle each other's."""
+    file = home / "prefect" / "runner.lock"
+    try:
+        with _held(file):
+            yield
+    except Stopped:
+        raise Wrong(f"{file.read_text() or 'another runner'} serves the workspace {home} already") from None
+
+
+def _held(file: Path) -> AbstractContextManager[tuple[int, ...]]:
+    """Hold a lock, or raise Stopped at once."""
+    impatient = threading.Event()
+    impatient.set()
+    return held([Lock(file, file.name)], f"finetune serve (process {os.getpid()})", stop=impatient, on_wait=lambda told: None)
+
+
+def _run(configs: list[Path], workspace: str | None, server: Server, home: Path) -> int:
+    from flows.deployments import deployments
+    from flows.quiet import logs_to_file
+    from flows.serve import serve
+
+    asked = deployments(configs, workspace)
+    places = {Path(each.parameters["config"]["workspace"]) for each in asked if "config" in each.parameters}
+    workspaces = sorted({home, *(place.expanduser().resolve() for place in places)})
+    logs_to_file(home / "prefect" / "runner.log")
+
+    def on_ready() -> None:
+        stack.enter_context(_held(home / "prefect" / "runner.ready"))  # who wants to know whether we serve tries it
+        width = max(len(each.full_name) for each in asked)
+        print(f"Prefect UI   {server.page}")
+        print(f"workspace    {home}\n")
+        for each in asked:
+            print(f"  {each.full_name:<{width}}  {each.about}")
+        print(f"\nstart one    in the browser; or  export PREFECT_API_URL={server.api}")
+        print(f"             prefect deployment run '{asked[0].full_name}' --watch")
+        print("stop         Ctrl-C", flush=True)
+
+    with ExitStack() as stack:
+        serve(asked, workspaces, say=say, on_ready=on_ready)
+    say("stopped")
+    return ExitCode.OK

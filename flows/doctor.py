@@ -1,0 +1,139 @@
+"""`finetune doctor`: whether this machine, and the Docker engines that a configuration names, can do its job. What is in the
+way is told with the command, or the setting, that mends it."""
+
+import os
+import platform
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from flows.launch.choose import in_containers
+from stages.contracts.config import PipelineConfig
+from stages.contracts.launch_settings import LaunchSettings, machine_has_gpus
+from stages.contracts.words import size
+
+LITTLE_SPACE = 10_000_000_000  # bytes: less is hardly enough for a model of any use
+FAILED = 1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    subject: str
+    text: str
+    mend: str | None = None  # of a problem
+
+    def lines(self, width: int) -> str:
+        mark = "✓" if self.mend is None else "✗"
+        line = f"{mark} {self.subject:<{width}}  {self.text}"
+        return line if self.mend is None else f"{line}\n  {'':<{width}}  → {self.mend}"
+
+
+def main(config: PipelineConfig | None) -> int:
+    """Look at everything, print what was found; returns the exit code.
+
+    Args:
+        config: the job; without one, this machine alone is looked at.
+    """
+    problems = 0
+    for finding in examine(config, os.environ):
+        print(finding.lines(width=10), flush=True)
+        problems += finding.mend is not None
+    if problems:
+        print(f"\n{problems} {'problem' if problems == 1 else 'problems'}", file=sys.stderr)
+    return FAILED if problems else 0
+
+
+def examine(config: PipelineConfig | None, ours: Mapping[str, str]) -> Iterator[Finding]:
+    """Everything that is looked at, one after the other."""
+    yield Finding("version", ", ".join(_versions()))
+    workspace = config.workspace_path if config is not None else Path("workspace").resolve()
+    yield _space(workspace)
+    if config is not None and config.push.to == "hub":
+        is_set = bool(ours.get("HF_TOKEN"))
+        mend = None if is_set else f"export HF_TOKEN=… (one that may write to {config.push.repo})"
+        yield Finding("token", f"HF_TOKEN is {'set' if is_set else 'not set, and push.to=hub needs it'}", mend)
+    settings = config.launch if config is not None else LaunchSettings()
+    if in_containers(settings):
+        yield from _engines(config, settings, workspace)
+    else:
+        yield from _processes(settings)
+
+
+def _versions() -> Iterator[str]:
+    yield f"Python {platform.python_version()}"
+    for name in ("megatron-flows", "prefect"):
+        try:
+            yield f"{name} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            yield f"{name}, not installed as a package"
+
+
+def _space(workspace: Path) -> Finding:
+    there = next(folder for folder in (workspace, *workspace.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return Finding(
+            "workspace", f"{workspace}: {there} cannot be written to", "choose another (workspace), or change its owner"
+        )
+    free = shutil.disk_usage(there).free
+    mend = "make room, or set workspace to a larger disk" if free < LITTLE_SPACE else None
+    return Finding("workspace", f"{workspace}: {size(free)} free", mend)
+
+
+def _processes(settings: LaunchSettings) -> Iterator[Finding]:
+    from flows.launch.docker_engine import NotReady, connected, default_host
+
+    yield Finding("stages", "run as plain processes of this machine")
+    if settings.by == "process":
+        return
+    try:
+        with connected(default_host()):
+            pass
+    except NotReady as error:
+        if machine_has_gpus():
+            yield from (Finding("containers", f"this machine has GPUs, but {p.what}", p.mend) for p in error.problems)
+        else:
+            yield Finding("containers", f"not used here, and could not be: {error.problems[0].what}")
+    else:
+        yield Finding("containers", "not used here; launch.by: docker would")
+
+
+def _engines(config: PipelineConfig | None, settings: LaunchSettings, workspace: Path) -> Iterator[Finding]:
+    """The engines, one after the other; where one has a problem, the next is looked at."""
+    from flows.launch.docker_checks import check_gpus, check_settings, find_image, gpus_of, look_around
+    from flows.launch.docker_engine import NotReady, connected, default_host
+    from flows.launch.docker_leftovers import labels
+    from flows.launch.docker_mounts import Bind
+    from flows.launch.docker_request import Ask
+
+    processes = config.layout.world_size // (len(settings.hosts) or 1) if config is not None else 1
+    if not workspace.is_dir() and config is None:
+        workspace = Path.cwd()
+    try:
+        if config is not None:
+            check_settings(config, os.environ)
+    except NotReady as error:
+        yield from (Finding("launch", problem.what, problem.mend) for problem in error.problems)
+        return
+    for host in dict.fromkeys(settings.hosts or (default_host(),)):
+        try:
+            with connected(host) as client:
+                yield Finding("engine", f"{host}: Docker {client.version()['Version']}")
+                gpus = gpus_of(settings, os.environ)
+                check_gpus(client, host, gpus)
+                image = find_image(client, host, settings, gpus)
+                ask = Ask(
+                    image=image.id, name="", command=[], binds=[Bind(workspace, workspace, is_writable=True)], gpus=gpus,
+                    labels=labels(workspace=workspace, run="", node="probe", attempt=uuid.uuid4().hex, grace=0.0),
+                )  # fmt: skip
+                look_around(client, host, ask, settings, workspace=workspace, processes=processes)
+                yield Finding(
+                    "containers", f"work: image {image.digest[:26]}…, GPUs: {settings.gpus if gpus.known != 0 else 'none'}"
+                )
+        except NotReady as error:
+            yield from (Finding("containers", problem.what, problem.mend) for problem in error.problems)

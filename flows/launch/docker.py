@@ -1,0 +1,222 @@
+"""A stage in a container, or training in one on each of several machines, through the Docker engine's API.
+
+The container runs the stage behind the same shim as a process has, with the same spec, at the same paths. See docker_request
+for what it is allowed, docker_container for how it ends with us, docs/containers.md for all of it.
+"""
+
+import contextlib
+import os
+import socket
+import threading
+import urllib.parse
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from docker.errors import APIError
+from requests import RequestException
+
+from flows.launch.docker_checks import Image, check_gpus, check_settings, find_image, gpus_of, look_around, start_problem
+from flows.launch.docker_container import Container
+from flows.launch.docker_engine import NotReady, connected, default_host
+from flows.launch.docker_group import Group, Member
+from flows.launch.docker_leftovers import labels, remove_leftovers
+from flows.launch.docker_mounts import binds_of
+from flows.launch.docker_request import GPU_STAGES, HUB_NETWORK, LABEL, Ask, Place, container_name, request
+from flows.launch.environment import HUB_STAGES, hub_environment
+from flows.launch.listener import Listener, explain, last_lines, not_started, open_log
+from flows.launch.output import Redactor
+from flows.launch.process import grace_of
+from flows.launch.protocol import Progress, Reason, StageFailed, StageJob
+from stages.contracts import words
+from stages.contracts.config import PipelineConfig
+from stages.contracts.launch_settings import PORT, Gpus
+from stages.contracts.process import JOIN, ExitCode
+from stages.contracts.specs import SPECS, Spec
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine that containers of a stage run on."""
+
+    host: str
+    client: Any
+    image: Image
+
+
+class DockerLauncher:
+    """Runs stages in containers."""
+
+    def __init__(self, config: PipelineConfig, *, grace: float | None = None) -> None:
+        self.config = config
+        self.settings = config.launch
+        self.grace = grace  # None: what suits the stage
+        self.attempt = uuid.uuid4().hex
+        self._looked_at: set[str] = set()  # hosts that are ready
+        self._looking = threading.Lock()
+
+    def command(self, job: StageJob) -> list[str]:
+        """The stage's command line in the container."""
+        return ["python", "-P", "-m", f"stages.{job.stage}", str(job.spec_file)]
+
+    def run(
+        self,
+        job: StageJob,
+        *,
+        on_line: Callable[[str], None],
+        on_progress: Callable[[Progress], None],
+        stop: threading.Event,
+    ) -> None:
+        """See `Launcher.run`."""
+        if stop.is_set():
+            raise not_started(job)
+        spec = SPECS[job.node].model_validate_json(job.spec_file.read_bytes())
+        hosts = self.settings.hosts or (default_host(),)
+        hosts = hosts if job.stage == "train" else hosts[:1]
+        grace = self.grace if self.grace is not None else grace_of(job.stage)
+        with contextlib.ExitStack() as stack:
+            try:
+                engines = self._engines(job, spec, hosts, stack, on_line)
+                places = stack.enter_context(self._places(job, engines))
+            except NotReady as error:
+                raise _refused(job, error) from None
+            log = stack.enter_context(open_log(job.log_file))
+            group = stack.enter_context(Group(grace))
+            redact = Redactor.of(os.environ)
+
+            def start(number: int) -> None:
+                prefix = f"[node {number}] " if len(engines) > 1 else ""
+                listener = Listener(log, redact, on_line=on_line, on_progress=on_progress, prefix=prefix)
+                container = self._started(job, spec, engines[number], places[number], grace)
+                group.add(container, listener, engines[number].host)
+                container.hold(job.holds)
+
+            def on_event(member: Member, event: dict[str, Any]) -> None:
+                if event["event"] == JOIN and len(group.members) == 1:  # the first is where its workers begin
+                    for number in range(1, len(engines)):
+                        start(number)
+
+            start(0)
+            group.listen(stop, on_event)
+        if (failed := group.failed()) is not None:
+            raise self._failure(job, group, failed)
+
+    def _engines(
+        self, job: StageJob, spec: Spec, hosts: Sequence[str], stack: contextlib.ExitStack, say: Callable[[str], None]
+    ) -> list[Engine]:
+        """The engines, looked at once in the life of this launcher.
+
+        Raises:
+            NotReady: one of them cannot run our containers.
+        """
+        gpus = gpus_of(self.settings, os.environ)
+        check_settings(self.config, os.environ)
+        clients = {host: stack.enter_context(connected(host)) for host in dict.fromkeys(hosts)}
+        engines = [Engine(host, clients[host], find_image(clients[host], host, self.settings, gpus)) for host in hosts]
+        with self._looking:
+            for engine in engines:
+                if engine.host not in self._looked_at:
+                    self._look_at(engine, job, spec, gpus, say)
+                    self._looked_at.add(engine.host)
+        return engines
+
+    def _look_at(self, engine: Engine, job: StageJob, spec: Spec, gpus: Gpus, say: Callable[[str], None]) -> None:
+        check_gpus(engine.client, engine.host, gpus)
+        workspace = Path(spec.workspace)
+        remove_leftovers(engine.client, workspace, self.attempt, job.run, say)
+        ask = Ask(
+            image=engine.image.id, name="", command=[], binds=binds_of(spec, os.environ), gpus=gpus,
+            labels=self._labels(job, spec, 0.0),
+        )  # fmt: skip
+        processes = self.config.layout.world_size // (len(self.settings.hosts) or 1)
+        look_around(engine.client, engine.host, ask, self.settings, workspace=workspace, processes=processes)
+
+    def _labels(self, job: StageJob, spec: Spec, grace: float) -> dict[str, str]:
+        return labels(workspace=Path(spec.workspace), run=job.run, node=job.node, attempt=self.attempt, grace=grace)
+
+    @contextlib.contextmanager
+    def _places(self, job: StageJob, engines: Sequence[Engine]) -> Iterator[list[Place]]:
+        """Where each container stands. Several on one engine get a network of their own, on several that of their machines."""
+        if len(engines) == 1:
+            yield [Place(network=HUB_NETWORK if job.stage in HUB_STAGES else "none")]
+            return
+        count, first = len(engines), engines[0]
+        if len({engine.client.info()["ID"] for engine in engines}) > 1:
+            name = self.settings.rendezvous or _machine(first.host)
+            meeting = name if ":" in name else f"{name}:{PORT}"
+            yield [Place(node, count, meeting, network="host") for node in range(count)]
+            return
+        spec = SPECS[job.node].model_validate_json(job.spec_file.read_bytes())
+        network = first.client.networks.create(
+            container_name(job.run, job.node, self.attempt), driver="bridge", internal=True,
+            labels={LABEL + name: value for name, value in self._labels(job, spec, 0.0).items()},
+        )  # fmt: skip
+        try:
+            yield [Place(node, count, f"node-0:{PORT}", network.name, f"node-{node}") for node in range(count)]
+        finally:
+            with contextlib.suppress(APIError, RequestException):
+                network.remove()
+
+    def _started(self, job: StageJob, spec: Spec, engine: Engine, place: Place, grace: float) -> Container:
+        """A container of a stage, running.
+
+        Raises:
+            StageFailed: the engine refuses.
+        """
+        try:
+            asked = self.request(job, spec, engine.image, place, grace)
+            return Container(engine.client, asked, hub_environment(job.stage, os.environ))
+        except NotReady as error:
+            raise _refused(job, error) from None
+        except (APIError, RequestException) as error:
+            raise _refused(job, start_problem(error, engine.host, self.settings)) from None
+
+    def request(self, job: StageJob, spec: Spec, image: Image, place: Place, grace: float) -> dict[str, Any]:
+        """What the engine is asked for."""
+        shim = ["flows.launch.shim", "--grace", str(grace), "--in-container", "--", *self.command(job)]
+        ask = Ask(
+            image=image.id,
+            name=container_name(job.run, job.node, self.attempt, place.node),
+            command=shim,
+            binds=binds_of(spec, os.environ),
+            labels=self._labels(job, spec, grace),
+            gpus=gpus_of(self.settings, os.environ) if job.stage in GPU_STAGES else Gpus(),
+            place=place,
+            environment={"STAGE_IMAGE": image.digest},
+        )
+        return request(ask, self.settings, os.environ)
+
+    def _failure(self, job: StageJob, group: Group, member: Member) -> StageFailed:
+        """The error of the member that failed."""
+        ending = member.ending
+        assert ending is not None
+        reason, message = self._explained(member, stopped=group.is_stopped)
+        if len(group.members) > 1 and not group.is_stopped:
+            message = f"node {group.members.index(member)} ({member.host}): {message}"
+        return StageFailed(job.node, reason, message, log_file=job.log_file, code=ending.code)
+
+    def _explained(self, member: Member, *, stopped: bool) -> tuple[Reason, str]:
+        ending, heard = member.ending, member.listener
+        assert ending is not None
+        if ending.lost and not stopped:
+            return "killed", f"{ending.lost}. {last_lines(list(heard.tail))}"
+        if ending.is_out_of_memory and not stopped:
+            limit = f": launch.memory is {words.size(self.settings.memory)}" if self.settings.memory else ""
+            more = heard.told or last_lines(list(heard.tail))
+            mend = "Raise launch.memory" if limit else "Lower what it needs"
+            return "out of memory", f"the kernel killed it, out of memory{limit}. {mend}. {more}"
+        if ending.code == 137 and not stopped:
+            told = "killed (SIGKILL) from outside: docker kill, or the kernel, where the machine is out of memory"
+            return "killed", f"{told}. {last_lines(list(heard.tail))}"
+        return explain(ending.code, heard.told, list(heard.tail), stopped=stopped)
+
+
+def _refused(job: StageJob, why: object) -> StageFailed:
+    return StageFailed(job.node, "bad input", str(why), log_file=job.log_file, code=ExitCode.BAD_INPUT)
+
+
+def _machine(host: str) -> str:
+    """The name of an engine's machine, for others."""
+    return urllib.parse.urlsplit(host).hostname or socket.gethostname()

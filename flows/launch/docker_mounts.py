@@ -1,0 +1,177 @@
+"""What a container sees of this machine's disks: the workspace, and what a stage reads or writes besides it, all of it at the
+same paths as here, so that specs, errors and artifacts name paths that a person can open."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.launch.docker_engine import NotReady, Problem
+from stages.contracts import publishing
+from stages.contracts.config import ModelSettings, PipelineConfig, PushSettings
+from stages.contracts.data_settings import DataSettings
+from stages.contracts.sources import expand, is_glob
+from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec, PushSpec, Spec
+
+# What an image has, or Docker puts, at these paths: a mount at one of them, or above, would hide it.
+OWN = tuple(map(Path, (
+    "/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/opt/hpcx", "/opt/megatron-flows", "/opt/nvidia", "/opt/venv", "/proc",
+    "/run", "/sbin", "/sys", "/tmp", "/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/local/cuda", "/usr/local/lib", "/usr/sbin",
+    "/usr/share", "/var/lib",
+)))  # fmt: skip
+OF_THE_KERNEL = tuple(map(Path, ("/dev", "/proc", "/sys")))
+PUSH_FOLDER = "the folder that push.folder is in"
+CACHES = Path("/caches/huggingface")  # in a container
+MOST_LINKS = 40  # from one to the next, as the kernel has it
+
+
+@dataclass(frozen=True)
+class Bind:
+    """A folder or file of this machine, and where a container sees it."""
+
+    source: Path
+    target: Path
+    is_writable: bool = False
+
+
+def check_places(config: PipelineConfig) -> None:
+    """Refuse a configuration one of whose stages would need what hides the container's own.
+
+    Raises:
+        NotReady: naming the setting.
+    """
+    check_place(config.workspace_path, "workspace")
+    for key, path in (*_of_model(config.model), *_of_data(config.data)):
+        check_place(path, key)
+    if config.push.to == "folder":
+        check_place(_push_folder(config.push), PUSH_FOLDER)
+
+
+def binds_of(spec: Spec, ours: Mapping[str, str]) -> list[Bind]:
+    """All that a stage needs to see.
+
+    Args:
+        ours: our environment: where the caches and certificates of the Hub's clients are.
+
+    Raises:
+        NotReady: one of them would hide what the container has itself.
+    """
+    workspace = Path(spec.workspace)
+    wanted = [Bind(workspace, workspace, is_writable=True)]
+    check_place(workspace, "workspace")
+    for key, source in _sources(spec):
+        for path in (source, *_led_to(source)):
+            check_place(path, key)
+            wanted.append(Bind(path, path))
+    if isinstance(spec, PushSpec) and spec.settings.to == "folder":
+        folder = _push_folder(spec.settings)
+        check_place(folder, PUSH_FOLDER)
+        folder.mkdir(parents=True, exist_ok=True)
+        wanted.append(Bind(folder, folder, is_writable=True))
+    if spec.STAGE in ("download", "push"):
+        wanted += [Bind(path, path) for path in _certificates(ours)]
+    if spec.STAGE == "download":
+        wanted += _caches(ours)
+    return _without_doubles(wanted)
+
+
+def check_place(path: Path, key: str) -> None:
+    """Refuse a path that hides the container's own when it is mounted.
+
+    Raises:
+        NotReady: naming the setting.
+    """
+    hidden = next((own for own in OWN if own.is_relative_to(path)), None)
+    inside = next((own for own in OF_THE_KERNEL if path.is_relative_to(own)), None)
+    if hidden or inside:
+        why = f"hide {hidden}" if hidden else f"be in {inside}"
+        raise NotReady(Problem(f"{key}: {path}, mounted in a container, would {why} of the container itself", "choose another"))
+
+
+def _sources(spec: Spec) -> Iterator[tuple[str, Path]]:
+    """What a stage reads outside of the workspace, and the setting that names it."""
+    if isinstance(spec, DownloadModelSpec):
+        yield from _of_model(spec.model)
+    elif isinstance(spec, DownloadDataSpec):
+        yield from _of_data(spec.data)
+
+
+def _of_model(model: ModelSettings) -> Iterator[tuple[str, Path]]:
+    path = _absolute(model.source)
+    if path.exists():  # else it is on the Hub
+        yield "model.source", path
+
+
+def _of_data(data: DataSettings) -> Iterator[tuple[str, Path]]:
+    for named in data.sources():
+        key, source = f"{named.key}.source", named.settings.source
+        path = _absolute(source)
+        if named.settings.format == "tokenized":
+            yield key, path.parent
+        elif is_glob(source):
+            yield key, _absolute(expand(source)[0])
+        elif path.exists():
+            yield key, path
+
+
+def _push_folder(settings: PushSettings) -> Path:
+    """Where push writes: beside its target first."""
+    return _absolute(publishing.target_folder(settings)).parent
+
+
+def _absolute(path: str | Path) -> Path:
+    """Not resolved: a spec names a link as a person did, and it has to be there in a container."""
+    return Path(os.path.normpath(Path(path).expanduser().absolute()))
+
+
+def _led_to(source: Path) -> Iterator[Path]:
+    """What links on the way to a source, and in it, lead to outside of it: as those of the Hub's cache do."""
+    yield from _way(source)
+    real = source.resolve()
+    found: set[Path] = set()
+    folders = [real] if real.is_dir() else []
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    found.update(path if path.is_dir() else path.parent for path in _way(Path(entry.path)))
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(Path(entry.path))
+    yield from sorted(path for path in found if path.is_dir() and not path.is_relative_to(real))
+
+
+def _way(path: Path) -> Iterator[Path]:
+    """Where a path leads, link by link."""
+    for _ in range(MOST_LINKS):
+        link = next((part for part in (*reversed(path.parents), path) if part.is_symlink()), None)
+        if link is None:
+            return
+        path = Path(os.path.normpath(link.parent / link.readlink())) / path.relative_to(link)
+        yield path
+
+
+def _certificates(ours: Mapping[str, str]) -> list[Path]:
+    paths = {_absolute(ours[name]) for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE") if ours.get(name)}
+    return sorted(path for path in paths if path.is_file())
+
+
+def _caches(ours: Mapping[str, str]) -> list[Bind]:
+    """The Hub's caches. Their parent is not mounted: the person's token may lie in it."""
+    home = Path(ours.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    binds = []
+    for name, variable in (("hub", "HF_HUB_CACHE"), ("datasets", "HF_DATASETS_CACHE")):
+        folder = _absolute(ours.get(variable) or home / name)
+        folder.mkdir(parents=True, exist_ok=True)
+        binds.append(Bind(folder, CACHES / name, is_writable=True))
+    return binds
+
+
+def _without_doubles(binds: list[Bind]) -> list[Bind]:
+    """Without what another one shows at the same path already, at least as writable. Parents come first."""
+    kept: list[Bind] = []
+    for bind in sorted(binds, key=lambda bind: (len(bind.target.parts), not bind.is_writable, bind.target)):
+        shown = (one for one in kept if bind.target.is_relative_to(one.target) and one.source == one.target)
+        if bind.source == bind.target and any(one.is_writable or not bind.is_writable for one in shown):
+            continue
+        kept.append(bind)
+    return kept

@@ -1,0 +1,53 @@
+"""The curves of a training, from the lines that it writes: while it runs, and when it is over."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_core_impl.metrics import downsample, read_metrics
+
+Points = list[tuple[int, float | None]]  # by step; None: it was not finite
+
+MOST_POINTS = 300  # of a curve: a screen shows no more
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a training told of itself, by step."""
+
+    loss: Points
+    held_out: Points
+    lr: Points
+    grad_norm: Points
+    tokens_per_second: Points
+    memory: int | None  # bytes that its first process held at most
+    seconds_left: float | None  # as it was at the last of these steps
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.loss and not self.held_out
+
+
+def read_curves(folder: Path) -> Curves:
+    """The curves in the folder of a training, of its result or of its unfinished work; empty ones where it has told nothing.
+
+    Raises:
+        OSError, ValueError: its file cannot be read.
+    """
+    lines = read_metrics(folder)
+    return Curves(
+        loss=_curve(lines, "loss"),
+        held_out=_curve(lines, "valid_loss"),
+        lr=_curve(lines, "lr"),
+        grad_norm=_curve(lines, "grad_norm"),
+        tokens_per_second=_curve(lines, "tokens_per_second"),
+        memory=max((int(line["memory"]) for line in lines if line.get("memory")), default=None),
+        seconds_left=next((line["seconds_left"] for line in reversed(lines) if "seconds_left" in line), None),
+    )
+
+
+def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> Points:
+    points = [(line["step"], math.nan if line[name] is None else line[name]) for line in lines if name in line]
+    return [(step, value if math.isfinite(value) else None) for step, value in downsample(points, MOST_POINTS)]

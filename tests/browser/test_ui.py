@@ -1,0 +1,137 @@
+"""Prefect's UI in a browser, against a runner and its server: a run that fails, what one reads of it, the retry, the end."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from browsing import OpenPage
+from playwright.sync_api import Page, expect
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
+from prefect.client.schemas.sorting import ArtifactSort
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from runners import Seen, Serving
+from stories import metrics_lines, write_metrics
+
+from flows.launch.protocol import Progress
+from flows.pages.board import Board
+from flows.pages.training import training_page
+from flows.run_record import now
+from stages.contracts.training_curves import read_curves
+
+pytestmark = pytest.mark.browser
+
+STAGES = ["download-model", "download-data", "preprocess", "convert", "shard", "verify", "train", "merge", "export", "push"]
+RUN = "calm-heron"
+
+
+class World:
+    """A runner with its own server, one run of it, and its address."""
+
+    def __init__(self, runner: Serving, seen: Seen, server: str, run: UUID) -> None:
+        self.runner, self.seen, self.server, self.run = runner, seen, server, run
+
+    @property
+    def page(self) -> str:
+        """Of the run, in the newer UI; the older one is at the same address without v2."""
+        return f"{self.server}/v2/runs/flow-run/{self.run}"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    runner = Serving(tmp_path_factory.mktemp("ui"), None, "served", command="ui")
+    try:
+        runner.make(until="verify")
+        runner.wait_until_said("stop         Ctrl-C")
+        [server] = set(re.findall(r"http://127\.0\.0\.1:\d+", runner.said()))
+        with temporary_settings({PREFECT_API_URL: f"{server}/api"}), get_client(sync_client=True) as client:
+            seen = Seen(client)
+            runner.wish("train", "fail")
+            run = seen.start("finetune-llama2/served", run_name=RUN)
+            seen.wait_for(run.id, "Failed")
+            yield World(runner, seen, server, run.id)
+    finally:
+        runner.end()
+        print(runner.said())  # pytest shows it where something failed
+
+
+def open_artifact(page: Page, key: str) -> None:
+    """From a run's page by its tab, over the list of all versions, to the newest."""
+    page.get_by_role("tab", name="Artifacts").click()
+    page.locator(f"a[href$='/artifacts/key/{key}']").click()
+    page.locator("a[href*='/artifacts/artifact/']").first.click()
+
+
+def test_a_run_that_failed_says_why_and_is_retried(world: World, open_page: OpenPage) -> None:
+    page = open_page(world.page)
+    expect(page.get_by_text("Failed", exact=True).first).to_be_visible()
+    expect(page.get_by_text(RUN).first).to_be_visible()
+    page.get_by_role("tab", name="Task Runs").click()
+    for stage in STAGES[: STAGES.index("merge")]:
+        expect(page.get_by_role("link", name=stage, exact=True)).to_be_visible()
+    for stage in STAGES[STAGES.index("merge") :]:
+        expect(page.get_by_text(re.compile(f"^{stage}"))).to_have_count(0)  # what is not reached is not there
+
+    open_artifact(page, "train")
+    expect(page.get_by_role("heading", name=re.compile("^train failed after"))).to_be_visible()
+    expect(page.get_by_text("RuntimeError: a defect").first).to_be_visible()
+    expect(page.get_by_role("cell", name="exit code").locator("xpath=following-sibling::td")).to_have_text("1")
+
+    world.runner.wish("train", "")
+    page.goto(world.page)
+    page.get_by_role("button", name="Open menu").click()
+    page.get_by_role("menuitem", name="Retry").click()
+    page.get_by_role("alertdialog").or_(page.get_by_role("dialog")).get_by_role("button", name="Retry").click()
+    world.seen.wait_for(world.run, "Completed")
+    expect(page.get_by_text("Completed", exact=True).first).to_be_visible()
+    record = world.runner.record(RUN)
+    assert record.attempt == 2
+    assert [record.nodes[stage].state for stage in STAGES] == ["cached"] * 6 + ["ran"] * 4
+
+
+@pytest.mark.parametrize("at", ["", "/v2"], ids=["the older UI", "the newer UI"])
+def test_the_summary_leads_to_the_report(world: World, open_page: OpenPage, at: str) -> None:
+    page = open_page(f"{world.server}{at}/artifacts/artifact/{artifact_id(world, 'summary')}")
+    expect(page.get_by_role("heading", name=re.compile(f"^{RUN}: done, "))).to_be_visible()
+    expect(page.get_by_role("cell", name="held-out").or_(page.get_by_text("self, size=-1):")).first).to_be_visible()
+    page = follow(page, "open it")
+    expect(page.get_by_role("heading", name=re.compile(f"^{RUN} done"))).to_be_visible()
+    assert page.url == f"{world.server}/reports/{world.run}.html"
+    expect(page.get_by_role("heading", name="Configuration")).to_be_visible()
+
+
+@pytest.mark.parametrize("at", ["", "/v2"], ids=["the older UI", "the newer UI"])
+def test_pictures_and_tables_are_shown(world: World, open_page: OpenPage, at: str, tmp_path: Path) -> None:
+    write_metrics(tmp_path, metrics_lines())
+    Board(str(world.run)).put(
+        "picture",
+        "markdown",
+        training_page(Progress(40, 280, "step 40/280"), read_curves(tmp_path), moment=now()),
+        "a training",
+    )
+    page = open_page(f"{world.server}{at}/artifacts/artifact/{artifact_id(world, 'picture')}")
+    expect(page.get_by_role("heading", name="train, 14%")).to_be_visible()
+    expect(page.get_by_role("cell", name="24,100 tokens/s")).to_be_visible()
+    chart = page.get_by_role("img", name="the loss by step, so far")
+    expect(chart).to_be_visible()
+    assert chart.evaluate("image => image.decode().then(() => image.naturalWidth)") == 640
+
+
+def follow(page: Page, name: str) -> Page:
+    """Click a link; the page it leads to, which the older UI opens beside its own."""
+    link = page.get_by_role("link", name=name)
+    if link.get_attribute("target") != "_blank":
+        link.click()
+        return page
+    with page.context.expect_page() as opened:
+        link.click()
+    return opened.value
+
+
+def artifact_id(world: World, key: str) -> UUID:
+    """The newest one of the run under a key."""
+    asked = ArtifactFilter(key=ArtifactFilterKey(any_=[key]), flow_run_id=ArtifactFilterFlowRunId(any_=[world.run]))
+    found = world.seen.client.read_artifacts(artifact_filter=asked, sort=ArtifactSort.CREATED_DESC)
+    return found[0].id

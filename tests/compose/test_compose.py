@@ -1,0 +1,129 @@
+"""docker-compose.yml as it stands, with its images under their official names: what comes up, who gets in, what survives."""
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+import uuid
+from base64 import b64encode
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import wait_until
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Compose:
+    """The services, as a project of this test's own."""
+
+    def __init__(self) -> None:
+        self.project = f"test-{uuid.uuid4().hex[:8]}"
+        self.port, self.curves = free_port(), free_port()
+        self.password = f"admin:{secrets.token_hex(8)}"
+        self.environment = {
+            **os.environ,
+            "POSTGRES_PASSWORD": secrets.token_hex(8),
+            "PREFECT_API_AUTH_STRING": self.password,
+            "PREFECT_PORT": str(self.port),
+            "TENSORBOARD_PORT": str(self.curves),
+        }
+
+    def __call__(self, *arguments: str) -> str:
+        command = ["docker", "compose", "-p", self.project, *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr + self.logs()
+        return done.stdout
+
+    def logs(self) -> str:
+        command = ["docker", "compose", "-p", self.project, "--profile", "*", "logs", "--tail", "40"]
+        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True).stdout
+
+    def up(self, *profiles: str) -> None:
+        options = [part for profile in profiles for part in ("--profile", profile)]
+        self(*options, "up", "-d", "--wait", "--wait-timeout", "240", "--pull", "never", "--no-build")
+
+    def ask(self, path: str, body: dict[str, Any] | None = None, *, auth: str | None = "") -> Any:
+        headers = {"content-type": "application/json"}
+        if auth is not None:
+            headers["authorization"] = "Basic " + b64encode((auth or self.password).encode()).decode()
+        data = json.dumps(body).encode() if body is not None else None
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/api/{path}", data, headers)
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=30) as answer:
+            return json.loads(answer.read())
+
+
+@pytest.fixture(scope="module")
+def compose() -> Iterator[Compose]:
+    services = Compose()
+    try:
+        services.up("runner", "tensorboard")
+        yield services
+    finally:
+        command = ["docker", "compose", "-p", services.project, "--profile", "*", "down", "--volumes", "-t", "5"]
+        subprocess.run(command, cwd=ROOT, env=services.environment, capture_output=True)
+
+
+def test_nobody_gets_in_without_the_password(compose: Compose) -> None:
+    for auth in (None, "admin:wrong"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            compose.ask("flows/filter", {}, auth=auth)
+        assert refused.value.code == 401
+    assert compose.ask("health", auth=None) is True
+    shown = compose("--profile", "*", "ps", "--format", "json")
+    ports = [port for line in shown.splitlines() for port in json.loads(line).get("Publishers") or [] if port["PublishedPort"]]
+    assert {port["URL"] for port in ports} == {"127.0.0.1"}
+    assert {port["PublishedPort"] for port in ports} == {compose.port, compose.curves}
+
+
+def test_the_runner_works_and_what_is_stored_survives(compose: Compose) -> None:
+    """A run in the container's runner, a restart of Postgres under it, then down and up."""
+    deployed = {each["name"] for each in compose.ask("deployments/filter", {})}
+    assert {"demo", "gpu", "train", "export"} <= deployed
+    [demo] = [each for each in compose.ask("deployments/filter", {}) if each["name"] == "demo"]
+    run = compose.ask(
+        f"deployments/{demo['id']}/create_flow_run",
+        {"parameters": {"overrides": ["model.source=/nowhere"]}, "state": {"type": "SCHEDULED"}},
+    )
+
+    def state() -> str:
+        try:
+            return str(compose.ask(f"flow_runs/{run['id']}")["state"]["name"])
+        except (urllib.error.URLError, OSError):  # while the database restarts
+            return ""
+
+    compose("restart", "-t", "30", "postgres")
+    wait_until(lambda: state() == "Failed", 150)
+    assert "model.source: /nowhere: no such file" in compose.ask(f"flow_runs/{run['id']}")["state"]["message"]
+
+    compose("--profile", "*", "down", "-t", "30")
+    compose.up()
+    assert state() == "Failed"
+    assert {each["name"] for each in compose.ask("deployments/filter", {})} == deployed
+
+
+def test_what_a_person_has_to_set_is_said() -> None:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("POSTGRES_PASSWORD", "PREFECT_API_AUTH_STRING")
+    }
+    done = subprocess.run(
+        ["docker", "compose", "--env-file", "/dev/null", "config", "-q"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "see the first lines of docker-compose.yml" in done.stderr

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# All that `make test-containers` needs, on a machine that may have none of it and may reach no registry of images: an engine, a
+# base image, wheels, and the image of the stages. What is there from an earlier time is used again.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+here=tests/containers
+python=.venv/bin/python
+base=python:$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-slim
+took() { echo "prepare: $1 after ${SECONDS} s"; }
+
+"$here/engine.sh"
+took engine
+# wheels: of the exact versions, in the build of this machine's own environment; the build then needs no network
+make -s wheels & wheels=$!
+"$here/base.sh" "$base" "$python"
+took "base image"
+wait "$wheels"
+took wheels
+# A docker command without BuildKit's plugin cannot build; Debian's own brings the builder with its engine.
+docker=docker
+docker buildx version >/dev/null 2>&1 || [ ! -x /usr/bin/docker ] || docker=/usr/bin/docker
+make -s image-cpu DOCKER="$docker" BUILD="--build-arg BASE=$base --build-arg PIP_NO_INDEX=1 --network none"
+took image

@@ -1,0 +1,71 @@
+"""The Docker launcher with a piece of Python instead of a stage, and what is heard of it."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flows.launch.docker import DockerLauncher
+from flows.launch.docker_request import LABEL
+from flows.launch.protocol import Progress, StageJob
+from stages.contracts.config import PipelineConfig
+from stages.contracts.specs import SPECS
+
+IN_CONTAINERS = {"by": "docker", "gpus": "none", "shm_size": "64MB"}
+
+
+def config_of(workspace: Path, **launch: Any) -> PipelineConfig:
+    """A small configuration, in containers."""
+    return PipelineConfig.model_validate(
+        {
+            "workspace": str(workspace),
+            "model": {"source": "somebody/model"},
+            "data": {"source": "somebody/data"},
+            "train": {"steps": 2, "sequence_length": 16},
+            "launch": IN_CONTAINERS | launch,
+        }
+    )
+
+
+def containers_of(client: Any, workspace: Path) -> list[Any]:
+    """The containers of a workspace's runs, those that have ended, too."""
+    found: list[Any] = client.containers.list(all=True, filters={"label": f"{LABEL}workspace={workspace}"}, ignore_removed=True)
+    return found
+
+
+class Scripted(DockerLauncher):
+    """Runs a piece of Python in the container of a stage."""
+
+    def __init__(self, config: PipelineConfig, code: str, grace: float = 5.0) -> None:
+        super().__init__(config, grace=grace)
+        self.code = code
+
+    def command(self, job: StageJob) -> list[str]:
+        return ["python", "-c", self.code]
+
+
+def job_of(workspace: Path, stage: str, run: str = "brisk-otter") -> StageJob:
+    """A job whose spec is that of a stage, without inputs."""
+    folder = workspace / "runs" / run
+    file = folder / "specs" / f"{stage}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    settings = {"settings": {"steps": 1}} if stage == "train" else {}
+    spec = SPECS[stage].model_validate({"workspace": str(workspace), **settings})
+    file.write_text(json.dumps(spec.model_dump(mode="json")))
+    return StageJob(stage, stage, file, folder / "logs" / f"{stage}.log", run)
+
+
+class Watched:
+    """A launch in this thread, and what was heard of it."""
+
+    def __init__(self, workspace: Path, code: str, *, stage: str = "train", grace: float = 5.0, **launch: Any) -> None:
+        self.launcher = Scripted(config_of(workspace, **launch), code, grace)
+        self.job = job_of(workspace, stage)
+        self.lines: list[str] = []
+        self.progress: list[Progress] = []
+        self.stop = threading.Event()
+        self.on_line: Callable[[str], None] = self.lines.append
+
+    def run(self) -> None:
+        self.launcher.run(self.job, on_line=self.on_line, on_progress=self.progress.append, stop=self.stop)

@@ -1,0 +1,147 @@
+"""Engines and images that cannot be used, and one that is reached in another way: what is told, and that it works."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import wait_until
+from scripted import Watched, config_of, containers_of
+from tls_engine import engine_behind_tls, write_certificates
+
+from flows import doctor
+from flows.launch import docker_checks
+from flows.launch.docker_engine import NotReady, connected, default_host
+from flows.launch.protocol import StageFailed
+
+
+def refusal(watched: Watched) -> str:
+    with pytest.raises(StageFailed) as caught:
+        watched.run()
+    assert caught.value.reason == "bad input"
+    return str(caught.value)
+
+
+def test_doctor_says_that_all_is_well(client: Any, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(config_of(workspace)) == 0, capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"✓ engine      {default_host()}: Docker {client.version()['Version']}" in out
+    assert "✓ containers  work: image sha256:" in out
+    assert list(workspace.iterdir()) == []  # it left nothing
+    assert doctor.main(config_of(workspace / "not" / "yet")) == 0
+    assert list(workspace.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("launch", "what", "mend"),
+    [
+        ({"image": "megatron-flows:none"}, "has no image megatron-flows:none", "docker pull megatron-flows:none"),
+        ({"gpus": "all", "image": "megatron-flows:cpu"}, "NVIDIA's runtime is missing", "nvidia-container-toolkit"),
+        ({"ulimits": {"nofile": 1 << 40}}, "may not set launch.ulimits", "set launch.ulimits: {}"),
+        ({"hosts": ["unix:///nowhere.sock"]}, "no Docker engine answers at /nowhere.sock", "sudo"),
+    ],
+)
+def test_what_is_in_the_way_is_told_by_doctor_and_before_a_run(
+    workspace: Path, capsys: pytest.CaptureFixture[str], launch: dict[str, Any], what: str, mend: str
+) -> None:
+    assert doctor.main(config_of(workspace, **launch)) == 1
+    problem, _, command = capsys.readouterr().out.rpartition("→")
+    assert what in problem
+    assert mend in command
+    told = refusal(Watched(workspace, "print('runs')", **launch))
+    assert what in told
+    assert mend in told
+
+
+def test_an_image_with_other_code(client: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(docker_checks, "code_digest", lambda: "another")
+    told = refusal(Watched(workspace, "print('runs')"))
+    assert told == (
+        f"train: image megatron-flows:cpu (at {default_host()}) holds another version of megatron-flows than this one. "
+        "To mend it: make image-cpu"
+    )
+    assert containers_of(client, workspace) == []
+
+
+def test_a_workspace_that_the_engine_does_not_see(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the runner is in a container itself: the engine mounts the folder of its own machine."""
+    original = docker_checks._marker
+
+    def elsewhere(folder: Path) -> Any:
+        (folder / "elsewhere").mkdir()
+        return original(folder / "elsewhere")
+
+    monkeypatch.setattr(docker_checks, "_marker", elsewhere)
+    assert f"shows containers another folder as {workspace} than the one of this machine" in refusal(Watched(workspace, ""))
+
+
+def test_a_workspace_that_would_hide_the_container_s_own() -> None:
+    config = config_of(Path("/usr"))
+    with pytest.raises(NotReady, match="workspace: /usr, mounted in a container, would hide /usr/"):
+        docker_checks.check_settings(config, {})
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
+def test_a_workspace_that_cannot_be_written_to(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    monkeypatch.setattr(os, "getgid", lambda: 12345)
+    monkeypatch.setattr(os, "getgroups", list)
+    workspace.chmod(0o755)
+    for folder in workspace.parents:
+        if folder.owner() == "root" and folder not in (Path("/"), Path("/tmp")):
+            folder.chmod(0o755)
+    told = refusal(Watched(workspace, ""))
+    assert f"a container of user 12345:12345 may not write to {workspace}" in told
+    assert f"To mend it: sudo chown -R 12345:12345 {workspace}" in told
+
+
+def test_a_connection_that_breaks(client: Any, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run fails and says so. The stage, over there, saves its work and ends; what remains goes at the next start."""
+    write_certificates(tmp_path / "ours")
+    monkeypatch.setenv("DOCKER_CERT_PATH", str(tmp_path / "ours"))
+    code = (
+        "import os, signal, sys, time\ndef save(*_):\n"
+        f"    open({str(workspace / 'saved')!r}, 'w').close()\n    sys.exit(4)\n"
+        "signal.signal(15, save); print('ready', flush=True); time.sleep(600)"
+    )
+    with contextlib.ExitStack() as network:
+        host = network.enter_context(engine_behind_tls(tmp_path / "ours", default_host().removeprefix("unix://")))
+        watched = Watched(workspace, code, hosts=[host], grace=60)
+        watched.on_line = lambda line: network.close()
+        with pytest.raises(StageFailed, match="the Docker engine is gone: ") as caught:
+            watched.run()
+    assert caught.value.reason == "killed"
+    wait_until(lambda: [container.status for container in containers_of(client, workspace)] == ["exited"])
+    assert (workspace / "saved").exists()
+    Watched(workspace, "").run()
+    assert containers_of(client, workspace) == []
+
+
+def test_an_engine_behind_tls(client: Any, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output, stop and the environment of the Hub go the same way as through a socket. Without our certificate nothing does."""
+    write_certificates(tmp_path / "ours")
+    write_certificates(tmp_path / "others")
+    monkeypatch.setenv("HF_TOKEN", "hf_averysecrettokenofsomebody")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "others" / "ca.pem"))  # of the company: not for the engine
+    socket = default_host().removeprefix("unix://")
+    with engine_behind_tls(tmp_path / "ours", socket) as host:
+        monkeypatch.setenv("DOCKER_CERT_PATH", str(tmp_path / "others"))
+        with pytest.raises(NotReady, match=f"the Docker engine at {host} does not answer: .*certificate"), connected(host):
+            pass
+        monkeypatch.setenv("DOCKER_CERT_PATH", str(tmp_path / "ours"))
+        code = (
+            "import os, signal, sys, time; signal.signal(15, lambda *_: (print('asked', flush=True), sys.exit(4)))\n"
+            "print(len(os.environ['HF_TOKEN']), flush=True); time.sleep(600)"
+        )
+        watched = Watched(workspace, code, stage="push", hosts=[host])
+
+        def on_line(line: str) -> None:
+            watched.lines.append(line)
+            watched.stop.set()
+
+        watched.on_line = on_line
+        with pytest.raises(StageFailed, match="stopped"):
+            watched.run()
+        assert watched.lines == ["29", "asked"]
+        assert containers_of(client, workspace) == []

@@ -1,0 +1,91 @@
+"""Charts: what is drawn lies in the picture, gaps are gaps, words are words."""
+
+import base64
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from flows.charts import LEFT, RIGHT, TOP, Bar, Series, as_image, bars, curves, progress_bar
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def drawn(svg: str | None) -> ElementTree.Element:
+    assert svg is not None
+    return ElementTree.fromstring(svg)
+
+
+def words(svg: str | None) -> list[str]:
+    return [text.text or "" for text in drawn(svg).iter(f"{SVG}text")]
+
+
+def path_of(svg: str | None, colour: str) -> str:
+    [path] = [p for p in drawn(svg).iter(f"{SVG}path") if p.get("class") == f"curve {colour}"]
+    return path.get("d") or ""
+
+
+def test_a_curve_lies_in_its_frame_and_ends_where_the_axis_does() -> None:
+    svg = curves([Series("loss", [(10, 8.0), (20, 3.0), (40, 4.0)])], title="loss", width=400, height=200)
+    points = [tuple(map(float, point)) for point in re.findall(r"[ML]([\d.]+) ([\d.]+)", path_of(svg, "a"))]
+    assert [x for x, _ in points] == [LEFT, pytest.approx(LEFT + (400 - LEFT - RIGHT) / 3, abs=0.1), 400 - RIGHT]
+    assert all(TOP < y < 200 for _, y in points)
+    assert points[0][1] < points[2][1] < points[1][1]  # 8 above 4 above 3
+    further = curves([Series("loss", [(10, 8.0), (20, 3.0)])], title="loss", last_x=100, width=400, height=200)
+    assert float(re.findall(r"L([\d.]+) ", path_of(further, "a"))[-1]) < 120, "the axis goes on to where training ends"
+
+
+def test_what_is_not_finite_is_a_gap() -> None:
+    values = [(1, 2.0), (2, None), (3, 2.5), (4, float("nan")), (5, 1.0), (6, 1.5)]
+    path = path_of(curves([Series("loss", values)], title="loss"), "a")
+    assert (path.count("M"), path.count("L")) == (3, 1)
+    assert curves([Series("loss", [(1, None)])], title="loss") is None
+    assert curves([], title="loss") is None
+
+
+def test_marks_and_a_legend_only_where_they_say_something() -> None:
+    two = curves(
+        [Series("training", [(1, 2.0), (2, 1.0)]), Series("held-out", [(0, 3.25), (2, 1.5)], "b", is_marked=True)], title="t"
+    )
+    assert {"training", "held-out", "3.25", "1.50"} <= set(words(two))
+    one = curves([Series("training", [(1, 2.0)])], title="t")
+    assert "training" not in words(one)
+    assert len(list(drawn(one).iter(f"{SVG}circle"))) == 1, "a line of one point is invisible"
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([0.0, 4e-3], {"0.000", "0.002", "0.004"}),
+        ([0.0, 2.2e-5], {"0", "1e-5", "2e-5"}),
+        ([20_000.0, 24_000.0], {"20K", "22K", "24K"}),
+        ([5.0, 5.0], {"4", "6"}),
+        ([0.0, 0.0], {"0.0"}),
+        ([-1.0, 1.0], {"0.0"}),
+    ],
+)
+def test_ticks_are_round_numbers(values: list[float], labels: set[str]) -> None:
+    svg = curves([Series("", list(enumerate(values)))], title="t", width=400, height=230)
+    assert labels <= set(words(svg)), words(svg)
+
+
+def test_bars_keep_their_words_in_the_picture() -> None:
+    svg = bars([Bar("train", 10, 190, "3m 00s"), Bar("push", 190, 190, "0.0s")], title="when", width=400)
+    for rect in drawn(svg).iter(f"{SVG}rect"):
+        assert float(rect.get("x") or 0) + float(rect.get("width") or 0) <= 400 - 6 * 6
+        assert float(rect.get("width") or 0) >= 1.5
+    assert {"train", "3m 00s", "push"} <= set(words(svg))
+    assert bars([], title="when") is None
+
+
+def test_words_of_others_are_no_markup_and_an_image_is_whole() -> None:
+    hostile = "<script>&\"'"
+    svg = bars([Bar(hostile, 0, 1, hostile)], title=hostile)
+    assert words(svg).count(hostile) == 3
+    kind, _, data = as_image(svg or "").partition(";base64,")
+    assert kind == "data:image/svg+xml"
+    style, *_ = drawn(base64.b64decode(data).decode())
+    assert style.tag == f"{SVG}style"
+    assert "curve.a" in (style.text or "")
+    widths = [float(rect.get("width") or 0) for rect in drawn(progress_bar(1.7, width=100)).iter(f"{SVG}rect")]
+    assert widths == [100, 100]

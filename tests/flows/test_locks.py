@@ -1,0 +1,192 @@
+"""Turns: trainings on the same GPUs one after the other, and what a holder's death means for those who wait."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from processes import wait_until
+
+from flows import locks
+from flows.launch.process import ProcessLauncher
+from flows.launch.protocol import StageFailed, StageJob
+from flows.locks import Lock, Stopped, held, training_locks, wait_until_free
+from stages.contracts.launch_settings import Gpus
+
+HOLD = """
+import sys, threading
+from pathlib import Path
+from flows.locks import Lock, held
+with held([Lock(Path(sys.argv[1]), "it")], "run brisk-otter", stop=threading.Event(), on_wait=print) as descriptors:
+    print("held", flush=True)
+    if len(sys.argv) > 2:
+        import subprocess
+        child = subprocess.Popen(["sleep", "600"], pass_fds=descriptors)
+        print(child.pid, flush=True)
+    sys.stdin.read()
+"""
+
+
+def holder(file: Path, *child: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(file), *child], cwd=Path(__file__).parents[2], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(locks, "MACHINE", tmp_path / "machine")
+    return tmp_path / "machine"
+
+
+class Waiter:
+    """A thread that takes locks as soon as it can, and keeps them until it is told."""
+
+    def __init__(self, *wanted: Lock) -> None:
+        self.stop, self.has, self.leave = threading.Event(), threading.Event(), threading.Event()
+        self.told: list[str] = []
+        self.stopped = False
+        self.thread = threading.Thread(target=self._run, args=[wanted], daemon=True)
+        self.thread.start()
+
+    def _run(self, wanted: tuple[Lock, ...]) -> None:
+        try:
+            with held(wanted, "run calm-heron", stop=self.stop, on_wait=self.told.append):
+                self.has.set()
+                self.leave.wait()
+        except Stopped:
+            self.stopped = True
+
+
+def test_who_waits_says_for_whom_and_gets_it_when_the_holder_is_killed(tmp_path: Path) -> None:
+    process = holder(tmp_path / "lock")
+    waiter = Waiter(Lock(tmp_path / "lock", "the GPUs"))
+    wait_until(lambda: len(waiter.told) > 1)
+    assert set(waiter.told) == {"waiting for the GPUs: run brisk-otter has it"}
+    assert not waiter.has.is_set()
+    process.kill()
+    process.wait()
+    assert waiter.has.wait(60)
+    assert (tmp_path / "lock").read_text() == "run calm-heron"
+    waiter.leave.set()
+
+
+def test_what_inherits_a_lock_holds_it(tmp_path: Path) -> None:
+    """A stage that saves a checkpoint after its run was killed still has the GPUs."""
+    process = holder(tmp_path / "lock", "with a child")
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    waiter = Waiter(Lock(tmp_path / "lock", "the GPUs"))
+    wait_until(lambda: len(waiter.told) > 1)
+    os.kill(child, signal.SIGKILL)
+    assert waiter.has.wait(60)
+    waiter.leave.set()
+
+
+class Sleep(ProcessLauncher):
+    """Its stages do nothing, for long."""
+
+    def command(self, job: StageJob) -> list[str]:
+        return ["sh", "-c", "echo began; sleep 600"]
+
+
+def test_a_stage_holds_the_locks_of_its_run(tmp_path: Path) -> None:
+    """Were the run's process killed, what ends the stage would have them until it has ended."""
+    stop = threading.Event()
+    with held([Lock(tmp_path / "lock", "it")], "me", stop=threading.Event(), on_wait=print) as descriptors:
+        job = StageJob("train", "train", tmp_path / "train.json", tmp_path / "train.log", "brisk-otter", holds=descriptors)
+        stage = threading.Thread(target=run_until_stopped, args=[job, stop], daemon=True)
+        stage.start()
+        wait_until(lambda: job.log_file.exists() and "began" in job.log_file.read_text())
+    waiter = Waiter(Lock(tmp_path / "lock", "it"))
+    wait_until(lambda: waiter.has.is_set() or len(waiter.told) > 1)
+    had_it_at_once = waiter.has.is_set()
+    stop.set()
+    assert waiter.has.wait(60)
+    waiter.leave.set()
+    stage.join(60)
+    assert not had_it_at_once
+
+
+def run_until_stopped(job: StageJob, stop: threading.Event) -> None:
+    with contextlib.suppress(StageFailed):
+        Sleep(grace=5.0).run(job, on_line=print, on_progress=print, stop=stop)
+
+
+def test_who_waits_can_be_stopped(tmp_path: Path) -> None:
+    with held([Lock(tmp_path / "lock", "it")], "me", stop=threading.Event(), on_wait=print):
+        waiter = Waiter(Lock(tmp_path / "lock", "it"))
+        wait_until(lambda: bool(waiter.told))
+        waiter.stop.set()
+        waiter.thread.join(60)
+        assert waiter.stopped
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "together"),
+    [
+        (Gpus(count=-1), Gpus(count=-1), False),
+        (Gpus(count=2), Gpus(count=1), False),  # nobody knows which ones these are
+        (Gpus(count=-1), Gpus(ids=("0",)), False),
+        (Gpus(ids=("0", "1")), Gpus(ids=("1", "2")), False),
+        (Gpus(ids=("0", "1")), Gpus(ids=("3", "2")), True),
+        (Gpus(ids=("0",)), Gpus(ids=("GPU-5c1",)), False),  # that may be GPU 0
+        (Gpus(), Gpus(), False),
+        (Gpus(), Gpus(count=-1), True),
+    ],
+)
+def test_who_waits_for_whom(tmp_path: Path, one: Gpus, other: Gpus, together: bool) -> None:
+    first, second = training_locks(tmp_path, one), training_locks(tmp_path, other)
+    with held(first, "first", stop=threading.Event(), on_wait=print):
+        waiter = Waiter(*second)
+        wait_until(lambda: waiter.has.is_set() or bool(waiter.told))
+        assert waiter.has.is_set() == together
+        waiter.stop.set()
+        waiter.leave.set()
+        waiter.thread.join(60)
+
+
+def test_other_workspaces_train_on_the_cpu_meanwhile(tmp_path: Path) -> None:
+    assert training_locks(tmp_path / "a", Gpus()) != training_locks(tmp_path / "b", Gpus())
+    assert training_locks(tmp_path / "a", Gpus(count=-1)) == training_locks(tmp_path / "b", Gpus(count=-1))
+
+
+def test_the_machine_s_locks_are_everybody_s(tmp_path: Path, machine: Path) -> None:
+    with held(training_locks(tmp_path, Gpus(ids=("0",))), "me", stop=threading.Event(), on_wait=print):
+        assert machine.stat().st_mode & 0o7777 == 0o1777
+        assert {file.name: file.stat().st_mode & 0o777 for file in machine.iterdir()} == {"gpus": 0o666, "gpu-0": 0o666}
+    (machine / "gpu-0").unlink()
+    (machine / "gpu-0").symlink_to(tmp_path / "elsewhere")
+    with (
+        pytest.raises(OSError, match="symbolic links"),
+        held(training_locks(tmp_path, Gpus(ids=("0",))), "me", stop=threading.Event(), on_wait=print),
+    ):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_waiting_without_taking(tmp_path: Path) -> None:
+    assert not wait_until_free(tmp_path / "lock", stop=threading.Event(), on_wait=print)
+    process = holder(tmp_path / "lock")
+    told = threading.Event()
+    result: list[bool] = []
+
+    def wait() -> None:
+        result.append(wait_until_free(tmp_path / "lock", stop=threading.Event(), on_wait=told.set))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert told.wait(60)
+    process.communicate()
+    thread.join(60)
+    assert result == [True]

@@ -1,0 +1,150 @@
+"""The report: everything that is known of a run, in one file that needs nothing else, whatever others wrote into it."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from stories import GATES, HOSTILE, done_run, told, with_artifact, with_file
+
+from flows.ending import tell_end
+from flows.report.lineage import _edges, lineage
+from flows.report.write import render, write_report
+from flows.run_record import NodeRecord, RunFolder
+from stages.contracts.specs import SPECS, scratch_of
+
+VOID = {"meta", "path", "rect", "circle", "br"}
+
+
+class Page(HTMLParser):
+    """Reads HTML strictly: tags that are closed in order, the text, what it would load."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self.attributes: list[tuple[str, str]] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return done_run(tmp_path)
+
+
+def test_everything_of_a_run_is_in_it(folder: RunFolder) -> None:
+    story = with_file(told(folder), "verify", "verification.json", json.dumps(GATES))
+    text = Page(render(story)).text
+    for wanted in (
+        "brisk-otter", "done", "held-out loss8.32 → 3.11", "perplexity4,105 → 22.4", "2.3 GB",  # what it came to
+        "learning rate", "gradient norm", "tokens per second", "8.37", "4.89",  # the curves
+        "def read(", "self, size=-1):",  # samples
+        *SPECS, "cached", story.artifacts["train"].fingerprint, story.artifacts["train"].files["content.txt"].blake3[:32],
+        "mean |Δlogit|", "100%", "not finite", "model.layers.29.mlp", "8.7e-06",  # gates
+        "4,096", "somebody/model", "sequence_length: 16", "global_batch_size",  # data, configuration
+    ):  # fmt: skip
+        assert wanted in text, wanted
+
+
+def test_it_needs_nothing_else_and_runs_nothing(folder: RunFolder) -> None:
+    html = render(told(folder))
+    page = Page(html)
+    assert not page.tags & {"script", "link", "img", "iframe", "object", "form", "base"}
+    assert all(value.startswith("#") for name, value in page.attributes if name in ("href", "src", "xlink:href"))
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in page.attributes
+    assert not re.search(r"url\((?!#)|@import", html)
+    assert len(html) < 200_000
+
+
+def test_words_of_others_stay_words(folder: RunFolder) -> None:
+    record = folder.read()
+    assert record is not None
+    record.config["model"]["source"] = HOSTILE
+    record.nodes["push"] = NodeRecord(state="failed", error=f"push: {HOSTILE}")
+    record.state, record.error = "failed", f"push: {HOSTILE}"
+    folder.write(record)
+    folder.log("push").write_text(f"{HOSTILE}\n")
+    story = with_artifact(
+        told(folder), "export", figure=HOSTILE,
+        metrics={"samples": [{"prompt": HOSTILE, "before": HOSTILE, "after": f"{HOSTILE}\n{HOSTILE}"}]},
+    )  # fmt: skip
+    story = with_file(story, "train", HOSTILE.replace("/", ""), "")
+    page = Page(render(story))
+    assert "script" not in page.tags
+    assert page.text.count("<script>alert(1)</script>") >= 7
+    assert "\x1b" not in page.text
+    assert "\u202e" not in page.text
+
+
+def test_a_run_that_failed_says_why(folder: RunFolder) -> None:
+    record = folder.read()
+    assert record is not None
+    partial = scratch_of(folder.workspace / str(record.nodes["train"].path))
+    (folder.workspace / str(record.nodes["train"].path)).rename(partial)  # what an unfinished training leaves
+    for node in ("train", "merge", "export", "push"):
+        path = record.nodes[node].path if node == "train" else None
+        record.nodes[node] = NodeRecord(state="failed" if node == "train" else "waiting", path=path)
+    record.nodes["train"].error = "rank 3 ran out of memory in step 41"
+    record.state, record.error = "failed", "train: rank 3 ran out of memory in step 41"
+    folder.write(record)
+    folder.log("train").write_text("".join(f"line {n}\n" for n in range(100)))
+    page = Page(render(told(folder)))
+    assert "train failed" in page.text
+    assert "rank 3 ran out of memory" in page.text
+    assert "line 99" in page.text
+    assert "line 1\n" not in page.text
+    assert "learning rate" in page.text, "the curves of what there was"
+    assert "not run" in page.text
+
+
+def test_a_run_of_which_next_to_nothing_is_known_has_a_report(tmp_path: Path) -> None:
+    folder = done_run(tmp_path)
+    record = folder.read()
+    assert record is not None
+    record.nodes = {node: NodeRecord() for node in SPECS}
+    record.config, record.state, record.error = {}, "crashed", "its process is gone"
+    folder.write(record)
+    assert "its process is gone" in Page(render(told(folder))).text
+    tell_end(folder)
+    assert folder.report.stat().st_size > 1000
+
+
+def test_a_report_that_cannot_be_written_is_no_failure(folder: RunFolder) -> None:
+    folder.report.mkdir()
+    with pytest.raises(OSError, match="report"):
+        write_report(told(folder))
+    tell_end(folder)
+
+
+def test_the_lineage_draws_every_node_and_what_follows_from_what() -> None:
+    assert _edges() == [
+        ("download-model", "preprocess"), ("download-data", "preprocess"), ("download-model", "convert"), ("convert", "shard"),
+        ("preprocess", "verify"), ("shard", "verify"), ("verify", "train"), ("train", "merge"), ("merge", "export"),
+        ("export", "push"),
+    ]  # fmt: skip
+    svg = lineage({node: NodeRecord() for node in SPECS}, {})
+    boxes = [tuple(map(float, box)) for box in re.findall(r'class="node" x="([\d.]+)" y="([\d.]+)"', svg)]
+    assert len(set(boxes)) == len(SPECS)
+    assert svg.count('class="edge gate"') == 1

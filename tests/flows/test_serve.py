@@ -1,0 +1,184 @@
+"""A runner with real processes and a real server: deployments, retries, and every way in which something can be killed."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelling, Running, Scheduled
+from processes import lives, wait_until
+from runners import Seen, Serving
+
+from flows.finetune import finetune
+from flows.run_record import RunFolder, RunRecord, now
+from flows.server import Server
+
+BEFORE_TRAIN = ["download-model", "download-data", "preprocess", "convert", "shard", "verify"]
+AFTER_TRAIN = ["merge", "export", "push"]
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[Serving]:
+    """A runner, whose workspace has all results up to the verification."""
+    runner = Serving(tmp_path_factory.mktemp("serve"), server.api, "served")
+    try:
+        runner.make(until="verify")
+        runner.wait_until_said("stop         Ctrl-C")
+        yield runner
+    finally:
+        runner.end()
+
+
+@pytest.fixture(scope="module")
+def seen(server: Server) -> Iterator[Seen]:
+    with temporary_settings({PREFECT_API_URL: server.api}), get_client(sync_client=True) as client:
+        yield Seen(client)
+
+
+def states(record: RunRecord, *nodes: str) -> list[str]:
+    return [record.nodes[node].state for node in nodes]
+
+
+def test_run_fail_retry(serving: Serving, seen: Seen) -> None:
+    """As README says: start with overrides, see it fail, retry in the UI and in the terminal."""
+    serving.wish("train", "fail")
+    made = serving.cli(
+        "deployment", "run", "finetune-llama2/served", "-p", 'overrides=["train.lr=2e-4"]', "-p", "run_name=calm-heron"
+    )
+    assert made.returncode == 0, made.stderr
+    wait_until((serving.workspace / "runs" / "calm-heron" / "run.json").exists)
+    first = seen.client.read_flow_run(serving.record("calm-heron").flow_run_id)  # type: ignore[arg-type]
+    seen.wait_for(first.id, "Failed")
+    assert first.name == "calm-heron"
+    assert "train: RuntimeError: a defect" in seen.message(first.id)
+    record = serving.record("calm-heron")
+    assert (record.state, record.attempt, record.config["train"]["lr"]) == ("failed", 1, 2e-4)
+    assert states(record, *BEFORE_TRAIN, "train") == [*["cached"] * 6, "failed"]
+
+    serving.wish("train", "gate")  # the button in the UI does this
+    seen.client.set_flow_run_state(first.id, Scheduled(name="AwaitingRetry"), force=True)
+    wait_until(lambda: serving.record("calm-heron").attempt == 2)
+    seen.wait_for(first.id, "Failed")
+    assert "gate failed at layer 1" in seen.message(first.id)
+
+    serving.wish("train", "")
+    retried = serving.cli("flow-run", "retry", "calm-heron")
+    assert retried.returncode == 0, retried.stderr
+    seen.wait_for(first.id, "Completed")
+    record = serving.record("calm-heron")
+    assert (record.state, record.attempt) == ("done", 3)
+    assert states(record, *BEFORE_TRAIN) == ["cached"] * 6
+    assert states(record, "train", *AFTER_TRAIN) == ["ran"] * 4
+    wait_until(lambda: seen.tasks(first.id)["train"] == ["Failed", "Failed", "Completed"])
+    assert seen.tasks(first.id)["shard"] == ["Cached"] * 3
+    assert "calm-heron  started" in serving.said()
+    assert "Traceback" not in serving.said()
+
+
+def test_what_is_wrong_is_said(serving: Serving, seen: Seen) -> None:
+    with pytest.raises(PrefectHTTPStatusError) as refused:
+        seen.start("finetune-llama2/served", refresh=["trian"])
+    assert "'trian' is not one of" in refused.value.response.text
+    wrong = seen.start("finetune-llama2/served", overrides=["train.optimiser=sgd"])
+    seen.wait_for(wrong.id, "Failed")
+    assert "overrides: train.optimiser=sgd: unknown key. Did you mean train.optimizer?" in seen.message(wrong.id)
+    assert not (serving.workspace / "runs" / wrong.name).exists()
+
+
+def test_one_stage_from_a_result(serving: Serving, seen: Seen) -> None:
+    made = seen.start(
+        "stage/train",
+        start_from=[f"{stage}/{folder.name}" for stage in ("shard", "preprocess") for folder in folders(serving, stage)],
+        train={"steps": 2, "sequence_length": 16},
+        overrides=["train.lr=7e-4"],
+        run_name="just-training",
+    )
+    seen.wait_for(made.id, "Completed")
+    record = serving.record("just-training")
+    assert (record.stage, record.config["train"]["lr"]) == ("train", 7e-4)
+    assert [node for node, state in record.nodes.items() if state.state == "cached"] == BEFORE_TRAIN[:-1]
+    assert [node for node, state in record.nodes.items() if state.state == "ran"] == ["train"]
+    assert list(seen.tasks(made.id)) == ["train"]
+
+
+def folders(serving: Serving, stage: str) -> list[Path]:
+    return [folder for folder in (serving.workspace / stage).iterdir() if (folder / "artifact.json").exists()]
+
+
+def test_cancelled(serving: Serving, seen: Seen) -> None:
+    serving.wish("train", "hang")
+    run = seen.start("finetune-llama2/served", run_name="cancelled", overrides=["train.lr=3e-4"])
+    stage = serving.wait_until_hangs("train")
+    seen.client.set_flow_run_state(run.id, Cancelling())
+    seen.wait_for(run.id, "Cancelled")
+    assert not lives(stage)
+    record = serving.record("cancelled")
+    assert (record.state, record.nodes["train"].state) == ("stopped", "stopped")
+    wait_until(lambda: seen.unfinished(run.id) == [])
+    (serving.workspace / "train.hangs").unlink()
+
+
+def test_the_process_of_a_run_is_killed(serving: Serving, seen: Seen) -> None:
+    serving.wish("train", "hang")
+    run = seen.start("finetune-llama2/served", run_name="killed", overrides=["train.lr=4e-4"])
+    stage = serving.wait_until_hangs("train")
+    os.kill(serving.record("killed").pid, signal.SIGKILL)
+    seen.wait_for(run.id, "Crashed")
+    wait_until(lambda: not lives(stage))
+    wait_until(lambda: seen.unfinished(run.id) == [])
+    wait_until(lambda: serving.record("killed").finished is not None)
+    assert serving.record("killed").nodes["train"].state == "stopped"
+    (serving.workspace / "train.hangs").unlink(missing_ok=True)
+
+
+def test_runner_and_run_are_killed(tmp_path: Path, server: Server, seen: Seen) -> None:
+    """A run goes on without its runner; when it is killed, too, nobody but its watcher is left to say so.
+
+    And what an earlier runner left where even the watcher was killed, as when the machine lost power, is settled at the start.
+    """
+    earlier = seen.client.create_flow_run(finetune, name="earlier", state=Running())
+    folder = RunFolder(tmp_path / "workspace", "earlier")
+    folder.path.mkdir(parents=True)
+    folder.write(RunRecord(name="earlier", config={}, cwd="/", pid=1, started=now(), flow_run_id=str(earlier.id)))
+    runner = Serving(tmp_path, server.api, "left")
+    try:
+        runner.make(until="verify")
+        runner.wish("train", "hang")
+        runner.wait_until_said("stop         Ctrl-C")
+        assert "earlier  crashed: its process is gone" in runner.said()
+        assert seen.state(earlier.id) == "Crashed"
+        run = seen.start("finetune-llama2/left", run_name="alone")
+        stage = runner.wait_until_hangs("train")
+        runner.process.kill()
+        runner.process.wait()
+        process = runner.record("alone").pid
+        assert lives(process)
+        assert lives(stage)
+        assert seen.state(run.id) == "Running"
+        os.kill(process, signal.SIGKILL)
+        seen.wait_for(run.id, "Crashed")
+        assert seen.message(run.id) == "its process is gone"
+        wait_until(lambda: not lives(stage))
+        wait_until(lambda: seen.unfinished(run.id) == [])
+    finally:
+        runner.end()
+
+
+def test_the_runner_drains(serving: Serving, seen: Seen) -> None:
+    """Asked to stop, the runner waits; the laptop sleeps meanwhile; run and runner end well. It is the last test."""
+    serving.wish("train", "hang")
+    run = seen.start("finetune-llama2/served", run_name="slow", overrides=["train.lr=5e-4"])
+    stage = serving.wait_until_hangs("train")
+    os.killpg(serving.process.pid, signal.SIGINT)  # as a terminal does: to all that it started
+    serving.wait_until_said("takes no more runs, and waits for the run that goes on")
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in (serving.record("slow").pid, stage):
+            os.kill(pid, number)
+    serving.wish("train", "")
+    assert serving.process.wait(timeout=90) == 0
+    assert seen.state(run.id) == "Completed"
+    assert serving.record("slow").state == "done"

@@ -1,0 +1,54 @@
+"""The images' files: what both have in common is the same, and a base's own packages stay."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "containers"))
+from requirements import constraints, requirements  # noqa: E402
+
+NVIDIA = {
+    "torch": "2.12.0a0+5dd1a1.nv26.5",
+    "flash-attn": "2.8.3",
+    "numpy": "2.1.0",
+    "nvidia-cudnn-frontend": "1.1",
+    "pip": "26",
+}
+
+
+def common(name: str) -> list[str]:
+    """The instructions from the requirements on."""
+    lines = (ROOT / "containers" / f"{name}.Dockerfile").read_text().splitlines()
+    return [line for line in lines[lines.index("ARG PIP_NO_INDEX") :] if line and not line.startswith("#")]
+
+
+def test_both_images_are_made_alike() -> None:
+    assert common("cpu") == common("gpu")
+    assert "USER 1000:1000" in common("cpu")
+
+
+def test_a_base_keeps_what_is_its_own() -> None:
+    """Neither pinned to another version nor asked for; all else is pinned as the project pins it."""
+    pins = constraints(ROOT / "constraints.txt", NVIDIA)
+    assert "torch===2.12.0a0+5dd1a1.nv26.5" in pins
+    assert "flash-attn===2.8.3" in pins
+    assert not any(line.startswith(("torch==2", "numpy==2.4", "pip==")) for line in pins)
+    assert any(line.startswith("transformers==") for line in pins)
+    wanted = requirements(ROOT / "pyproject.toml", NVIDIA)
+    assert not any(line.startswith(("torch", "numpy")) for line in wanted)
+    assert any(line.startswith("pydantic") for line in wanted)
+    assert not any(line.startswith("prefect") for line in wanted)
+
+
+def test_a_base_without_torch_gets_the_project_s() -> None:
+    assert any(line.startswith("torch==") for line in constraints(ROOT / "constraints.txt", {"pip": "26"}))
+    assert any(line.startswith("torch>=") for line in requirements(ROOT / "pyproject.toml", {"pip": "26"}))
+
+
+def test_a_base_that_is_too_old() -> None:
+    with pytest.raises(
+        SystemExit, match=r"the base image has torch 2.3.0a0\+nv24, and stages need torch>=2.11: take a newer one"
+    ):
+        requirements(ROOT / "pyproject.toml", NVIDIA | {"torch": "2.3.0a0+nv24"})
