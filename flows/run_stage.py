@@ -50,7 +50,7 @@ def run_stage(run: Run, kind: type[A], spec_type: type[Spec], **inputs: a.Artifa
         with in_turn(run, spec) as holds:
             if node not in run.refresh and (made := a.find_reusable(spec.folder)) is not None:
                 return cast(A, _taken(made, "another run made it meanwhile"))
-            if False:
+            if node in run.refresh and run.fresh:
                 shutil.rmtree(spec.scratch, ignore_errors=True)
             with _set_aside(spec.folder, wanted=node in run.refresh):
                 artifact = _launch(run, kind, spec, holds)

@@ -43,16 +43,20 @@ class Schedule:
     def run(self) -> None:
         """Until nothing runs, and nothing can begin. What depends on a node that failed never begins."""
         while self._running:
-            node = self._ended.get()
-            assert node.future is not None
-            node.future.wait()  # returns at once, and from now on it knows its state
-            node.is_done = node.future.state.is_completed()
-            self._running -= 1
-            self._begin_what_can()
+            self._take()
 
     def futures(self) -> list[PrefectFuture[Any]]:
         """Of the nodes that have begun, in their order."""
         return [node.future for node in self._nodes if node.future is not None]
+
+    def _take(self) -> None:
+        """Wait until one ends."""
+        node = self._ended.get()
+        assert node.future is not None
+        node.future.wait()  # returns at once, and from now on it knows its state
+        node.is_done = node.future.state.is_completed()
+        self._running -= 1
+        self._begin_what_can()
 
     def _begin_what_can(self) -> None:
         for node in self._nodes:

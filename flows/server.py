@@ -215,7 +215,9 @@ def _start(home: Path, say: Callable[[str], None], port: int | None = None) -> S
             pass_fds=[alive],
         )
         server = Server(api=f"http://127.0.0.1:{port}/api", pid=process.pid)
-        (home / "server.json").write_text(json.dumps({"api": server.api, "pid": process.pid}))
+        draft = home / "server.json.new"  # a reader sees the old one or the new one
+        draft.write_text(json.dumps({"api": server.api, "pid": process.pid}))
+        draft.replace(home / "server.json")
     process.returncode = 0  # it outlives this object on purpose; its end is the shim's business
     return server
 

@@ -1,6 +1,6 @@
 """Making the records agree with the world: no run and no task stays `Running` after its process is gone.
 
-    python -m flows.settle WORKSPACE      what a run's watcher does (`watch.py`); safe at any time
+    python -m flows.settle WORKSPACE RUN      what a run's watcher does (`watch.py`); safe at any time
 
 A run's own record says how it ended, or, where nobody holds its lock, that it crashed. Prefect is told so if it missed it: the
 process died, or the server was away when the run ended.
@@ -109,13 +109,14 @@ def _end_tasks(client: SyncPrefectClient, flow_run: FlowRun, record: RunRecord |
         client.set_task_run_state(task_run.id, ended, force=True)
 
 
-def main(workspace: Path) -> None:
-    """What a watcher does."""
-    for name in reconcile(workspace):
-        if (record := RunFolder(workspace, name).read()) is not None:
-            with suppress(ValidationError):
-                choose.remove_left(PipelineConfig.model_validate(record.config), workspace)
+def main(workspace: Path, name: str) -> None:
+    """What the watcher of a run does. It ends when nothing of the run is left."""
+    reconcile(workspace)
+    record = RunFolder(workspace, name).read()
+    if record is not None and record.state != "running":
+        with suppress(ValidationError):
+            choose.remove_left(PipelineConfig.model_validate(record.config), workspace)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -5,14 +5,16 @@ Who waits says so: in the log, in the run's record, and so in `finetune status`.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from prefect import get_run_logger
 
+from flows.launch import choose
 from flows.launch.protocol import StageFailed
 from flows.locks import Stopped, held, training_locks, wait_until_free
 from flows.run import Run
 from flows.run_record import all_runs
+from flows.watch import watched
 from stages.contracts.launch_settings import Gpus, machine_has_gpus
 from stages.contracts.process import ExitCode
 from stages.contracts.specs import Spec
@@ -42,7 +44,10 @@ def in_turn(run: Run, spec: Spec) -> Iterator[tuple[int, ...]]:
         with held(locks, who, stop=run.stop, on_wait=say) as descriptors:
             if said:
                 run.record.node(spec.NODE, doing=None)
-            yield descriptors
+            # A container is no child of ours: were we killed, it would go on without our locks while it saves a checkpoint.
+            in_containers = bool(locks) and choose.in_containers(run.config.launch)
+            with watched(run.folder, descriptors) if in_containers else nullcontext():
+                yield descriptors
     except Stopped:
         told = "stopped while it waited for its turn"
         raise StageFailed(

@@ -17,9 +17,10 @@ def watched(folder: RunFolder, holds: Sequence[int] = ()) -> Iterator[None]:
     """Have this process watched while it does a run.
 
     Args:
-        holds: descriptors of locks that must outlast us until the run is settled: of the server that is told of it.
+        holds: descriptors of locks that must outlast us until the run is settled: of the server that is told of it, of the GPUs
+            that its containers have.
     """
-    settle = [sys.executable, "-P", "-m", "flows.settle", str(folder.workspace)]
+    settle = [sys.executable, "-P", "-m", "flows.settle", str(folder.workspace), folder.name]
     watcher = subprocess.Popen(
         ["/bin/sh", "-c", 'read -r _; exec "$@"', "watcher", *settle],
         stdin=subprocess.PIPE,

@@ -54,7 +54,7 @@ def main(
 
 def _main(
     node: str | dict[str, str], run: Callable[[Any, Context], a.Artifact], doc: str, resumable: bool,
-    part: Callable[[Any, Context], None] | None,
+    part: Callable[[Any, Context], None] | None = None,
 ) -> int:  # fmt: skip
     nodes = [node] if isinstance(node, str) else list(node.values())
     stage = SPECS[nodes[0]].STAGE

@@ -16,7 +16,7 @@ from flows.server import Server, serving
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Files of half a minute and more. They begin first, so that none is left alone at the end when files run side by side.
-LONG = ("test_end_to_end", "test_parallel", "test_trainer_golden", "test_train", "test_command")
+LONG = ("test_end_to_end", "test_parallel", "test_trainer_golden", "test_train", "test_command", "test_serve", "test_ui")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

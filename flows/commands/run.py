@@ -184,7 +184,7 @@ def _run_flow(config: PipelineConfig, folder: RunFolder, option: str, asked: dic
         return FAILED
     except BaseException:
         if told := how_to_go_on():
-            say(told)
+            say(f"Report: {shown_path(folder.report)}\n{told}" if folder.report.exists() else told)
         raise
     record = folder.read()
     if record is not None:

@@ -79,7 +79,7 @@ class DockerLauncher:
         with contextlib.ExitStack() as stack:
             try:
                 engines = self._engines(job, spec, hosts, stack, on_line)
-                places = stack.enter_context(self._places(job, engines))
+                places = stack.enter_context(self._places(job, spec, engines))
             except NotReady as error:
                 raise _refused(job, error) from None
             log = stack.enter_context(open_log(job.log_file))
@@ -137,7 +137,7 @@ class DockerLauncher:
         return labels(workspace=Path(spec.workspace), run=job.run, node=job.node, attempt=self.attempt, grace=grace)
 
     @contextlib.contextmanager
-    def _places(self, job: StageJob, engines: Sequence[Engine]) -> Iterator[list[Place]]:
+    def _places(self, job: StageJob, spec: Spec, engines: Sequence[Engine]) -> Iterator[list[Place]]:
         """Where each container stands. Several on one engine get a network of their own, on several that of their machines."""
         if len(engines) == 1:
             yield [Place(network=HUB_NETWORK if job.stage in HUB_STAGES else "none")]
@@ -148,7 +148,6 @@ class DockerLauncher:
             meeting = name if ":" in name else f"{name}:{PORT}"
             yield [Place(node, count, meeting, network="host") for node in range(count)]
             return
-        spec = SPECS[job.node].model_validate_json(job.spec_file.read_bytes())
         network = first.client.networks.create(
             container_name(job.run, job.node, self.attempt), driver="bridge", internal=True,
             labels={LABEL + name: value for name, value in self._labels(job, spec, 0.0).items()},

@@ -20,6 +20,7 @@ from stages.contracts.specs import SOURCES
 from stages.contracts.words import count, counted, seconds, short, size
 
 CHART = {"width": 400, "height": 230}  # small enough for a phone to show its words, and two beside each other elsewhere
+MOST_FILES = 200  # of a result
 COLOURS = {"ran": "d", "failed": "b", "stopped": "b"}
 
 
@@ -208,14 +209,15 @@ def results(story: Story) -> list[Table]:
         made_from = ", ".join(f"{sources.get(name, name)} {digest[:12]}" for name, digest in artifact.inputs.items())
         files = sorted(artifact.files.items(), key=lambda item: -item[1].size)
         rows = [(name, size(record.size), record.blake3[:32]) for name, record in files]
+        left_out = f" The {count(len(rows) - MOST_FILES)} smallest files are left out here." if len(rows) > MOST_FILES else ""
         total = f"{counted(len(rows), 'file')}, {size(sum(record.size for _, record in files))}"
         image = f" in the image {artifact.versions.image}" if artifact.versions.image else ""
         note = (
             f"{artifact.path}, fingerprint {artifact.fingerprint}. Made {artifact.created} in {seconds(artifact.wall_seconds)}"
-            f"{image}{f', from {made_from}' if made_from else ''}."
+            f"{image}{f', from {made_from}' if made_from else ''}.{left_out}"
         )
         words = f"{total}, fingerprint {artifact.fingerprint[:12]}"
-        tables.append(Table(("file", "size", "BLAKE3"), rows, title=node, note=note, words=words, anchor=node))
+        tables.append(Table(("file", "size", "BLAKE3"), rows[:MOST_FILES], title=node, note=note, words=words, anchor=node))
     return tables
 
 

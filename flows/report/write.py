@@ -7,7 +7,7 @@ import jinja2
 from markupsafe import Markup
 
 from flows.report import sections
-from flows.report.lineage import lineage
+from flows.report.lineage_graph import lineage_graph
 from flows.story import Sample, Story
 from stages.contracts.words import lines, seconds
 
@@ -48,7 +48,7 @@ def render(story: Story) -> str:
         charts=list(map(Markup, sections.charts(story))),
         evaluation=sections.evaluation(story),
         samples=list(map(_sample, story.samples())),
-        lineage=Markup(lineage(record.nodes, fingerprints)),
+        lineage=Markup(lineage_graph(record.nodes, fingerprints)),
         timeline=Markup(sections.timeline(story) or ""),
         stages=sections.stages(story),
         gates=sections.gates(story),

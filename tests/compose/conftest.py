@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "flows"))  # `processes`
+sys.path.append(str(Path(__file__).parents[1] / "flows"))  # runners, with stand-in stages
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from processes import wait_until
+from runners import Serving
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +65,13 @@ class Compose:
         with opener.open(request, timeout=30) as answer:
             return json.loads(answer.read())
 
+    def state(self, run: dict[str, Any]) -> str:
+        """Of a flow run; empty while nobody answers."""
+        try:
+            return str(self.ask(f"flow_runs/{run['id']}")["state"]["name"])
+        except (urllib.error.URLError, OSError):
+            return ""
+
 
 @pytest.fixture(scope="module")
 def compose() -> Iterator[Compose]:
@@ -88,8 +96,33 @@ def test_nobody_gets_in_without_the_password(compose: Compose) -> None:
     assert {port["PublishedPort"] for port in ports} == {compose.port, compose.curves}
 
 
+@pytest.mark.parametrize("service", ["postgres", "server"])
+def test_a_restart_in_the_middle_of_a_run(
+    service: str, compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runner on the host, with the password; the database, or the server, is away for a while."""
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", compose.password)
+    runner = Serving(tmp_path, f"http://127.0.0.1:{compose.port}/api", f"mine-{service}")
+    try:
+        runner.make(until="verify")
+        runner.wish("train", "hang")
+        runner.wait_until_said("stop         Ctrl-C")
+        [deployed] = [each for each in compose.ask("deployments/filter", {}) if each["name"] == f"mine-{service}"]
+        run = compose.ask(
+            f"deployments/{deployed['id']}/create_flow_run",
+            {"parameters": {"run_name": "through"}, "state": {"type": "SCHEDULED"}},
+        )
+        runner.wait_until_hangs("train")
+        compose("restart", "-t", "30", service)
+        runner.wish("train", "")
+        wait_until(lambda: compose.state(run) == "Completed", 150)
+        assert runner.record("through").state == "done"
+    finally:
+        runner.end()
+
+
 def test_the_runner_works_and_what_is_stored_survives(compose: Compose) -> None:
-    """A run in the container's runner, a restart of Postgres under it, then down and up."""
+    """A run in the container's runner, then down and up."""
     deployed = {each["name"] for each in compose.ask("deployments/filter", {})}
     assert {"demo", "gpu", "train", "export"} <= deployed
     [demo] = [each for each in compose.ask("deployments/filter", {}) if each["name"] == "demo"]
@@ -97,20 +130,12 @@ def test_the_runner_works_and_what_is_stored_survives(compose: Compose) -> None:
         f"deployments/{demo['id']}/create_flow_run",
         {"parameters": {"overrides": ["model.source=/nowhere"]}, "state": {"type": "SCHEDULED"}},
     )
-
-    def state() -> str:
-        try:
-            return str(compose.ask(f"flow_runs/{run['id']}")["state"]["name"])
-        except (urllib.error.URLError, OSError):  # while the database restarts
-            return ""
-
-    compose("restart", "-t", "30", "postgres")
-    wait_until(lambda: state() == "Failed", 150)
+    wait_until(lambda: compose.state(run) == "Failed", 150)
     assert "model.source: /nowhere: no such file" in compose.ask(f"flow_runs/{run['id']}")["state"]["message"]
 
     compose("--profile", "*", "down", "-t", "30")
     compose.up()
-    assert state() == "Failed"
+    assert compose.state(run) == "Failed"
     assert {each["name"] for each in compose.ask("deployments/filter", {})} == deployed
 
 

@@ -271,7 +271,8 @@ def test_kill_9_then_run_again(finetune: Command) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [([], "130 Ctrl-C"), (["run"], "HF_TOKEN"), (["rerun"], "goes on where it stopped"), (["plan"], "starts nothing"),
-     (["status"], "newest first")],
+     (["status"], "newest first"), (["rerun"], "--fresh"), (["run"], "--from RESULT"), (["serve"], "stops them"),
+     (["ui"], "nothing is asked of any other machine"), (["doctor"], "the command that mends what is missing")],
 )  # fmt: skip
 def test_help_is_worth_reading(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -9,7 +9,7 @@ import pytest
 from stories import GATES, HOSTILE, done_run, told, with_artifact, with_file
 
 from flows.ending import tell_end
-from flows.report.lineage import _edges, lineage
+from flows.report.lineage_graph import _edges, lineage_graph
 from flows.report.write import render, write_report
 from flows.run_record import NodeRecord, RunFolder
 from stages.contracts.specs import SPECS, scratch_of
@@ -67,6 +67,16 @@ def test_everything_of_a_run_is_in_it(folder: RunFolder) -> None:
         assert wanted in text, wanted
 
 
+def test_questions_that_were_asked(folder: RunFolder) -> None:
+    asked = [{"question": f"q{n}?", "answer": f"right{n}", "before": "??", "after": f"right{n}"} for n in range(9)]
+    story = with_artifact(told(folder), "export", metrics={"answers": {"questions": 9, "before": 0.0, "after": 0.875}})
+    (story.artifacts["export"].folder(folder.workspace) / "answers.json").write_text(json.dumps(asked))
+    text = Page(render(story)).text
+    assert "right answers0% → 88%" in text
+    assert [f"q{n}?" in text for n in range(4)] == [True, True, True, False], "the first three"
+    assert "wanted" in text
+
+
 def test_it_needs_nothing_else_and_runs_nothing(folder: RunFolder) -> None:
     html = render(told(folder))
     page = Page(html)
@@ -119,6 +129,18 @@ def test_a_run_that_failed_says_why(folder: RunFolder) -> None:
     assert "not run" in page.text
 
 
+def test_a_gate_that_refused_shows_its_table(folder: RunFolder) -> None:
+    record = folder.read()
+    assert record is not None
+    path = folder.workspace / str(record.nodes["verify"].path)
+    record.nodes["verify"] = NodeRecord(state="failed", error="gate failed at layer 14", path=record.nodes["verify"].path)
+    folder.write(record)
+    path.with_name(f".{path.name}.failed.json").write_text(json.dumps(GATES))  # as the gate leaves it
+    text = Page(render(told(folder))).text
+    assert "gate failed at layer 14" in text
+    assert "model.layers.29.mlp" in text
+
+
 def test_a_run_of_which_next_to_nothing_is_known_has_a_report(tmp_path: Path) -> None:
     folder = done_run(tmp_path)
     record = folder.read()
@@ -144,7 +166,7 @@ def test_the_lineage_draws_every_node_and_what_follows_from_what() -> None:
         ("preprocess", "verify"), ("shard", "verify"), ("verify", "train"), ("train", "merge"), ("merge", "export"),
         ("export", "push"),
     ]  # fmt: skip
-    svg = lineage({node: NodeRecord() for node in SPECS}, {})
+    svg = lineage_graph({node: NodeRecord() for node in SPECS}, {})
     boxes = [tuple(map(float, box)) for box in re.findall(r'class="node" x="([\d.]+)" y="([\d.]+)"', svg)]
     assert len(set(boxes)) == len(SPECS)
     assert svg.count('class="edge gate"') == 1

@@ -47,35 +47,35 @@ def test_run_fail_retry(serving: Serving, seen: Seen) -> None:
     """As README says: start with overrides, see it fail, retry in the UI and in the terminal."""
     serving.wish("train", "fail")
     made = serving.cli(
-        "deployment", "run", "finetune-llama2/served", "-p", 'overrides=["train.lr=2e-4"]', "-p", "run_name=calm-heron"
+        "deployment", "run", "finetune-llama2/served", "-p", 'overrides=["train.lr=2e-4"]', "-p", "run_name=patient-crane"
     )
     assert made.returncode == 0, made.stderr
-    wait_until((serving.workspace / "runs" / "calm-heron" / "run.json").exists)
-    first = seen.client.read_flow_run(serving.record("calm-heron").flow_run_id)  # type: ignore[arg-type]
+    wait_until((serving.workspace / "runs" / "patient-crane" / "run.json").exists)
+    first = seen.client.read_flow_run(serving.record("patient-crane").flow_run_id)  # type: ignore[arg-type]
     seen.wait_for(first.id, "Failed")
-    assert first.name == "calm-heron"
+    assert first.name == "patient-crane"
     assert "train: RuntimeError: a defect" in seen.message(first.id)
-    record = serving.record("calm-heron")
+    record = serving.record("patient-crane")
     assert (record.state, record.attempt, record.config["train"]["lr"]) == ("failed", 1, 2e-4)
     assert states(record, *BEFORE_TRAIN, "train") == [*["cached"] * 6, "failed"]
 
     serving.wish("train", "gate")  # the button in the UI does this
     seen.client.set_flow_run_state(first.id, Scheduled(name="AwaitingRetry"), force=True)
-    wait_until(lambda: serving.record("calm-heron").attempt == 2)
+    wait_until(lambda: serving.record("patient-crane").attempt == 2)
     seen.wait_for(first.id, "Failed")
     assert "gate failed at layer 1" in seen.message(first.id)
 
     serving.wish("train", "")
-    retried = serving.cli("flow-run", "retry", "calm-heron")
+    retried = serving.cli("flow-run", "retry", "patient-crane")
     assert retried.returncode == 0, retried.stderr
     seen.wait_for(first.id, "Completed")
-    record = serving.record("calm-heron")
+    record = serving.record("patient-crane")
     assert (record.state, record.attempt) == ("done", 3)
     assert states(record, *BEFORE_TRAIN) == ["cached"] * 6
     assert states(record, "train", *AFTER_TRAIN) == ["ran"] * 4
     wait_until(lambda: seen.tasks(first.id)["train"] == ["Failed", "Failed", "Completed"])
     assert seen.tasks(first.id)["shard"] == ["Cached"] * 3
-    assert "calm-heron  started" in serving.said()
+    assert "patient-crane  started" in serving.said()
     assert "Traceback" not in serving.said()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 from workspaces import STEP, publish, references, small, text, write_model, write_weights
 
@@ -255,9 +256,11 @@ def test_a_tokenizer_that_transformers_takes_for_another(tmp_path: Path) -> None
         data={"source": str(tmp_path / "text.jsonl"), "format": "messages"},
         preprocess={"workers": 1, "chat_template": "chatml"}, export={"override_special_tokens": {"eos": "<|im_end|>"}},
     )  # fmt: skip
-    assert AutoTokenizer.from_pretrained(source)("a", add_special_tokens=False).input_ids == [343], "the trap is there"
+    pieces = SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
+    theirs = AutoTokenizer.from_pretrained(source)
+    assert theirs("a", add_special_tokens=False).input_ids == [pieces.piece_to_id("a")], "the trap is there"
     theirs = AutoTokenizer.from_pretrained(chain.exported())
-    assert (theirs.eos_token_id, theirs("a", add_special_tokens=False).input_ids) == (401, [265])
+    assert (theirs.eos_token_id, theirs("a", add_special_tokens=False).input_ids) == (401, [pieces.piece_to_id("▁a")])
 
 
 def test_what_megatron_llm_cannot_hold_is_refused_before_training(tmp_path: Path) -> None:

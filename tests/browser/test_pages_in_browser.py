@@ -21,7 +21,7 @@ from flows.pages.training import training_page
 from flows.run_record import now
 from stages.contracts.training_curves import read_curves
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
 
 STAGES = ["download-model", "download-data", "preprocess", "convert", "shard", "verify", "train", "merge", "export", "push"]
 RUN = "calm-heron"
@@ -44,7 +44,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     runner = Serving(tmp_path_factory.mktemp("ui"), None, "served", command="ui")
     try:
         runner.make(until="verify")
-        runner.wait_until_said("stop         Ctrl-C")
+        runner.wait_until_said("stop         Ctrl-C", 300)
         [server] = set(re.findall(r"http://127\.0\.0\.1:\d+", runner.said()))
         with temporary_settings({PREFECT_API_URL: f"{server}/api"}), get_client(sync_client=True) as client:
             seen = Seen(client)

@@ -15,7 +15,7 @@ GATE = ("verify", "train")  # no result passes here: training waits for the verd
 MARKS = {"ran": "ok", "cached": "cached", "failed": "bad", "stopped": "stopped"}
 
 
-def lineage(nodes: dict[str, NodeRecord], fingerprints: dict[str, str]) -> str:
+def lineage_graph(nodes: dict[str, NodeRecord], fingerprints: dict[str, str]) -> str:
     """The graph of a run.
 
     Args:
