@@ -214,7 +214,8 @@ class _Serving:
                 message = (
                     state.message if flow_run_id not in going_on and state is not None and not state.is_completed() else None
                 )
-                self.say("  ".join(filter(None, [flow_run.name, words, (message or "").partition("\n")[0][:160]])))
+                name = flow_run.parameters.get("run_name") or flow_run.name  # it is called so once it begins
+                self.say("  ".join(filter(None, [name, words, (message or "").partition("\n")[0][:160]])))
         self._shown = going_on
 
 
