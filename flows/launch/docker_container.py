@@ -137,4 +137,4 @@ def wait_until_ended(container: Any, seconds: float) -> None:
         container.reload()
         if container.status != "running":
             return
-        time.sleep(0.2)
+        time.sleep(0.2)  # the engine's own `wait` cannot be told from a lost connection when its time is over

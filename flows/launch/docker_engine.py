@@ -167,7 +167,7 @@ def _forwarded(host: str) -> Iterator[Path]:
                 if process.poll() is not None or time.monotonic() > give_up:
                     words = said.read_text(errors="replace").strip().splitlines() or ["ssh does not get there"]
                     raise NotReady(Problem(f"{host}: {words[-1]}", f"{check} must work without asking for a password"))
-                time.sleep(0.05)
+                time.sleep(0.05)  # ssh gives no sign when it forwards: its socket is there
             yield here
         finally:
             assert process.stdin is not None
