@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stages.contracts import artifacts as a
+from stages.contracts import intact
 from stages.contracts.specs import SOURCES, SPECS
 
 
@@ -47,7 +48,7 @@ def find_result(workspace: Path, name: str) -> a.Artifact:
         )
     try:
         artifact = a.load_artifact(folder)
-        a.check_files(folder, artifact, thorough=False)
+        intact.check_files(folder, artifact, thorough=False)
     except a.DamagedArtifact as error:
         raise NoResult(f"{name}: {error}") from None
     if artifact.folder(workspace).resolve() != folder:
@@ -71,7 +72,7 @@ def _sources(workspace: Path, artifact: a.Artifact) -> list[a.Artifact]:
     refs = artifact.spec.get("inputs", {})
     for name in SOURCES[node_of(artifact)]:
         path = refs.get(name, {}).get("path")
-        source = a.find_reusable(workspace / path) if path else None
+        source = intact.find_reusable(workspace / path) if path else None
         if source is not None and source.fingerprint == artifact.inputs.get(name):
             found.append(source)
     return found

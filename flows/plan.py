@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages.contracts import artifacts as a
-from stages.contracts import length, preflight
+from stages.contracts import intact, length, preflight
 from stages.contracts.config import PipelineConfig
 from stages.contracts.settings import Frozen
 from stages.contracts.specs import SOURCES, SPECS, Spec
@@ -48,7 +48,7 @@ def _runs(nodes: list[str]) -> str:
 
 
 def _plan_node(spec: Spec) -> NodePlan:
-    if (artifact := a.find_reusable(spec.folder)) is not None:
+    if (artifact := intact.find_reusable(spec.folder)) is not None:
         return NodePlan(spec.NODE, "cached", artifact.figure, artifact)
     return NodePlan(spec.NODE, "run", _why(spec))
 
@@ -56,7 +56,7 @@ def _plan_node(spec: Spec) -> NodePlan:
 def _why(spec: Spec) -> str:
     if spec.folder.exists():
         try:
-            a.check_files(spec.folder, a.load_artifact(spec.folder), thorough=False)
+            intact.check_files(spec.folder, a.load_artifact(spec.folder), thorough=False)
         except a.DamagedArtifact as error:
             return f"its result is damaged: {str(error).split('. Remove')[0]}"
         return "what it published is not where it was"

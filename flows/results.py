@@ -11,6 +11,7 @@ from typing import Any, Literal
 from prefect.serializers import Serializer
 
 from stages.contracts import artifacts as a
+from stages.contracts import intact
 
 
 class ArtifactSerializer(Serializer):  # not Serializer[Any]: Prefect registers every class, and that one has no name
@@ -37,7 +38,7 @@ class ArtifactSerializer(Serializer):  # not Serializer[Any]: Prefect registers 
         if blob.startswith(b'{"error"'):
             return RuntimeError(json.loads(blob)["error"])
         artifact = a.parse_artifact(blob)
-        found = a.find_reusable(artifact.folder(Path(self.workspace))) if self.workspace is not None else None
+        found = intact.find_reusable(artifact.folder(Path(self.workspace))) if self.workspace is not None else None
         if found is None or found.fingerprint != artifact.fingerprint:
             raise a.DamagedArtifact(f"{artifact.path}: no longer what this record says")
         return found

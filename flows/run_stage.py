@@ -18,6 +18,7 @@ from flows.run import Run
 from flows.run_record import now
 from flows.turns import in_turn
 from stages.contracts import artifacts as a
+from stages.contracts import intact
 from stages.contracts.process import ExitCode
 from stages.contracts.specs import SPECS, Spec
 from stages.contracts.training_job import planned_job
@@ -40,7 +41,7 @@ def run_stage(run: Run, kind: type[A], spec_type: type[Spec], **inputs: a.Artifa
     spec = spec_type.of(run.config, **inputs)
     node = spec.NODE
     run.record.node(node, key=spec.key, path=spec.path)
-    if node not in run.refresh and (found := a.find_reusable(spec.folder)) is not None:
+    if node not in run.refresh and (found := intact.find_reusable(spec.folder)) is not None:
         return cast(A, _taken(found, "its folder is intact"))
 
     started = time.monotonic()
@@ -48,7 +49,7 @@ def run_stage(run: Run, kind: type[A], spec_type: type[Spec], **inputs: a.Artifa
     run.record.node(node, state="running", started=now())
     try:
         with in_turn(run, spec) as holds:
-            if node not in run.refresh and (made := a.find_reusable(spec.folder)) is not None:
+            if node not in run.refresh and (made := intact.find_reusable(spec.folder)) is not None:
                 return cast(A, _taken(made, "another run made it meanwhile"))
             if node in run.refresh and run.fresh:
                 shutil.rmtree(spec.scratch, ignore_errors=True)
@@ -107,7 +108,7 @@ def _launch(run: Run, kind: type[A], spec: Spec, holds: tuple[int, ...]) -> A:
             run.launcher.run(job, on_line=log.line, on_progress=on_progress, stop=run.stop)
         finally:
             log.end()
-    artifact = a.find_intact(spec.folder)
+    artifact = intact.find_intact(spec.folder)
     if not isinstance(artifact, kind):
         message = f"said it was done, but left no intact {kind.__name__} in {spec.folder}. This is a defect of ours"
         raise StageFailed(job.node, "crash", message, log_file=job.log_file, code=ExitCode.CRASH)

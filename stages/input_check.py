@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Lock, Thread
 
 from stages.contracts import artifacts as a
+from stages.contracts import intact
 
 MOST_THREADS = 8
 SWITCH_SECONDS = 0.0002  # that a thread waits before it takes the interpreter from another, while something is imported
@@ -31,7 +32,7 @@ class InputCheck:
     def __init__(self, folder: Path, artifact: a.Artifact) -> None:
         self._folder, self._artifact = folder, artifact
         for name in artifact.files:
-            a.check_size(folder, artifact, name)
+            intact.check_size(folder, artifact, name)
         largest_first = sorted(artifact.files, key=lambda name: -artifact.files[name].size)
         self._names: Iterator[str] = iter(largest_first)
         self._lock = Lock()
@@ -59,7 +60,7 @@ class InputCheck:
             if name is None:
                 return
             try:
-                a.check_content(self._folder, self._artifact, name)
+                intact.check_content(self._folder, self._artifact, name)
             except Exception as error:
                 self._damage.append(error)
 

@@ -24,7 +24,7 @@ from megatron_core_impl.metrics import METRICS_FILE, read_metrics
 from stages import runtime
 from stages.context import Context
 from stages.contracts import artifacts as a
-from stages.contracts import publishing, words
+from stages.contracts import intact, publishing, words
 from stages.contracts.config import PushSettings
 from stages.contracts.publishing import CARD, CHART
 from stages.contracts.specs import PushSpec
@@ -130,8 +130,8 @@ def _curve(ctx: Context, checkpoint: a.CheckpointArtifact) -> list[dict[str, Any
     folder = ctx.workspace / ctx.spec.inputs["checkpoint"].path
     if METRICS_FILE in checkpoint.files:
         try:
-            a.check_size(folder, checkpoint, METRICS_FILE)
-            a.check_content(folder, checkpoint, METRICS_FILE)
+            intact.check_size(folder, checkpoint, METRICS_FILE)
+            intact.check_content(folder, checkpoint, METRICS_FILE)
         except a.DamagedArtifact as error:
             raise BadInput(f"inputs.checkpoint: {error}") from None
     return read_metrics(folder)

@@ -31,6 +31,7 @@ from typing import Any, NoReturn, TypeVar
 from megatron_core_impl.checkpoint.durable import sync, sync_tree
 from stages.context import Context
 from stages.contracts import artifacts as a
+from stages.contracts import intact
 from stages.contracts.process import EVENT_PREFIX, ExitCode
 from stages.contracts.specs import SPECS, Spec
 from stages.outcomes import BadInput, Interrupted, StageError
@@ -112,7 +113,7 @@ def execute(spec: S, run: Callable[[S, Context], a.Artifact], *, resumable: bool
     _make_folder(final.parent)
     scratch = spec.scratch
     with _locked(final.parent / f".{spec.key}.lock"):
-        existing = a.find_reusable(final)
+        existing = intact.find_reusable(final)
         if existing is not None:
             return existing
         if not resumable:

@@ -38,6 +38,7 @@ from flows.run_record import LiveRecord, RunFolder, RunRecord, now
 from flows.server import Server
 from flows.settle import reconcile
 from stages.contracts import artifacts as a
+from stages.contracts import intact
 from stages.contracts.specs import SPECS, scratch_of
 
 ALL = list(SPECS)
@@ -224,7 +225,7 @@ def test_refresh_does_it_again_and_keeps_the_old_result_until_then(world: World)
     world.launcher.fail("train", "no")
     with pytest.raises(StageFailed):
         world.run("run", refresh=["train"])
-    assert a.find_intact(folder) == created
+    assert intact.find_intact(folder) == created
     assert not list(folder.parent.glob(".*.replaced"))
 
     world.launcher.failing.clear()

@@ -14,6 +14,7 @@ from safetensors.numpy import save
 
 from stages import download, runtime
 from stages.contracts import artifacts as a
+from stages.contracts import intact
 from stages.contracts.config import ModelSettings
 from stages.contracts.data_settings import DataSettings
 from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec, Spec
@@ -87,7 +88,7 @@ def _checked(spec: Spec) -> a.Artifact:
         assert path.is_dir() or TOKEN.encode() not in path.read_bytes()
         assert not path.is_symlink()
     artifact = a.load_artifact(spec.folder)
-    a.check_files(spec.folder, artifact, thorough=True)
+    intact.check_files(spec.folder, artifact, thorough=True)
     return artifact
 
 

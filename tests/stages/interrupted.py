@@ -35,6 +35,7 @@ from megatron_core_impl.trainer import train  # noqa: E402
 from stages import convert, export_weights, merge, runtime, shard  # noqa: E402
 from stages.context import Context  # noqa: E402
 from stages.contracts import artifacts as a  # noqa: E402
+from stages.contracts import intact  # noqa: E402
 from stages.contracts.specs import ConvertSpec, ExportSpec, MergeSpec, ShardSpec, Spec  # noqa: E402
 
 OTHER_EVENTS = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir"}
@@ -122,7 +123,7 @@ def of_stage(spec: Spec, run: Callable[[Any, Context], a.Artifact]) -> Operation
         if not spec.folder.exists():
             return "old"
         artifact = a.load_artifact(spec.folder)
-        a.check_files(spec.folder, artifact, thorough=True)
+        intact.check_files(spec.folder, artifact, thorough=True)
         return artifact.fingerprint
 
     def left() -> list[str]:

@@ -16,6 +16,7 @@ from safetensors.numpy import save
 
 from megatron_core_impl.config import ModelConfig
 from stages.contracts import artifacts as a
+from stages.contracts import intact
 from stages.contracts.config import PushSettings
 from stages.contracts.specs import PushSpec, Ref, Spec
 
@@ -158,7 +159,7 @@ def done(
 ) -> a.PushArtifact:
     code, out, err = run(spec, hub, token, xet=xet, **env)
     assert code == 0, out + err
-    artifact = a.find_intact(spec.folder)
+    artifact = intact.find_intact(spec.folder)
     assert isinstance(artifact, a.PushArtifact)
     return artifact
 

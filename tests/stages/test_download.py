@@ -32,6 +32,7 @@ from hub_server import Blob, HubServer
 from safetensors.numpy import load_file, save, save_file
 
 from stages.contracts import artifacts as a
+from stages.contracts import intact
 from stages.hub_errors import Repo, told
 
 # A model from the Hub
@@ -258,7 +259,7 @@ def test_local_folder(tmp_path: Path) -> None:
     assert artifact.source == "llama", "no path of this machine"
     assert artifact.revision is None
     (folder / "model.safetensors").write_bytes(b"changed later")
-    a.check_files(spec.folder, artifact, thorough=True)
+    intact.check_files(spec.folder, artifact, thorough=True)
 
 
 def test_local_folder_in_parts(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from push_inputs import FILES, PUBLISHED, WEIGHTS, done, push_inputs, push_spec, refused, run, sha256
 
 from stages.contracts import artifacts as a
+from stages.contracts import intact
 from stages.contracts.config import PushSettings
 from stages.contracts.specs import Ref
 
@@ -48,11 +49,11 @@ def test_folder(tmp_path: Path, inputs: dict[str, Ref]) -> None:
     assert "# shelf" in (target / "README.md").read_text()
     assert (target / "assets/loss.png").read_bytes() == (spec.folder / "assets/loss.png").read_bytes()
     assert artifact.target == str(target)
-    assert a.find_reusable(spec.folder) == artifact
+    assert intact.find_reusable(spec.folder) == artifact
     same_size = b"x" * len(FILES["config.json"])
     (target / "config.json").write_bytes(same_size)
-    assert a.find_reusable(spec.folder) is None, "the folder is no longer as it was published"
-    assert a.find_intact(spec.folder) == artifact, "its own files are"
+    assert intact.find_reusable(spec.folder) is None, "the folder is no longer as it was published"
+    assert intact.find_intact(spec.folder) == artifact, "its own files are"
     assert (tmp_path / "ws/ExportArtifact/model/config.json").read_bytes() == FILES["config.json"], "its files are its own"
     (target / "left-over.txt").write_text("of the push before")
     done(spec)

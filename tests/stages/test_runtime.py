@@ -14,6 +14,7 @@ import pytest
 from stages import context, runtime
 from stages.context import Context
 from stages.contracts import artifacts as a
+from stages.contracts import intact
 from stages.contracts.data_settings import DataSettings
 from stages.contracts.process import EVENT_PREFIX
 from stages.contracts.specs import DownloadDataSpec, PreprocessSpec, Ref
@@ -118,9 +119,9 @@ def test_reuses_what_is_there_and_remakes_what_is_damaged(spec: DownloadDataSpec
 def test_damage_is_named(spec: DownloadDataSpec, damage: Callable[[Path], object], message: str) -> None:
     made(spec)
     damage(spec.folder)
-    assert a.find_intact(spec.folder) is None
+    assert intact.find_intact(spec.folder) is None
     with pytest.raises(a.DamagedArtifact, match=message):
-        a.check_files(spec.folder, a.load_artifact(spec.folder), thorough=True)
+        intact.check_files(spec.folder, a.load_artifact(spec.folder), thorough=True)
 
 
 def test_a_change_within_the_tick_of_the_artifact_is_found(spec: DownloadDataSpec) -> None:
@@ -128,7 +129,7 @@ def test_a_change_within_the_tick_of_the_artifact_is_found(spec: DownloadDataSpe
     (spec.folder / "data.jsonl").write_text("onf\n")
     tick = (spec.folder / "artifact.json").stat().st_mtime_ns
     os.utime(spec.folder / "data.jsonl", ns=(tick, tick))
-    assert a.find_intact(spec.folder) is None
+    assert intact.find_intact(spec.folder) is None
 
 
 @pytest.mark.parametrize("target", ["../elsewhere", "/dev/zero"])
@@ -138,7 +139,7 @@ def test_a_link_in_a_result_is_not_followed(spec: DownloadDataSpec, tmp_path: Pa
     (spec.folder / "data.jsonl").unlink()
     (spec.folder / "data.jsonl").symlink_to(target)
     with pytest.raises(a.DamagedArtifact, match=r"data\.jsonl: is a link or the like, which no stage makes\. Remove "):
-        a.check_files(spec.folder, artifact, thorough=True)
+        intact.check_files(spec.folder, artifact, thorough=True)
 
 
 @pytest.mark.parametrize("name", ["../../data.jsonl", "/etc/passwd", "a/../../b"])
@@ -154,7 +155,7 @@ def test_a_changed_fact_is_damage(spec: DownloadDataSpec) -> None:
     made(spec)
     file = spec.folder / "artifact.json"
     file.write_text(file.read_text().replace('"documents": 1', '"documents": 2'))
-    assert a.find_intact(spec.folder) is None
+    assert intact.find_intact(spec.folder) is None
     with pytest.raises(a.DamagedArtifact, match="its facts do not give its fingerprint: it was changed"):
         a.load_artifact(spec.folder)
 
@@ -164,7 +165,7 @@ def test_damage_with_an_old_time_is_found_by_a_thorough_check(spec: DownloadData
     (spec.folder / "data.jsonl").write_text("onf\n")
     os.utime(spec.folder / "data.jsonl", ns=(0, 0))
     with pytest.raises(a.DamagedArtifact, match="digest"):
-        a.check_files(spec.folder, artifact, thorough=True)
+        intact.check_files(spec.folder, artifact, thorough=True)
 
 
 @pytest.mark.parametrize(

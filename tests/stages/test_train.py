@@ -19,6 +19,7 @@ from megatron_core_impl.checkpoint.training import finished_steps
 from megatron_core_impl.mesh import Mesh
 from stages import runtime, torchrun, train
 from stages.contracts import artifacts as a
+from stages.contracts import intact
 from stages.contracts.process import ExitCode
 from stages.contracts.specs import TrainSpec
 from stages.contracts.training_job import INDEX
@@ -110,7 +111,7 @@ def test_stops_when_asked_and_goes_on_under_another_layout(tmp_path: Path, start
     code, out, err = stage.end()
     assert (code, err) == (0, "")
     assert "train: held-out loss " in out
-    artifact = a.find_intact(spec.folder)
+    artifact = intact.find_intact(spec.folder)
     assert isinstance(artifact, a.CheckpointArtifact)
     assert (artifact.step, artifact.consumed_samples, artifact.consumed_tokens) == (160, 640, 10240)
     assert (artifact.tp, artifact.pp, artifact.dp, artifact.vpp) == (1, 2, 1, 1)

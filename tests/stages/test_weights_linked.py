@@ -15,6 +15,7 @@ from megatron_core_impl.checkpoint.proven import same_bits
 from megatron_core_impl.checkpoint.sharded import WeightsReader, open_weights
 from stages import convert, linked_weights, runtime, shard
 from stages.contracts import artifacts as a
+from stages.contracts import intact
 from stages.contracts.specs import ConvertSpec, ShardSpec
 from stages.outcomes import BadInput, GateFailed
 
@@ -51,7 +52,7 @@ def test_file_is_shared_and_the_artifact_says_so(tmp_path: Path) -> None:
     assert weights.figure.endswith("bit for bit, hard-linked")
     assert weights.metrics["hard_linked"] == ["model.safetensors"]
     assert weights.files["model.safetensors"] == model.files["files/model.safetensors"]
-    a.check_files(weights.folder(tmp_path), weights, thorough=True)
+    intact.check_files(weights.folder(tmp_path), weights, thorough=True)
     assert is_same(open_weights(weights.folder(tmp_path)), tensors)
     assert is_same(sharded(tmp_path, weights), tensors)
 
@@ -106,7 +107,7 @@ def test_result_outlives_the_download_that_it_shares_its_file_with(tmp_path: Pat
     shutil.rmtree(model.folder(tmp_path))
     again = make_model(tmp_path, {name: t + 1 for name, t in tensors.items()})  # as a rerun that finds other weights
     assert again.fingerprint != model.fingerprint
-    assert a.find_intact(weights.folder(tmp_path)) == weights
+    assert intact.find_intact(weights.folder(tmp_path)) == weights
     assert is_same(sharded(tmp_path, weights), tensors)
 
 
@@ -116,8 +117,8 @@ def test_change_of_the_shared_file_is_caught_on_both_sides(tmp_path: Path) -> No
     with (model.folder(tmp_path) / "files" / "model.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\xff")
-    assert a.find_intact(model.folder(tmp_path)) is None
-    assert a.find_intact(weights.folder(tmp_path)) is None
+    assert intact.find_intact(model.folder(tmp_path)) is None
+    assert intact.find_intact(weights.folder(tmp_path)) is None
     with pytest.raises(BadInput, match=r"inputs\.weights: \S+model\.safetensors: its digest is not the one"):
         sharded(tmp_path, weights)
 
