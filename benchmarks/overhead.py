@@ -31,8 +31,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "flows")]
 from fake_stages import Script, config  # noqa: E402 (from the folder of the tests)
 
 from flows.launch.environment import stage_environment  # noqa: E402
-from flows.run_record import RunFolder  # noqa: E402
-from flows.server import client_environment, serving  # noqa: E402
+from flows.records.run_record import RunFolder  # noqa: E402
+from flows.server.local import client_environment, serving  # noqa: E402
 from stages.contracts.specs import SPECS  # noqa: E402
 
 STAGE = str(ROOT / "tests" / "flows" / "fake_stages.py")

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from flows.asked.load_config import BadConfig
 from flows.commands import look, programs, run, serve
 from flows.commands.arguments import Command
 from flows.commands.outcome import BAD, INTERRUPTED, TERMINATED, Terminated, Wrong, say, say_errors
-from flows.load_config import BadConfig
 
 EPILOG = """\
 examples:

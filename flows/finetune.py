@@ -15,11 +15,11 @@ from prefect import flow
 from prefect.runtime import deployment
 from pydantic import Field
 
-from flows.asked import what_is_asked
-from flows.load_config import check_ready
-from flows.run import name_of_run, open_run
-from flows.run_record import RUN_NAME
-from flows.settle import settle
+from flows.asked.load_config import check_ready
+from flows.asked.parameters import what_is_asked
+from flows.records.run_record import RUN_NAME
+from flows.running.run import name_of_run, open_run
+from flows.running.settle import settle
 from flows.tasks import (
     convert,
     download_data,

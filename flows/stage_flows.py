@@ -15,12 +15,12 @@ from prefect import Flow, Task, flow
 from pydantic import Field
 
 from flows import tasks
-from flows.asked import what_is_asked
-from flows.lineage import NoResult, find_result, lineage
-from flows.load_config import BadConfig
-from flows.run import name_of_run, open_run
-from flows.run_record import RUN_NAME
-from flows.settle import settle
+from flows.asked.lineage import NoResult, find_result, lineage
+from flows.asked.load_config import BadConfig
+from flows.asked.parameters import what_is_asked
+from flows.records.run_record import RUN_NAME
+from flows.running.run import name_of_run, open_run
+from flows.running.settle import settle
 from stages.contracts import artifacts as a
 from stages.contracts.config import ExportSettings, PreprocessSettings, PushSettings, VerifySettings
 from stages.contracts.launch_settings import LaunchSettings

@@ -12,13 +12,13 @@ from prefect import Task, task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 
-from flows.display import brief
 from flows.launch.protocol import StageFailed
-from flows.pages.failed import failed_page
-from flows.pages.live import progress_key
-from flows.pages.stage import stage_page
-from flows.run import Run
-from flows.run_stage import check_training, run_stage
+from flows.running.run import Run
+from flows.running.run_stage import check_training, run_stage
+from flows.show.display import brief
+from flows.show.pages.failed import failed_page
+from flows.show.pages.live import progress_key
+from flows.show.pages.stage import stage_page
 from stages.contracts import artifacts as a
 from stages.contracts import specs as s
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from distributed import GlooPool
 
-from flows.server import Server, serving
+from flows.server.local import Server, serving
 
 # A thread per process, also of those that tests start. Where there are more threads than cores, OpenMP's wait for each other
 # in loops: tests then took five times the cores' time. Torch is imported after this.

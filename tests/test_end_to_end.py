@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workspaces import write_model
 
-from flows.run_record import RunFolder, RunRecord
+from flows.records.run_record import RunFolder, RunRecord
 from megatron_core_impl.checkpoint.training import finished_steps
 from megatron_core_impl.metrics import read_metrics
 from stages.contracts.artifacts import CheckpointArtifact

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from flows.asked.load_config import check_ready, load_config
 from flows.commands.outcome import Wrong
-from flows.go_on import workspace_option
-from flows.load_config import check_ready, load_config
-from flows.run_record import RUN_NAME, RunFolder, RunRecord
+from flows.records.go_on import workspace_option
+from flows.records.run_record import RUN_NAME, RunFolder, RunRecord
 from stages.contracts.config import PipelineConfig
 
 Command = Callable[[argparse.Namespace], int]  # returns the exit code

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from flows.asked.load_config import load_config
 from flows.commands.arguments import (
     Add,
     configuration,
@@ -16,7 +17,6 @@ from flows.commands.arguments import (
     takes_overrides,
 )
 from flows.commands.outcome import Wrong
-from flows.load_config import load_config
 from stages.contracts.process import ExitCode
 
 STATUS_HELP = """\
@@ -46,7 +46,7 @@ def add_to(add: Add) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from flows import status
+    from flows.show import status
 
     console = Console()
     if arguments.run is None:
@@ -58,7 +58,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from flows import plan
+    from flows.asked import plan
 
     config = configuration(arguments)
     print(plan.report(config))
@@ -66,7 +66,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from flows import doctor
+    from flows.launch import doctor
 
     if arguments.config is None and arguments.overrides:
         raise Wrong("--set overrides a configuration: name one")

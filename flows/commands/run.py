@@ -10,15 +10,15 @@ from typing import Any
 
 from rich.console import Console
 
+from flows.asked.graph import nodes_of
+from flows.asked.lineage import NoResult, find_result
+from flows.asked.load_config import BadConfig, check_ready
 from flows.commands.arguments import Add, configuration, find_run, has_workspace, keeps_server, run_name, takes_config
 from flows.commands.outcome import BAD, FAILED, GATE, Wrong, say, say_errors
-from flows.go_on import go_on, other_failures, workspace_option
-from flows.graph import nodes_of
 from flows.launch.choose import in_the_way
 from flows.launch.protocol import StageFailed
-from flows.lineage import NoResult, find_result
-from flows.load_config import BadConfig, check_ready
-from flows.run_record import RunFolder, new_name, now
+from flows.records.go_on import go_on, other_failures, workspace_option
+from flows.records.run_record import RunFolder, new_name, now
 from stages.contracts.config import PipelineConfig
 from stages.contracts.process import ExitCode
 from stages.contracts.words import size
@@ -111,8 +111,8 @@ def _do(config: PipelineConfig, name: str, option: str, *, keep_server: bool, **
         option: the `--workspace` that later commands need.
         asked: further parameters of the flow.
     """
-    from flows.display import server_is_off
-    from flows.server import NoServer, Server, client_environment, serving, stays
+    from flows.server.local import NoServer, Server, client_environment, serving, stays
+    from flows.show.display import server_is_off
 
     workspace = config.workspace_path
     folder = RunFolder(workspace, name)
@@ -145,12 +145,12 @@ def _do(config: PipelineConfig, name: str, option: str, *, keep_server: bool, **
 
 
 def _run_flow(config: PipelineConfig, folder: RunFolder, option: str, asked: dict[str, Any]) -> int:
-    from flows.display import Display
     from flows.finetune import finetune
-    from flows.quiet import logs_to_file
-    from flows.settle import reconcile
-    from flows.story import shown_path
-    from flows.summary import print_summary
+    from flows.records.story import shown_path
+    from flows.running.quiet import logs_to_file
+    from flows.running.settle import reconcile
+    from flows.show.display import Display
+    from flows.show.summary import print_summary
 
     console = Console()
     logs_to_file(folder.log("prefect"))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from flows.commands.arguments import Add
 from flows.commands.outcome import Wrong, say
-from flows.locks import Lock, Stopped, held
-from flows.server import NoServer, Server, client_environment, serving
+from flows.records.locks import Lock, Stopped, held
+from flows.server.local import NoServer, Server, client_environment, serving
 from stages.contracts.process import ExitCode
 
 SERVE_HELP = """\
@@ -60,7 +60,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     def prepare(server: Server) -> None:
         os.environ.update(client_environment(home, server))
         os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"  # of the runs' processes: their logs are in files
-        import_module("flows.serve")  # and with it Prefect, while the server starts
+        import_module("flows.runner.serve")  # and with it Prefect, while the server starts
         import_module("prefect.context").refresh_global_settings_context()  # the second time, the address is another
 
     try:
@@ -92,9 +92,9 @@ def _held(file: Path) -> AbstractContextManager[tuple[int, ...]]:
 
 
 def _run(configs: list[Path], workspace: str | None, server: Server, home: Path) -> int:
-    from flows.deployments import deployments
-    from flows.quiet import logs_to_file
-    from flows.serve import serve
+    from flows.runner.deployments import deployments
+    from flows.runner.serve import serve
+    from flows.running.quiet import logs_to_file
 
     asked = deployments(configs, workspace)
     places = {Path(each.parameters["config"]["workspace"]) for each in asked if "config" in each.parameters}

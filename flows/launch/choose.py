@@ -4,9 +4,9 @@ import contextlib
 import os
 from pathlib import Path
 
+from flows.asked.plan import plan
 from flows.launch.process import ProcessLauncher
 from flows.launch.protocol import Launcher
-from flows.plan import plan
 from stages.contracts.config import PipelineConfig
 from stages.contracts.launch_settings import LaunchSettings, machine_has_gpus
 

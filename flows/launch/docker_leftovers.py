@@ -14,7 +14,7 @@ from docker.errors import APIError, NotFound
 
 from flows.launch.docker_container import wait_until_ended
 from flows.launch.docker_request import LABEL
-from flows.run_record import RunFolder
+from flows.records.run_record import RunFolder
 
 
 def labels(*, workspace: Path, run: str, node: str, attempt: str, grace: float) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 from playwright.sync_api import Browser, sync_playwright
 
-from flows.run_record import RunFolder
+from flows.records.run_record import RunFolder
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 120_000  # ms

@@ -16,9 +16,9 @@ from runners import Seen, Serving
 from stories import metrics_lines, write_metrics
 
 from flows.launch.protocol import Progress
-from flows.pages.board import Board
-from flows.pages.training import training_page
-from flows.run_record import now
+from flows.records.run_record import now
+from flows.show.pages.board import Board
+from flows.show.pages.training import training_page
 from stages.contracts.training_curves import read_curves
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]

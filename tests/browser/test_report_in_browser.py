@@ -7,7 +7,7 @@ from browsing import OpenPage
 from playwright.sync_api import Page
 from stories import GATES, HOSTILE, done_run, told, with_artifact, with_file
 
-from flows.report.write import write_report
+from flows.show.report.write import write_report
 
 pytestmark = pytest.mark.browser
 

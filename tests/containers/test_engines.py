@@ -10,8 +10,7 @@ from processes import wait_until
 from scripted import Watched, config_of, containers_of
 from tls_engine import engine_behind_tls, write_certificates
 
-from flows import doctor
-from flows.launch import docker_checks
+from flows.launch import docker_checks, doctor
 from flows.launch.docker_engine import NotReady, connected, default_host
 from flows.launch.protocol import StageFailed
 

@@ -12,9 +12,9 @@ from fake_stages import make_results
 from processes import wait_until
 from scripted import IN_CONTAINERS, containers_of
 
-from flows.load_config import load_config
-from flows.run_record import RunFolder
-from flows.server import Server
+from flows.asked.load_config import load_config
+from flows.records.run_record import RunFolder
+from flows.server.local import Server
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "model: {source: somebody/model}\ndata: {source: somebody/data}\ntrain: {steps: 2, sequence_length: 16}\n"

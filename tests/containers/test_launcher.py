@@ -18,7 +18,7 @@ from scripted import Watched, config_of, containers_of
 
 from flows.launch.docker import DockerLauncher
 from flows.launch.protocol import Progress, StageFailed
-from flows.run_record import RunFolder
+from flows.records.run_record import RunFolder
 
 TOKEN = "hf_averysecrettokenofsomebody"
 

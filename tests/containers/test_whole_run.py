@@ -15,11 +15,11 @@ from scripted import containers_of
 from test_end_to_end import write_text
 from workspaces import write_model
 
+from flows.asked.load_config import load_config
 from flows.launch.process import ProcessLauncher
 from flows.launch.protocol import StageJob
-from flows.load_config import load_config
-from flows.run_record import RunFolder
-from flows.server import Server
+from flows.records.run_record import RunFolder
+from flows.server.local import Server
 from megatron_core_impl.checkpoint.training import finished_steps
 from stages.contracts import artifacts as a
 from stages.contracts.config import PipelineConfig

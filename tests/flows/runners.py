@@ -14,8 +14,8 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun
 from processes import lives, wait_until
 
-from flows.load_config import load_config
-from flows.run_record import RunFolder, RunRecord
+from flows.asked.load_config import load_config
+from flows.records.run_record import RunFolder, RunRecord
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "model: {source: somebody/model}\ndata: {source: somebody/data}\ntrain: {steps: 2, sequence_length: 16}\n"

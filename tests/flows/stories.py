@@ -8,8 +8,8 @@ from typing import Any
 
 from fake_stages import config, make_results
 
-from flows.run_record import NodeRecord, RunFolder, RunRecord, now
-from flows.story import Story, story_of
+from flows.records.run_record import NodeRecord, RunFolder, RunRecord, now
+from flows.records.story import Story, story_of
 from stages.contracts import artifacts as a
 from stages.contracts.specs import SPECS
 

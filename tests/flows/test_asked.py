@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from fake_stages import config, make_results
 
-from flows.asked import Asked, what_is_asked
-from flows.load_config import BadConfig
+from flows.asked.load_config import BadConfig
+from flows.asked.parameters import Asked, what_is_asked
 from stages.contracts import artifacts as a
 
 

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from flows.charts import LEFT, RIGHT, TOP, Bar, Series, as_image, bars, curves, progress_bar
+from flows.show.charts import LEFT, RIGHT, TOP, Bar, Series, as_image, bars, curves, progress_bar
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -15,14 +15,14 @@ from fake_stages import config, make_results
 from processes import lives, wait_until
 
 from flows import cli
-from flows import server as servers
+from flows.asked.load_config import load_config
 from flows.commands import run
 from flows.commands.run import exit_code
-from flows.go_on import go_on, other_failures
 from flows.launch.protocol import Reason, StageFailed
-from flows.load_config import load_config
-from flows.run_record import NodeRecord, RunFolder, RunRecord, all_runs, now
-from flows.server import Server
+from flows.records.go_on import go_on, other_failures
+from flows.records.run_record import NodeRecord, RunFolder, RunRecord, all_runs, now
+from flows.server import local as servers
+from flows.server.local import Server
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "model: {source: somebody/model}\ndata: {source: somebody/data}\ntrain: {steps: 2, sequence_length: 16}\n"
@@ -339,7 +339,7 @@ AWAY = """
 import sys
 import flows.finetune
 from flows import cli
-from flows.run_record import LiveRecord, RunFolder, RunRecord, now
+from flows.records.run_record import LiveRecord, RunFolder, RunRecord, now
 
 def finetune(config, run_name, **asked):
     record = RunRecord(name=run_name, config={}, cwd="/", pid=1, started=now(), finished=now(), state="done")

@@ -9,8 +9,8 @@ import pytest
 from prefect.utilities.callables import parameter_schema
 from ruamel.yaml import YAML
 
-from flows.deployments import deployments, parameters_of
-from flows.load_config import BadConfig
+from flows.asked.load_config import BadConfig
+from flows.runner.deployments import deployments, parameters_of
 from stages.contracts.specs import SOURCES
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +59,6 @@ def test_prefect_yaml_deploys_the_same() -> None:
         assert getattr(import_module(module), name) is ours[each["name"]].flow
         for step in each.get("build", []):
             [(function, arguments)] = step.items()
-            assert function == "flows.deployments.parameters_of"
+            assert function == "flows.runner.deployments.parameters_of"
             made = parameters_of(str(ROOT / arguments["file"]), arguments["overrides"])
             assert made == ours[each["name"]].parameters

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from fake_stages import config
 
-from flows import doctor
-from flows.launch import choose, docker_engine
+from flows.launch import choose, docker_engine, doctor
 from flows.launch.docker_engine import NotReady, Problem
 from stages.contracts.config import PipelineConfig
 

@@ -28,15 +28,15 @@ from prefect.settings import (
 from prefect.states import Running
 from processes import wait_until
 
-from flows import settle
 from flows.finetune import Node, finetune
 from flows.launch import choose
 from flows.launch.protocol import StageFailed
-from flows.pages import live
-from flows.pages.board import Board
-from flows.run_record import LiveRecord, RunFolder, RunRecord, now
-from flows.server import Server
-from flows.settle import reconcile
+from flows.records.run_record import LiveRecord, RunFolder, RunRecord, now
+from flows.running import settle
+from flows.running.settle import reconcile
+from flows.server.local import Server
+from flows.show.pages import live
+from flows.show.pages.board import Board
 from stages.contracts import artifacts as a
 from stages.contracts import intact
 from stages.contracts.specs import SPECS, scratch_of

@@ -6,7 +6,7 @@ import pytest
 from fake_stages import config, fake_run
 from pydantic import ValidationError
 
-from flows.results import ArtifactSerializer
+from flows.running.results import ArtifactSerializer
 from stages import runtime
 from stages.contracts import artifacts as a
 from stages.contracts.specs import DownloadModelSpec

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.load_config import BadConfig, check_ready, load_config
+from flows.asked.load_config import BadConfig, check_ready, load_config
 from stages.contracts import preflight
 
 GOOD = """

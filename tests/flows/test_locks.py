@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 from processes import wait_until
 
-from flows import locks
 from flows.launch.process import ProcessLauncher
 from flows.launch.protocol import StageFailed, StageJob
-from flows.locks import Lock, Stopped, held, training_locks, wait_until_free
+from flows.records import locks
+from flows.records.locks import Lock, Stopped, held, training_locks, wait_until_free
 from stages.contracts.launch_settings import Gpus
 
 HOLD = """
 import sys, threading
 from pathlib import Path
-from flows.locks import Lock, held
+from flows.records.locks import Lock, held
 with held([Lock(Path(sys.argv[1]), "it")], "run brisk-otter", stop=threading.Event(), on_wait=print) as descriptors:
     print("held", flush=True)
     if len(sys.argv) > 2:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from prefect.states import Completed, Failed
 
-from flows.schedule import Node, Schedule
+from flows.running.schedule import Node, Schedule
 
 
 class Work:

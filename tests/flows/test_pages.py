@@ -20,16 +20,16 @@ from processes import wait_until
 from stories import HOSTILE, done_run, metrics_lines, told, with_artifact, write_metrics
 
 from flows.launch.protocol import Progress, StageFailed
-from flows.pages import live
-from flows.pages.board import Board
-from flows.pages.failed import failed_page
-from flows.pages.live import Live, shown_on
-from flows.pages.markdown import block, code, table, text
-from flows.pages.stage import stage_page
-from flows.pages.summary import summary_page
-from flows.pages.training import training_page
-from flows.run_record import NodeRecord, now
-from flows.server import Server
+from flows.records.run_record import NodeRecord, now
+from flows.server.local import Server
+from flows.show.pages import live
+from flows.show.pages.board import Board
+from flows.show.pages.failed import failed_page
+from flows.show.pages.live import Live, shown_on
+from flows.show.pages.markdown import block, code, table, text
+from flows.show.pages.stage import stage_page
+from flows.show.pages.summary import summary_page
+from flows.show.pages.training import training_page
 from stages.contracts import artifacts as a
 from stages.contracts.specs import TrainSpec
 from stages.contracts.training_curves import read_curves

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from fake_stages import MAKES, config, make_results
 
-from flows import plan
-from flows.load_config import BadConfig, check_ready
+from flows.asked import plan
+from flows.asked.load_config import BadConfig, check_ready
 from stages.contracts.config import PipelineConfig
 from stages.contracts.specs import SPECS
 
@@ -111,7 +111,8 @@ def test_data_that_training_could_not_begin_with(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("module", "absent"),
-    [("flows.cli", ["torch", "prefect"]), ("flows.plan", ["torch", "prefect"]), ("flows.status", ["torch", "prefect"]),
+    [("flows.cli", ["torch", "prefect"]), ("flows.asked.plan", ["torch", "prefect"]),
+     ("flows.show.status", ["torch", "prefect"]),
      ("flows.finetune", ["torch", "transformers", "megatron_core_impl.models.transformer"])],
 )  # fmt: skip
 def test_what_is_not_imported(module: str, absent: list[str]) -> None:

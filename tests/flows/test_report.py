@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from stories import GATES, HOSTILE, done_run, told, with_artifact, with_file
 
-from flows.ending import tell_end
-from flows.report.lineage_graph import _edges, lineage_graph
-from flows.report.write import render, write_report
-from flows.run_record import NodeRecord, RunFolder
+from flows.records.run_record import NodeRecord, RunFolder
+from flows.show.ending import tell_end
+from flows.show.report.lineage_graph import _edges, lineage_graph
+from flows.show.report.write import render, write_report
 from stages.contracts.specs import SPECS, scratch_of
 
 VOID = {"meta", "path", "rect", "circle", "br"}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.graph import nodes_of, with_dependents
-from flows.run_record import LiveRecord, RunFolder, RunIsLive, RunRecord, all_runs, new_name, now
+from flows.asked.graph import nodes_of, with_dependents
+from flows.records.run_record import LiveRecord, RunFolder, RunIsLive, RunRecord, all_runs, new_name, now
 from stages.contracts import words
 
 
@@ -36,7 +36,7 @@ def test_the_lock_goes_with_its_process(tmp_path: Path) -> None:
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from pathlib import Path
-from flows.run_record import RunFolder
+from flows.records.run_record import RunFolder
 with RunFolder(Path({str(tmp_path)!r}), "a").held():
     print("held", flush=True)
     sys.stdin.read()

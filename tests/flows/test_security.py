@@ -13,7 +13,7 @@ import pytest
 from processes import wait_until
 
 from flows.commands.outcome import say_errors
-from flows.server import Server
+from flows.server.local import Server
 
 TOKEN = "not-a-token-of-anybody-4711"
 CONFIG = "model: {source: somebody/model}\ndata: {source: somebody/data}\ntrain: {steps: 2, sequence_length: 16}\n"

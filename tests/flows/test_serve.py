@@ -14,8 +14,8 @@ from processes import lives, wait_until
 from runners import Seen, Serving
 
 from flows.finetune import finetune
-from flows.run_record import RunFolder, RunRecord, now
-from flows.server import Server
+from flows.records.run_record import RunFolder, RunRecord, now
+from flows.server.local import Server
 
 BEFORE_TRAIN = ["download-model", "download-data", "preprocess", "convert", "shard", "verify"]
 AFTER_TRAIN = ["merge", "export", "push"]

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from processes import wait_until
 
-from flows import server as servers
-from flows.server import NoServer, Server, serving
+from flows.server import local as servers
+from flows.server.local import NoServer, Server, serving
 
 USE = """
 import sys
 from pathlib import Path
-from flows.server import serving
+from flows.server.local import serving
 with serving(Path(sys.argv[1]), keep=len(sys.argv) > 2, say=lambda text: None) as server:
     print(server.api, flush=True)
     sys.stdin.read()

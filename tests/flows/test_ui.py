@@ -12,7 +12,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from processes import wait_until
 from runners import Seen, Serving
 
-from flows import server as servers
+from flows.server import local as servers
 
 HERE = re.compile(r"(127\.0\.0\.1|localhost|::1|0\.0\.0\.0|None)(:\d+)?|unix:.*")
 

@@ -1,0 +1,1 @@
+"""What is known of runs, in their folders. None of it needs Prefect."""

@@ -1,0 +1,52 @@
+"""How to go on with a run that did not end well: the command a person can type, where they are."""
+
+import re
+import shlex
+from pathlib import Path
+
+from flows.asked.graph import with_dependents
+from flows.records.run_record import RunRecord
+from stages.contracts.artifacts import ARTIFACT_FILE
+from stages.contracts.specs import SOURCES
+
+# As stages.runtime and stages.contracts.artifacts word it: the name of an input, and that its files are not what they were.
+DAMAGED = re.compile(r"inputs\.(\w+): .*\bRemove .* and run again", re.DOTALL)
+
+
+def workspace_option(workspace: Path) -> str:
+    """The `--workspace` that a command typed in the current folder needs, with its space before it, or nothing."""
+    return "" if workspace == Path("workspace").resolve() else f" --workspace {shlex.quote(str(workspace))}"
+
+
+def go_on(workspace: Path, record: RunRecord, option: str) -> str:
+    """The command that goes on with a run. `option` is what `workspace_option` said.
+
+    A stage that refuses a damaged input refuses it again, as long as the result is taken for intact: then the node that made
+    it has to run. `--stage` does what depends on it again, too. Where that would throw away a finished training, the
+    damaged folder is removed instead: the same bits, made again, leave everything after them as it is.
+    """
+    if record.stage is not None:  # of a deployment of one stage: a runner does it
+        return f"prefect flow-run retry {record.flow_run_id}"
+    command = f"finetune rerun {record.name}{option}"
+    damaged = damaged_sources(record)
+    trained = any((workspace / "train").glob(f"*/{ARTIFACT_FILE}"))
+    folders = [workspace / path for node in damaged if (path := record.nodes[node].path) is not None]
+    if folders and trained and "train" not in damaged and "train" in with_dependents(damaged):
+        return f"rm -r {shlex.join(map(str, folders))} && {command}"
+    return command + "".join(f" --stage {node}" for node in damaged)
+
+
+def damaged_sources(record: RunRecord) -> list[str]:
+    """The nodes whose results the failed nodes of a run refused as damaged."""
+    found = set()
+    for node, state in record.nodes.items():
+        refused = DAMAGED.match(state.error or "") if state.state == "failed" else None
+        if refused is not None and refused[1] in SOURCES[node]:
+            found.add(SOURCES[node][refused[1]])
+    return [node for node in SOURCES if node in found]
+
+
+def other_failures(record: RunRecord) -> list[str]:
+    """What failed besides the failure that the run's own error names."""
+    told = [f"{node}: {state.error}" for node, state in record.nodes.items() if state.state == "failed"]
+    return [line for line in told if line != record.error]

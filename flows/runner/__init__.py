@@ -1,0 +1,1 @@
+"""The runner of a machine, and what it deploys."""

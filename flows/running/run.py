@@ -1,0 +1,163 @@
+"""A run while it lasts: what every task is given, and how the flow starts tasks, waits for them, and ends in order."""
+
+import contextlib
+import os
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID
+
+from prefect import Task
+from prefect.client.orchestration import get_client
+from prefect.futures import PrefectFuture
+from prefect.runtime import deployment, flow_run
+from prefect.utilities.urls import url_for
+
+from flows.asked.load_config import BadConfig
+from flows.asked.parameters import Asked
+from flows.launch import choose
+from flows.launch.protocol import Launcher, StageFailed
+from flows.records.run_record import RUN_NAME, LiveRecord, RunFolder, RunRecord, new_name, now
+from flows.running.quiet import logs_to_file
+from flows.running.results import ArtifactSerializer
+from flows.running.schedule import Node, Schedule
+from flows.running.watch import watched
+from flows.server.local import kept_alive as server_kept_alive
+from flows.show.ending import tell_end
+from flows.show.pages.board import Board
+from stages.contracts import artifacts as a
+from stages.contracts.specs import SPECS
+
+A = TypeVar("A", bound=a.Artifact)
+
+
+class Run:
+    """One run of the pipeline, in this process. Use `open_run`."""
+
+    def __init__(self, asked: Asked, launcher: Launcher, record: LiveRecord) -> None:
+        self.config = asked.config
+        self.workspace = asked.config.workspace_path
+        self.refresh = asked.refresh
+        self.fresh = asked.fresh
+        self.given = asked.given
+        self.stage = asked.stage
+        self.launcher = launcher
+        self.record = record
+        self.folder = record.folder
+        self.board = Board(record.snapshot().flow_run_id)
+        self.stop = threading.Event()  # set: every stage ends, none starts
+        self.failures: list[StageFailed] = []
+        self._schedule = Schedule()
+
+    def does(self, node: str) -> bool:
+        """Whether the run makes this node's result, or takes the one that is there for the same work."""
+        return node not in self.given and self.stage in (None, node)
+
+    def start(self, task: Task[..., A], *inputs: Node[Any] | a.Artifact, after: Sequence[Node[Any]] = ()) -> Node[A]:
+        """Start a node as soon as its inputs, and the nodes of `after`, are done. Returns at once."""
+        ready = task.with_options(
+            refresh_cache=task.name in self.refresh,
+            result_serializer=ArtifactSerializer(workspace=str(self.workspace)),
+        )
+
+        def begin() -> PrefectFuture[A]:
+            given = [each.future if isinstance(each, Node) else each for each in inputs]
+            return ready.submit(self, *given, wait_for=[node.future for node in after])
+
+        return self._schedule.add(begin, [*(each for each in inputs if isinstance(each, Node)), *after])
+
+    def wait(self) -> None:
+        """Until every task has ended. One failure does not stop what does not depend on it: its result will be of use.
+
+        Raises:
+            StageFailed: the first one.
+        """
+        self._schedule.run()
+        if self.failures:
+            raise self.failures[0]
+        for future in self._schedule.futures():
+            future.result()
+
+    def end(self) -> None:
+        """Stop every stage, gracefully first, and wait for that."""
+        self.stop.set()
+        for future in self._schedule.futures():
+            future.wait()
+
+
+@contextlib.contextmanager
+def open_run(asked: Asked, name: str | None) -> Iterator[Run]:
+    """A run and its record, from the start of the flow to its end. Leaving it waits for all tasks; an interrupt stops them.
+
+    Args:
+        name: of the run; None: the flow run's own.
+
+    Raises:
+        BadConfig: the name is none.
+        RunIsLive: another process is doing this run.
+        StageFailed: a stage failed.
+    """
+    folder = _folder(asked.config.workspace_path, name)
+    if deployment.id is not None:  # in a process of the runner, whose terminal shows what runs, not every line of it
+        (folder.path / "logs").mkdir(parents=True, exist_ok=True)
+        logs_to_file(folder.log("prefect"))
+    with folder.held(), server_kept_alive() as holds, watched(folder, holds), contextlib.ExitStack() as at_the_end:
+        record = LiveRecord(
+            folder,
+            RunRecord(
+                name=folder.name,
+                config=asked.config.model_dump(mode="json"),
+                cwd=str(Path.cwd()),
+                refresh=[node for node in SPECS if node in asked.refresh],
+                start_from=list(asked.start_from),
+                stage=asked.stage,
+                pid=os.getpid(),
+                started=now(),
+                flow_run_id=flow_run.id,
+                attempt=flow_run.run_count or 1,
+                page=url_for("flow-run", flow_run.id) if flow_run.id else None,
+            ),
+        )
+        for node in SPECS:
+            folder.unlink(node)  # of an earlier attempt under this name
+        run = Run(asked, choose.launcher_for(asked.config), record)
+        if asked.stage is not None:  # what it starts from is there; in a whole run the nodes' tasks say so
+            for node, artifact in asked.given.items():
+                folder.link(node, artifact.path)
+                record.node(node, state="cached", key=artifact.key, path=artifact.path, figure=artifact.figure)
+        at_the_end.callback(tell_end, folder, run.board)
+        try:
+            yield run
+            run.wait()
+        except StageFailed as error:
+            record.update(state="stopped" if run.stop.is_set() else "failed", error=str(error), finished=now())
+            raise
+        except BaseException as error:
+            run.end()
+            interrupted = not isinstance(error, Exception)  # Ctrl-C, or SIGTERM as Prefect tells it
+            told = "stopped" if interrupted else f"{type(error).__name__}: {error}"
+            record.update(state="stopped" if interrupted else "failed", error=told, finished=now())
+            raise
+        record.update(state="done", finished=now())
+
+
+def name_of_run() -> str:
+    """What Prefect's UI calls a run: the name it was given, else the one the UI made up when it was scheduled."""
+    return str(flow_run.parameters.get("run_name") or flow_run.name)
+
+
+def _folder(workspace: Path, name: str | None) -> RunFolder:
+    if name is not None:
+        if not re.fullmatch(RUN_NAME, name):
+            raise BadConfig([f"run_name: {name!r} is no name of a run: letters, digits, - _ . only"])
+        return RunFolder(workspace, name)
+    folder = RunFolder(workspace, str(flow_run.name))
+    record = folder.read()
+    if record is None or record.flow_run_id == flow_run.id:  # new, or a retry
+        return folder
+    name = new_name(workspace)  # made-up names can meet
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(UUID(flow_run.id), name=name)
+    return RunFolder(workspace, name)

@@ -1,0 +1,47 @@
+"""The page of a training that is going on: how far it is, whether the loss falls, how fast, how long still."""
+
+from datetime import datetime
+
+from flows.launch.protocol import Progress
+from flows.show.charts import progress_bar
+from flows.show.pages.details import loss_chart, memory_of
+from flows.show.pages.markdown import facts, page, picture
+from stages.contracts.training_curves import Curves, Points
+from stages.contracts.words import count, seconds
+
+
+def training_page(progress: Progress, told: Curves | None, *, moment: datetime) -> str:
+    """Markdown about a training under way."""
+    step, steps = int(progress.done), int(progress.total)
+    rows = [("step", f"{count(step)} of {count(steps)}")]
+    if told is not None:
+        rows += [
+            ("loss", _course(told.loss)),
+            ("held-out loss", _course(told.held_out)),
+            ("learning rate", _last(told.lr, "{:.3g}")),
+            ("gradient norm", _last(told.grad_norm, "{:.3g}")),
+            ("throughput", _last(told.tokens_per_second, "{:,.0f} tokens/s")),
+            ("memory", memory_of(told)),
+            ("time left", seconds(told.seconds_left) if told.seconds_left is not None else ""),
+        ]
+    chart = loss_chart(told, last_step=steps) if told is not None else None
+    return page(
+        f"## train, {progress.share:.0%}",
+        picture(progress_bar(progress.share), f"{progress.share:.0%}"),
+        picture(chart, "the loss by step, so far"),
+        facts(rows),
+        f"As of {moment:%H:%M:%S} UTC. Changes every few seconds while training goes on: reload to see it.",
+    )
+
+
+def _course(points: Points) -> str:
+    """From where to where, of the values there are."""
+    values = [value for _, value in points if value is not None]
+    if not values:
+        return ""
+    return f"{values[0]:.4f} → {values[-1]:.4f}" if len(values) > 1 else f"{values[0]:.4f}"
+
+
+def _last(points: Points, form: str) -> str:
+    value = points[-1][1] if points else None
+    return "" if value is None else form.format(value)

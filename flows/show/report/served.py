@@ -1,0 +1,41 @@
+"""The report where a browser gets it: among the files that the workspace's own Prefect server hands out.
+
+A page of a server cannot link to a file of this machine, browsers refuse that. So a copy lies beside the files of the local
+server's UI, under the id of the flow run, which nobody guesses. Of a server elsewhere only the file's path can be told.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from prefect.settings import PREFECT_API_URL
+
+from flows.server.local import UI_FILES
+
+FOLDER = "reports"  # beside the files of the UI: the first part of the address
+
+
+def serve_report(report: Path, workspace: Path, flow_run_id: str | None) -> str | None:
+    """Put a report where the server of the workspace serves it.
+
+    Returns:
+        Its address there; None where the run is not shown on that server.
+    """
+    home = workspace / "prefect"
+    ui = home / UI_FILES / "v1"  # its files are at the root of the address, those of v2 below it
+    if flow_run_id is None or not ui.is_dir() or not _is_used(home):
+        return None
+    target = ui / FOLDER / f"{flow_run_id}.html"
+    target.parent.mkdir(exist_ok=True)
+    draft = target.with_suffix(".new")
+    shutil.copyfile(report, draft)
+    draft.replace(target)
+    return f"/{FOLDER}/{target.name}"
+
+
+def _is_used(home: Path) -> bool:
+    """Whether the workspace's server is the one that this process talks to."""
+    try:
+        return bool(json.loads((home / "server.json").read_bytes())["api"] == PREFECT_API_URL.value())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
