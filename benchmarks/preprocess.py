@@ -123,7 +123,7 @@ def make_tokenizers(folder: Path, llama: Path) -> dict[str, Path]:
         "llama3": LLAMA3_WORDS,
         "other-words": OTHER_WORDS,
         "normalized": OTHER_WORDS,
-        "no-cuts": f"(?<word>{OTHER_WORDS})",
+        "no-cuts": f"(?>{OTHER_WORDS})",
     }
     for name, words in patterns.items():
         splitters[name] = splits.Sequence([splits.Split(tokenizers.Regex(words), "isolated"), after])

@@ -198,13 +198,13 @@ class _Reader:
         return _set(self._one(character))
 
     def _group(self) -> Part:
-        kind = self._take(r"\((?:\?(?::|i:|<?[=!]))?")
+        kind = self._take(r"\((?:\?(?::|i:|<?[=!]|<[A-Za-z_][A-Za-z0-9_]*>))?")  # nothing that is translated uses a name
         before, self._any_case = self._any_case, self._any_case or kind == "(?i:"
         part = self.alternatives()
         self._any_case = before
         if not self._take(r"\)"):
             raise Untranslated("a group that is not closed")
-        if kind in ("(", "(?:", "(?i:"):
+        if kind in ("(", "(?:", "(?i:") or kind.endswith(">"):
             return replace(part, text=f"(?:{part.text})")
         is_character = re.fullmatch(r"\[(?:[^\]\\]|\\.)*\]", part.text, re.DOTALL) is not None
         return Part(f"{kind}{part.text})", is_empty=True, looks_at_once=True, is_near=is_character and "<" not in kind)

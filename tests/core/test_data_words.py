@@ -49,6 +49,7 @@ PATTERNS = {
     "looks-back": r"(?<=a) +|.",
     "joined": "[a-z] |.",
     "gives-nothing-back": r"a?+a|[^a]",
+    "named": r"(?<word>\p{L}+(?<_2>[0-9]|(s))?)|(?<word>.)",
     "seldom": r"(a|Sa)b*?|[a-cS]{2}|l{1,}|'{1,2}+!|.\n|\x41\u0042\.",
 }
 LETTERS = ["a", "S", "l", "'", "7", " ", "\n", "\r", "\t", "!", "_", "/", "\x1c"]
@@ -94,7 +95,8 @@ def test_sets_are_those_of_the_library(one: str) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["a*", "a|", "", "(?:a*)+b", "a{1,2}?", "a{2}?", "a{,2}", "a{2", "a{2,1}", "a{0}b", "a+{2}", "a**", "(?<n>a)", "(?m:a)",
+    ["a*", "a|", "", "(?:a*)+b", "a{1,2}?", "a{2}?", "a{,2}", "a{2", "a{2,1}", "a{0}b", "a+{2}", "a**", "(?m:a)",
+     r"(?<n>a)\k<n>", r"(?<n>a|b\g<n>)", r"(?<n>a)\1", "(?<1>a)", "(?<>a)", "(?'n'a)", "(?P<n>a)",
      "(?i)a", "(?-i:a)", "(?>a+)", "(?:ab)++", r"(a)\1", r"\ba", r"\h", r"\R", r"\X", r"\pL", r"\p{^L}", r"\p{Alpha}",
      r"\p{Latin}", "^a", r"\Aa", r"a\z", "[[:alpha:]]", "[a&&b]", "[a[b&&c]]",
      "(?i:[a[^b]])", "[a[b]", "[a[]b]]", "[[a]-c]", "[]a]", "[^]a]", r"[a-\d]", "[a-c-e]", "[z-a]",
@@ -161,7 +163,8 @@ SPLITTERS: dict[str, tuple[Any, Any, bool]] = {  # name: splitter, normalizer, w
     "roberta": (pre_tokenizers.ByteLevel(add_prefix_space=True), None, True),
     "roberta-nfkc": (pre_tokenizers.ByteLevel(add_prefix_space=True), normalizers.NFKC(), True),
     "bloom": (steps(split("bloom")), None, True),
-    "named": (steps(pre_tokenizers.Split(Regex(r"(?<word>\p{L}+)|."), "isolated")), None, False),
+    "named": (steps(split("named")), None, True),
+    "nothing-back": (steps(pre_tokenizers.Split(Regex(r"(?>\p{L}+)|."), "isolated")), None, False),
     "removed": (steps(split("gpt-2", "removed")), None, False),
     "merged": (steps(split("gpt-2", "merged_with_previous")), None, False),
     "metaspace": (pre_tokenizers.Metaspace(), None, True),
