@@ -230,7 +230,7 @@ def test_ids_are_those_of_the_library(
     assert (words_of(definition) is not None) == SPLITTERS[name][2]
     tokenizer = load_tokenizer(tmp_path, parse_special=parse_special)
     assert isinstance(tokenizer, HuggingFaceTokenizer)
-    texts = [*AWKWARD, *fuzz(1000, seed=5), *ascii_texts(2, 500), "\u00a0x", " \u212a s", "\x0bA\x00 b\tC", "ÉCOLE Été 7\n"]
+    texts = [*AWKWARD, *fuzz(300, seed=5), *ascii_texts(2, 300), "\u00a0x", " \u212a s", "\x0bA\x00 b\tC", "ÉCOLE Été 7\n"]
     expected = tokenizer.encode_batch(texts)
     for _ in range(2):
         assert tokenizer.encode_flat(texts)[0].tolist() == [token for ids in expected for token in ids]
@@ -256,12 +256,11 @@ def test_text_of_other_characters_is_cut_where_words_end(
         return [word for part in parts for word in part]
 
     letters = ["a", "S", "'", "7", " ", "\n", "\r", "!", "é", "\u0301", "\u3000", "好"]
-    for length in range(1, 5):
-        for text in map("".join, product(letters, repeat=length)):
-            assert in_segments(text) == words(text), repr(text)
-    for text in fuzz(2000, seed=7):
-        if text:
-            assert in_segments(text) == words(text), repr(text)
+    rng = random.Random(6)
+    short_texts = [text for length in range(1, 4) for text in product(letters, repeat=length)]
+    longer = [rng.choices(letters, k=rng.randint(4, 8)) for _ in range(1500)]
+    for text in [*map("".join, [*short_texts, *longer]), *filter(None, fuzz(500, seed=7))]:
+        assert in_segments(text) == words(text), repr(text)
 
 
 def test_a_text_with_few_other_characters_is_cut_around_them(tmp_path: Path) -> None:

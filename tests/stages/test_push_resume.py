@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -142,14 +142,15 @@ def test_stopped_at_once_by_a_signal(tmp_path: Path, inputs: dict[str, Ref], hub
     assert hub.received[FIRST] == SIZES[FIRST]
 
 
-def fail(times: int, method: str, part: str, error: Callable[[], Exception]) -> Callable[[str, str], None]:
-    """The first requests of a kind fail."""
-    left = [times]
+def fail(times: int, requests: Sequence[tuple[str, str]], error: Callable[[], Exception]) -> Callable[[str, str], None]:
+    """The first requests of each kind fail: method, and what is in the path."""
+    left = dict.fromkeys(requests, times)
 
     def on_request(verb: str, path: str) -> None:
-        if verb == method and part in path and left[0]:
-            left[0] -= 1
-            raise error()
+        for method, part in requests:
+            if verb == method and part in path and left[method, part]:
+                left[method, part] -= 1
+                raise error()
 
     return on_request
 
@@ -159,20 +160,16 @@ def overloaded() -> Exception:
 
 
 @pytest.mark.parametrize("error", [overloaded, Drop], ids=["overloaded", "dropped"])
-@pytest.mark.parametrize(
-    ("method", "part"),
-    [("POST", "/preupload/"), ("PUT", "/upload/"), ("POST", "/commit/"), ("GET", "/tree/"), ("POST", "/tag/")],
-)
-def test_a_hub_that_is_away_for_a_while(
-    tmp_path: Path, hub: HubServer, method: str, part: str, error: Callable[[], Exception]
-) -> None:
-    hub.on_request = fail(2, method, part, error)
+def test_a_hub_that_is_away_for_a_while(tmp_path: Path, hub: HubServer, error: Callable[[], Exception]) -> None:
+    steps = [("POST", "/preupload/"), ("PUT", "/upload/"), ("POST", "/commit/"), ("GET", "/tree/"), ("POST", "/tag/")]
+    hub.on_request = fail(2, steps, error)
     spec = push_spec(tmp_path, push_inputs(tmp_path / "ws"), to="hub", repo="ada/fine", tag="v1")
     artifact = done(spec, hub, TOKEN)
     repo = hub.repos["models", "ada/fine"]
     assert len(repo.commits) == 2
     assert repo.tags == {"v1": artifact.commit}
-    assert len([r for r in hub.asked(method, part) if r.status in (0, 503)]) == 2, "the failures took place"
+    for method, part in steps:
+        assert len([r for r in hub.asked(method, part) if r.status in (0, 503)]) == 2, f"the failures of {part} took place"
 
 
 def test_an_answer_that_is_lost_makes_no_second_commit(tmp_path: Path, hub: HubServer) -> None:
@@ -192,7 +189,7 @@ def test_a_hub_that_stays_away(tmp_path: Path, inputs: dict[str, Ref], hub: HubS
         (Drop, f"cannot reach the Hub at {hub.url} for ada/fine"),
         (overloaded, "the Hub answers ada/fine with status 503: Service Unavailable. Run again later"),
     ):
-        hub.on_request = fail(10**6, "PUT", SECOND, error)
+        hub.on_request = fail(10**6, [("PUT", SECOND)], error)
         message = refused(spec, hub, TOKEN)
         assert told in message
         assert "what has arrived is not sent again, and nothing is published before all of it has" in message
