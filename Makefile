@@ -34,8 +34,10 @@ test-browser: $(INSTALLED) ## run the tests of the web UI, which need Chromium
 	@$(BIN)/python -m pytest -m browser tests/browser $(ARGS)
 
 DOCKER := docker
+# Where there is an environment, its Python's version, for which `make wheels` fetches; else the Dockerfile's own.
+BASE = $(shell $(BIN)/python -c 'import sys; print("--build-arg BASE=python:%d.%d-slim" % sys.version_info[:2])' 2>/dev/null)
 image-cpu: ## build the image of stages on machines without GPU
-	DOCKER_BUILDKIT=1 $(DOCKER) build $(BUILD) -f containers/cpu.Dockerfile -t megatron-flows:cpu .
+	DOCKER_BUILDKIT=1 $(DOCKER) build $(BASE) $(BUILD) -f containers/cpu.Dockerfile -t megatron-flows:cpu .
 
 image-gpu: ## build the image of stages on machines with NVIDIA GPUs
 	DOCKER_BUILDKIT=1 $(DOCKER) build $(BUILD) -f containers/gpu.Dockerfile -t megatron-flows:gpu .
@@ -43,11 +45,14 @@ image-gpu: ## build the image of stages on machines with NVIDIA GPUs
 image-runner: ## build the image of a runner for CPUs, on image-cpu's (docker-compose.yml)
 	DOCKER_BUILDKIT=1 $(DOCKER) build $(BUILD) -f containers/runner.Dockerfile -t megatron-flows:runner .
 
-wheels: containers/wheels/.fetched ## fetch what images need, so that they can be built without a network
+# The index of PyTorch without CUDA that the image's Dockerfile names; empty: pip's usual one.
+TORCH_INDEX = $(shell sed -n 's/^ARG TORCH_INDEX=//p' containers/cpu.Dockerfile)
+DOWNLOAD = $(BIN)/python -m pip download -qq -c constraints.txt -d containers/wheels --find-links containers/wheels
+wheels: containers/wheels/.fetched ## fetch what image-cpu and image-runner need, so that they can be built without a network
 containers/wheels/.fetched: $(INSTALLED) constraints.txt
 	@rm -f containers/wheels/*.whl
-	@$(BIN)/python -m pip download -qq -c constraints.txt -d containers/wheels torch
-	@$(BIN)/python -m pip download -qq -c constraints.txt -d containers/wheels '.[core,flows]'
+	@$(DOWNLOAD) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@$(DOWNLOAD) '.[core,flows]'
 	@rm -f containers/wheels/megatron_flows-*.whl
 	@touch $@
 

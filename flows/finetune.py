@@ -12,10 +12,9 @@ would start everything from the top unasked.
 from typing import Annotated, Literal
 
 from prefect import flow
-from prefect.runtime import deployment
 from pydantic import Field
 
-from flows.asked.load_config import check_ready
+from flows.asked.graph import WHOLE
 from flows.asked.parameters import what_is_asked
 from flows.records.run_record import RUN_NAME
 from flows.running.run import name_of_run, open_run
@@ -42,7 +41,7 @@ RunName = Annotated[str, Field(pattern=RUN_NAME)]
 
 # Parameters are checked by us, so that what is wrong is told as `finetune run` tells it.
 @flow(
-    name="finetune-llama2",
+    name=WHOLE,
     flow_run_name=name_of_run,
     validate_parameters=False,
     on_crashed=[settle],
@@ -68,8 +67,6 @@ def finetune(
             such as brisk-otter/train. They, and what they were made from, are taken as they are.
     """
     asked = what_is_asked(config, overrides=overrides, refresh=refresh, fresh=fresh, start_from=start_from)
-    if deployment.id is not None:  # a terminal has checked it
-        check_ready(asked.config, "config")
     with open_run(asked, run_name) as run:
         model = run.start(download_model)
         data = run.start(download_data)

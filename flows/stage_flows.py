@@ -8,27 +8,22 @@ All else that a stage has to know is in the results it starts from. One stage by
 
 from collections.abc import Sequence
 from inspect import Parameter, Signature
-from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import Flow, Task, flow
 from pydantic import Field
 
 from flows import tasks
-from flows.asked.lineage import NoResult, find_result, lineage
-from flows.asked.load_config import BadConfig
-from flows.asked.parameters import what_is_asked
+from flows.asked.graph import SINGLE
+from flows.asked.parameters import what_stage_is_asked
 from flows.records.run_record import RUN_NAME
 from flows.running.run import name_of_run, open_run
 from flows.running.settle import settle
-from stages.contracts import artifacts as a
 from stages.contracts.config import ExportSettings, PreprocessSettings, PushSettings, VerifySettings
 from stages.contracts.launch_settings import LaunchSettings
 from stages.contracts.settings import Frozen
 from stages.contracts.specs import SOURCES
 from stages.contracts.train_settings import LayoutSettings, TrainSettings
-
-ANY_LAYOUT = 2**6 * 3**3 * 5 * 7 * 11  # a batch that every usual layout shares out
 
 ARGS = """
 
@@ -36,12 +31,12 @@ Args:
     start_from: Results to start from, each a folder in the workspace such as train/0123456789abcdef, or a stage of a run such
         as brisk-otter/train. With what they were made from they must be all that this stage needs; an earlier result of the
         stage itself tells that, too.
-    train: Default: as the training among the results was done.
-    overrides: Changes to the other sections, as after --set of finetune run, e.g. train.lr=1e-4
+{sections}    overrides: Changes to the sections, as after --set of finetune run, e.g. train.lr=1e-4
     workspace: Folder of everything that runs make.
     run_name: Name of the run, and of its folder in <workspace>/runs. Default: the flow run's own.
     again: Do it although its result is there.
 """
+SECTION = "    {}: Default: what the results tell of it; of what they do not tell, as where a configuration has none.\n"
 COMMON: dict[str, tuple[Any, Any]] = {  # parameters of every stage, with their defaults
     "overrides": (list[str], []),
     "launch": (LaunchSettings, LaunchSettings()),
@@ -51,25 +46,22 @@ COMMON: dict[str, tuple[Any, Any]] = {  # parameters of every stage, with their 
 }
 
 
-def _flow(task: Task[..., Any], about: str, **sections: Frozen | type[TrainSettings]) -> Flow[..., None]:
-    """The flow of one node. A section is its default; of training there is none, it is among the results."""
+def _flow(task: Task[..., Any], about: str, **sections: type[Frozen]) -> Flow[..., None]:
+    """The flow of one node, with the sections of a configuration that its stage needs."""
 
     def run_one(**given: Any) -> None:
         _do(task, **given)
 
-    wanted = {
-        name: (type(value), value) if isinstance(value, Frozen) else (value | None, None) for name, value in sections.items()
-    }
     required = Parameter("start_from", Parameter.KEYWORD_ONLY, annotation=Annotated[list[str], Field(min_length=1)])
     others = [
         Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind, default=default)
-        for name, (kind, default) in (wanted | COMMON).items()
+        for name, (kind, default) in ({name: (kind | None, None) for name, kind in sections.items()} | COMMON).items()
     ]
     run_one.__signature__ = Signature([required, *others])  # type: ignore[attr-defined]
     run_one.__name__ = run_one.__qualname__ = task.name
-    run_one.__doc__ = about + ARGS
+    run_one.__doc__ = about + ARGS.format(sections="".join(map(SECTION.format, sections)))
     decorate = flow(
-        name="stage", flow_run_name=name_of_run, validate_parameters=False, on_crashed=[settle], on_cancellation=[settle]
+        name=SINGLE, flow_run_name=name_of_run, validate_parameters=False, on_crashed=[settle], on_cancellation=[settle]
     )
     return decorate(run_one)
 
@@ -77,34 +69,34 @@ def _flow(task: Task[..., Any], about: str, **sections: Frozen | type[TrainSetti
 preprocess = _flow(
     tasks.preprocess,
     "Text to token ids, in Megatron's format. Starts from the downloads of the data and the model.",
-    preprocess=PreprocessSettings(),
+    preprocess=PreprocessSettings,
 )
 convert = _flow(
     tasks.convert,
     "Hugging Face weights to canonical ones. Starts from the download of the model.",
-    preprocess=PreprocessSettings(),
+    preprocess=PreprocessSettings,
 )
-shard = _flow(tasks.shard, "Canonical weights, cut for a layout. Starts from convert.", layout=LayoutSettings())
+shard = _flow(tasks.shard, "Canonical weights, cut for a layout. Starts from convert.", layout=LayoutSettings)
 verify = _flow(
     tasks.verify,
     "The gate: our model against transformers on the same tokens. Starts from shard and preprocess.",
-    verify=VerifySettings(),
-    export=ExportSettings(),
+    verify=VerifySettings,
+    export=ExportSettings,
 )
 train = _flow(
     tasks.train,
     "Training on tp × pp × dp processes. Starts from shard and preprocess.",
     train=TrainSettings,
-    layout=LayoutSettings(),
+    layout=LayoutSettings,
 )
-merge = _flow(tasks.merge, "A checkpoint's weights, canonical again. Starts from train.", export=ExportSettings())
+merge = _flow(tasks.merge, "A checkpoint's weights, canonical again. Starts from train.", export=ExportSettings)
 export = _flow(
     tasks.export,
     "Canonical weights to a folder that transformers loads. Starts from merge.",
-    export=ExportSettings(),
-    verify=VerifySettings(),
+    export=ExportSettings,
+    verify=VerifySettings,
 )
-push = _flow(tasks.push, "Publish the exported model. Starts from export and verify.", push=PushSettings())
+push = _flow(tasks.push, "Publish the exported model. Starts from export and verify.", push=PushSettings)
 
 STAGES = (preprocess, convert, shard, verify, train, merge, export, push)
 
@@ -119,38 +111,11 @@ def _do(
     again: bool,
     **sections: Any,
 ) -> None:
-    place = Path(workspace).expanduser().resolve()
-    try:
-        made = lineage(place, [find_result(place, name) for name in start_from])
-    except NoResult as error:
-        raise BadConfig([f"start_from: {error}"]) from None
-    asked = what_is_asked(
-        {"workspace": workspace, **_known(made), **_as_json(sections)},
-        overrides=overrides,
-        refresh=[task.name] if again else [],
-        start_from=start_from,
-        stage=task.name,
-    )
-    sources = SOURCES[task.name].values()
-    if missing := [source for source in sources if source not in asked.given]:
-        told = " and ".join(start_from)
-        raise BadConfig([f"start_from: {task.name} needs a result of {missing[0]}, and {told} tells of none: name one, too"])
-    with open_run(asked, run_name) as run:
-        run.start(task, *(asked.given[source] for source in sources))
-
-
-def _known(made: dict[str, a.Artifact]) -> dict[str, Any]:
-    """What results tell of the configuration they were made with. Of what they do not, the stage needs nothing."""
-    specs = {node: artifact.spec for node, artifact in made.items()}
-    model, data, train = (specs.get(node, {}) for node in ("download-model", "download-data", "train"))
-    return {
-        "model": model.get("model", {"source": "unknown"}),
-        "data": data.get("data", {"source": "unknown"}),
-        "train": train.get("settings", {"steps": 1, "global_batch_size": ANY_LAYOUT}),
+    given = {
+        name: value.model_dump(mode="json") if isinstance(value, Frozen) else value
+        for name, value in sections.items()
+        if value is not None
     }
-
-
-def _as_json(sections: dict[str, Any]) -> dict[str, Any]:
-    """The sections that were given, as a file would give them."""
-    given = {name: value for name, value in sections.items() if value is not None}
-    return {name: value.model_dump(mode="json") if isinstance(value, Frozen) else value for name, value in given.items()}
+    asked = what_stage_is_asked(task.name, given, workspace, overrides=overrides, start_from=start_from, again=again)
+    with open_run(asked, run_name) as run:
+        run.start(task, *(asked.given[source] for source in SOURCES[task.name].values()))

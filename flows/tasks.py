@@ -7,6 +7,7 @@ are named as the spec names its inputs.
 import hashlib
 import os
 from typing import Any
+from uuid import UUID
 
 from prefect import Task, task
 from prefect.client.schemas.objects import State, TaskRun
@@ -15,12 +16,12 @@ from prefect.context import TaskRunContext
 from flows.launch.protocol import StageFailed
 from flows.running.run import Run
 from flows.running.run_stage import check_training, run_stage
-from flows.show.display import brief
 from flows.show.pages.failed import failed_page
 from flows.show.pages.live import progress_key
 from flows.show.pages.stage import stage_page
 from stages.contracts import artifacts as a
 from stages.contracts import specs as s
+from stages.contracts.words import brief
 
 
 def cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
@@ -38,37 +39,36 @@ def cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None
 
 def record_result(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> None:
     """When a node is done, whether it ran or its result was there: note it in the run's record, show it in the UI."""
+    _note_result(task.name, state.result(), cached=state.name == "Cached")
+
+
+def _task() -> tuple[Run, UUID]:
+    """The run of the task that this thread does, or has just ended, and the task run's id."""
     context = TaskRunContext.get()
     assert context is not None
-    run: Run = context.parameters["run"]
-    artifact: a.Artifact = state.result()
-    cached = state.name == "Cached"
-    run.folder.link(task.name, artifact.path)
-    run.record.node(
-        task.name,
-        state="cached" if cached else "ran",
-        key=artifact.key,
-        path=artifact.path,
-        figure=artifact.figure,
-        done=None,
-        doing=None,
-    )
-    page = stage_page(task.name, artifact, run.workspace, cached=cached)
-    run.board.put(task.name, "markdown", page, artifact.figure, task_run_id=task_run.id, is_final=True)
-    if run.board.has(progress_key(task.name)):  # a stage tells how far it is, not that it is done
-        run.board.put(progress_key(task.name), "progress", 100.0, artifact.figure, is_final=True)
+    return context.parameters["run"], context.task_run.id
+
+
+def _note_result(node: str, artifact: a.Artifact, *, cached: bool) -> None:
+    run, task_run_id = _task()
+    run.made(node, artifact, cached=cached)
+    page = stage_page(node, artifact, run.workspace, cached=cached)
+    run.board.put(node, "markdown", page, artifact.figure, task_run_id=task_run_id, is_final=True)
+    # A stage tells how far it is, not that it is done.
+    run.board.complete(progress_key(node), artifact.figure, task_run_id=task_run_id)
 
 
 def show_failure(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> None:
     """When a node has failed: its page in the UI says why, and what it said last."""
-    context = TaskRunContext.get()
-    assert context is not None
-    run: Run = context.parameters["run"]
-    error = state.result(raise_on_failure=False)
-    if isinstance(error, StageFailed):
-        record = run.record.snapshot().nodes[error.node]
-        page = failed_page(error.node, error, record, run.workspace)
-        run.board.put(task.name, "markdown", page, brief(error.message), task_run_id=task_run.id, is_final=True)
+    run, task_run_id = _task()
+    error: BaseException = state.result(raise_on_failure=False)
+    node = error.node if isinstance(error, StageFailed) else task.name
+    if run.record.snapshot().nodes[node].error is None:  # what a stage fails with is noted where it is run
+        run.record.node(node, state="failed", error=f"{type(error).__name__}: {error}")
+    record = run.record.snapshot()
+    page = failed_page(node, run.folder, record, error)
+    words = brief(record.nodes[node].error or "")
+    run.board.put(node, "markdown", page, words, task_run_id=task_run_id, is_final=True)
 
 
 def _node(spec: type[s.Spec]) -> dict[str, Any]:
@@ -100,7 +100,9 @@ def preprocess(run: Run, data: a.RawDataArtifact, model: a.ModelArtifact) -> a.D
     """Text to token ids, in Megatron's format. What training could not begin with is refused before other work is done."""
     done = run_stage(run, a.DatasetArtifact, s.PreprocessSpec, data=data, model=model)
     if run.does("train"):
-        check_training(run, done.data if isinstance(done, State) else done, model)
+        dataset: a.DatasetArtifact = done.data if isinstance(done, State) else done
+        _note_result("preprocess", dataset, cached=isinstance(done, State))  # whatever train says to it
+        check_training(run, dataset, model)
     return done
 
 

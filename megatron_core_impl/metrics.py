@@ -1,8 +1,8 @@
 """What training tells of itself: a line for people, a line of JSON and TensorBoard scalars every few steps, and how far it is.
 
 `metrics.jsonl` holds one object per line: `{"step", "loss", "lr", "grad_norm", "tokens", "tokens_read", "seconds", …}` for the
-steps since the line before, with `loss_scale` and `batch_size` where these may change, `memory`, the bytes that the process has
-held at most (of its GPU, or of the machine), and `data_wait_share`, the share of these seconds spent waiting for data;
+steps since the line before, with `loss_scale` and `batch_size` where these may change, `memory`, the most bytes that a process
+has held (any of them; of its GPU, or of the machine), and `data_wait_share`, the share of these seconds spent waiting for data;
 `{"step", "valid_loss", "valid_perplexity", "valid_accuracy", …, "eval_seconds"}` for an evaluation (`Sums.metrics`), `test_…`
 for that of the test split. A figure that is not finite, or that there is not, is null.
 
@@ -94,6 +94,10 @@ class Journal:
         self._seconds_per_step = 0.0
         self._tokens_per_second = 0.0
 
+    def is_due(self, step: int) -> bool:
+        """Whether a line is written after a step: the same answer on every rank."""
+        return step % self.log_interval == 0 or step == self.steps
+
     def step(
         self,
         step: int,
@@ -119,7 +123,7 @@ class Journal:
             waited: how many of the seconds were spent waiting for data.
             grad_norm: not finite: the step was skipped for that; None: it was not meant to update anything.
             loss_scale, batch_size: given where they may change from step to step.
-            memory: bytes that this process has held at most.
+            memory: the most bytes that any process has held; wanted where a line is due.
         """
         window = self._window
         is_skipped = grad_norm is not None and not math.isfinite(grad_norm)
@@ -128,14 +132,14 @@ class Journal:
         self._seconds_per_step = 0.9 * self._seconds_per_step + 0.1 * seconds if self._seconds_per_step else seconds
         seconds_left = (self.steps - step) * self._seconds_per_step
         left = duration(seconds_left)
-        if step % self.log_interval == 0 or step == self.steps or not self._tokens_per_second:
+        if self.is_due(step) or not self._tokens_per_second:
             self._tokens_per_second = window.tokens_per_second
         self._report.progress(
             step,
             self.steps,
             f"step {step}/{self.steps} · {_told(loss, weight, '.4g')} · {self._tokens_per_second:,.0f} tokens/s · {left} left",
         )
-        if step % self.log_interval == 0 or step == self.steps:
+        if self.is_due(step):
             parts = [
                 _told(window.loss, window.weight, ".4f"),
                 f"lr {lr:.2e}",

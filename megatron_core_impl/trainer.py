@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from megatron_core_impl.batches import evaluation_batches, on_device, training_batches
 from megatron_core_impl.checkpoint import training as checkpoints
+from megatron_core_impl.collectives import all_reduce_
 from megatron_core_impl.data.samples import Samples
 from megatron_core_impl.host_memory import peak_bytes
 from megatron_core_impl.mesh import Mesh
@@ -99,7 +101,7 @@ def train(job: Job, mesh: Mesh, *, report: Report | None = None, should_stop: Ca
                 grad_norm=result.grad_norm,
                 loss_scale=scale if config.precision == "fp16" else None,
                 batch_size=batch_size if config.ramp_start is not None else None,
-                memory=_peak_memory(mesh.device),
+                memory=_peak_memory(mesh) if journal.is_due(state.step) else None,
             )
             _count_skipped(state, result, job, scale)
 
@@ -126,9 +128,10 @@ def evaluate(pipeline: Pipeline, samples: Samples, job: Job) -> Sums:
         return total(measure_sums(pipeline, on_device(batches, mesh.device)) for batches in feed)
 
 
-def _peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held: of tensors on its GPU, or on a CPU of everything."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()
+def _peak_memory(mesh: Mesh) -> int:
+    """The most bytes that a process has held, of any rank: of tensors on its GPU, or on a CPU of everything."""
+    own = torch.cuda.max_memory_allocated(mesh.device) if mesh.device.type == "cuda" else peak_bytes()
+    return int(all_reduce_(torch.tensor(own, device=mesh.device), mesh.world_group, op=dist.ReduceOp.MAX).item())
 
 
 def _evaluate(

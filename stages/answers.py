@@ -17,9 +17,9 @@ from megatron_core_impl.data.instruction_dataset import Conversations, Reading, 
 from stages import both_models
 from stages.context import Context
 from stages.contracts import artifacts as a
+from stages.contracts.figures import percent
 from stages.contracts.specs import ExportSpec
 from stages.gate_report import write_json
-from stages.gate_rules import percent
 
 ANSWERS = "answers.json"
 

@@ -1,13 +1,12 @@
 """The tables of a model card: every figure is one that a stage measured and recorded, every setting one that it was given."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stages.contracts import artifacts as a
-from stages.contracts import words
+from stages.contracts import figures, words
+from stages.contracts.figures import Row
 
-Row = tuple[str, ...]
 # Of a training's settings: how it told of itself and kept its state, which changes nothing of the model.
 NOT_SHOWN = {
     "checkpoint_interval", "keep_checkpoints", "log_interval", "eval_interval", "eval_batches", "stop_after_minutes",
@@ -33,29 +32,6 @@ def details(summary: str, lines: Sequence[str]) -> list[str]:
 def settings_rows(settings: Mapping[str, Any], leave_out: frozenset[str] | set[str] = frozenset()) -> list[Row]:
     """What was set, one row each. What has no value decides nothing."""
     return [(key, f"`{value}`") for key, value in settings.items() if key not in leave_out and value not in (None, [], {})]
-
-
-def perplexity(loss: float) -> str:
-    """As a person reads it."""
-    value = math.exp(min(loss, 700))
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
-
-
-def evaluation_rows(checkpoint: a.CheckpointArtifact, export: a.ExportArtifact) -> list[Row]:
-    """Before and after training, on held-out data; and the test split, where there is one."""
-    before, after, found = checkpoint.loss_before, checkpoint.loss_after, checkpoint.metrics
-    test = found.get("loss_test")
-    rows: list[Row] = [
-        ("loss", f"{before:.4f}", f"{after:.4f}", "" if test is None else f"{test:.4f}"),
-        ("perplexity", perplexity(before), perplexity(after), "" if test is None else perplexity(test)),
-    ]
-    for name, text in (("accuracy", "next token right"), ("instruct_accuracy", "next token of an answer right")):
-        if found.get(f"{name}_after") is not None:
-            rows.append((text, *(_percent(found.get(f"{name}_{when}")) for when in ("before", "after", "test"))))
-    if right := export.metrics.get("answers"):
-        shares = (_percent(right[when]) for when in ("before", "after"))
-        rows.append((f"right answers to {words.counted(right['questions'], 'question')}", *shares, ""))
-    return rows
 
 
 def source_rows(data: a.RawDataArtifact) -> list[Row]:
@@ -96,15 +72,9 @@ def _left_out(each: a.DatasetSet) -> str:
 
 def length_rows(dataset: a.DatasetArtifact) -> list[Row]:
     """Documents of all sets by their number of tokens, with a bar each."""
-    counts: dict[int, int] = {}
-    for each in dataset.sets:
-        for lower, count in each.lengths.items():
-            counts[int(lower)] = counts.get(int(lower), 0) + count
-    most = max(counts.values(), default=1)
-    return [
-        (f"{lower:,} to {2 * lower - 1:,}" if lower > 1 else f"{lower}", f"{count:,}", "█" * round(BARS * count / most) or "▏")
-        for lower, count in sorted(counts.items())
-    ]
+    rows = figures.length_rows(dataset)
+    most = max((count for _, count in rows), default=1)
+    return [(label, f"{count:,}", "█" * round(BARS * count / most) or "▏") for label, count in rows]
 
 
 def model_rows(export: a.ExportArtifact, tokenizer: a.TokenizerFacts) -> list[Row]:
@@ -150,9 +120,9 @@ def verification_rows(base: Mapping[str, Any], export: Mapping[str, Any]) -> lis
             limit = allowed.get(found.get("probe"))  # the data are no probe
             rows.append(
                 (
-                    f"{what}, {name}", _number(found.get("mean_error")), _number(found.get("max_error")),
-                    "" if limit is None else f"{limit:g}", _number(found.get("loss_difference")),
-                    _percent(found.get("argmax_agreement")), f"{found['tokens']:,}" if "tokens" in found else "",
+                    f"{what}, {name}", figures.error(found.get("mean_error")), figures.error(found.get("max_error")),
+                    "" if limit is None else f"{limit:g}", figures.error(found.get("loss_difference")),
+                    figures.percent(found.get("argmax_agreement")), f"{found['tokens']:,}" if "tokens" in found else "",
                 )
             )  # fmt: skip
     return rows
@@ -176,34 +146,18 @@ def circumstances(what: str, report: Mapping[str, Any]) -> str:
 
 
 def module_rows(report: Mapping[str, Any]) -> list[Row]:
-    """The differences after each module, in the order in which they are computed."""
-    return [
-        (f"`{each['module']}`", _number(each.get("mean")), _number(each.get("max")), _number(each.get("relative")))
-        for each in report.get("modules", [])
-    ]
+    """The differences after each module."""
+    return [(f"`{module}`", *errors) for module, *errors in figures.module_rows(report)]
 
 
-def version_rows(checkpoint: a.CheckpointArtifact, made: Mapping[str, a.Artifact]) -> list[Row]:
-    """What it was trained with, and the libraries that any of these artifacts was made with."""
-    versions = checkpoint.versions
-    rows: list[Row] = [("megatron-flows", versions.package), ("python", versions.python), ("torch", versions.torch or "")]
-    loaded = [pair for artifact in made.values() for pair in artifact.versions.libraries.items()]
-    for library in dict.fromkeys(name for name, _ in loaded):
-        rows.append((library, ", ".join(sorted({version for name, version in loaded if name == library}))))
-    if versions.image and "@" in versions.image:  # of a registry; one that was built here says nothing to readers
-        rows.append(("container image", f"`{versions.image}`"))
-    return rows
+def version_rows(made: Mapping[str, a.Artifact]) -> list[Row]:
+    """What these artifacts were made with. An image is told of a registry; one that was built here says nothing to readers."""
+    rows = figures.versions_of(made.values())
+    image = rows.pop("image", "")
+    return [*rows.items(), *([("container image", f"`{image}`")] if "@" in image else [])]
 
 
 def fingerprint_rows(base_model: str, made: Mapping[str, a.Artifact]) -> list[Row]:
     """Of the base model, and of everything that was made on the way from it."""
     prints = {"the base model": base_model, **{f"the {name}": artifact.fingerprint for name, artifact in made.items()}}
     return [(f"fingerprint of {name}", f"`{value[:FINGERPRINT]}`") for name, value in prints.items()]
-
-
-def _percent(share: Any) -> str:
-    return f"{100 * share:.2f} %" if isinstance(share, int | float) and math.isfinite(share) else ""
-
-
-def _number(value: Any) -> str:
-    return ("0" if value == 0 else f"{value:.1e}") if isinstance(value, int | float) else ""

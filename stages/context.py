@@ -25,6 +25,17 @@ LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "safetensors")  # to
 A = TypeVar("A", bound=a.Artifact)
 
 
+def has_launcher() -> bool:
+    """Whether a launcher listens, and not a person who started the stage by hand."""
+    return os.environ.get("STAGE_EVENTS") == "1"
+
+
+def tell(event: str, **values: Any) -> None:
+    """Tell the launcher something, which people do not read."""
+    if has_launcher():
+        print(EVENT_PREFIX + json.dumps({"event": event, **values}), flush=True)
+
+
 class Context:
     """What a running stage has: its scratch folder, its inputs, and a way to tell how far it is."""
 
@@ -32,7 +43,6 @@ class Context:
         self.spec = spec
         self.scratch = scratch
         self.workspace = Path(spec.workspace)
-        self.events = os.environ.get("STAGE_EVENTS") == "1"
         self._last_progress = 0.0
         self._inputs: dict[str, a.Artifact] = {}
         self._checks: dict[str, InputCheck] = {}  # under way
@@ -108,19 +118,14 @@ class Context:
     def progress(self, done: float, total: float, text: str) -> None:
         """How far the stage is. Cheap: at most one line a second by a launcher, one every five seconds by hand."""
         now = time.monotonic()
-        if now - self._last_progress < (1.0 if self.events else 5.0) and done < total:
+        if now - self._last_progress < (1.0 if has_launcher() else 5.0) and done < total:
             return
         self._last_progress = now
-        if self.events:
-            self.tell("progress", done=done, total=total, text=text)
+        if has_launcher():
+            tell("progress", done=done, total=total, text=text)
         else:
             share = 100 * done / total if total else 100
             print(f"{share:3.0f} %  {text}", flush=True)
-
-    def tell(self, event: str, **values: Any) -> None:
-        """Tell the launcher something, which people do not read."""
-        if self.events:
-            print(EVENT_PREFIX + json.dumps({"event": event, **values}), flush=True)
 
     def artifact(
         self,

@@ -43,9 +43,11 @@ from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts import vocabulary, words
 from stages.contracts.config import VerifySettings
+from stages.contracts.figures import percent, tolerance
+from stages.contracts.specs import refused_of
 from stages.gate_ranks import run_ours
 from stages.gate_report import card_of, describe_failure, format_table, report_of, write_json
-from stages.gate_rules import Evidence, Gate, first_difference, is_passed, judge, percent, short
+from stages.gate_rules import Evidence, Gate, first_difference, is_passed, judge
 from stages.outcomes import BadInput, GateFailed
 
 SEED = 1234  # of the order of samples
@@ -63,7 +65,7 @@ class Verdict:
     def write(self, report: Path, title: str) -> None:
         """Write the report as JSON, and beside it the card, of this title, as Markdown."""
         write_json(report, self.report)
-        report.with_suffix(".md").write_text(card_of(title, self.evidence, self.gates, self.settings))
+        report.with_suffix(".md").write_text(card_of(title, self.evidence, self.report, self.settings))
 
     @property
     def comparison(self) -> Comparison:
@@ -76,7 +78,7 @@ class Verdict:
         mean, layout = self.gates[0], self.evidence.layout
         agreement = percent(self.comparison.argmax_agreement)
         axes = [f" · {axis} {size}" for axis in ("tp", "pp", "vpp") if (size := getattr(layout, axis)) > 1]
-        return f"mean |Δlogit| {mean.value:.1e} · argmax {agreement} · gate {short(mean.allowed)}{''.join(axes)}"
+        return f"mean |Δlogit| {mean.value:.1e} · argmax {agreement} · gate {tolerance(mean.allowed)}{''.join(axes)}"
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -185,11 +187,9 @@ def check_gate(
     gates = judge(evidence, settings)
     report = report_of(evidence, gates, settings, _hint(evidence, gates, config, ours, source))
     verdict = Verdict(evidence, gates, settings, report)
-    failure = ctx.scratch.parent / f".{ctx.spec.key}.failed.json"  # the scratch folder does not survive a failure
     if verdict.passed:
-        failure.unlink(missing_ok=True)
-        failure.with_suffix(".md").unlink(missing_ok=True)
         return verdict
+    failure = refused_of(ctx.spec.folder)  # the scratch folder does not survive a failure
     ctx.log(format_table(evidence.accused(gates)))
     ctx.log("\n".join(f"{'passed' if gate.passed else 'FAILED'}  {gate}" for gate in gates))
     verdict.write(failure, f"{ctx.spec.NODE}: our model and transformers'")

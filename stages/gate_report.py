@@ -12,7 +12,8 @@ from megatron_core_impl.parity.figures import Comparison, Difference, layer_of
 from stages.both_models import Precision
 from stages.contracts import words
 from stages.contracts.config import VerifySettings
-from stages.gate_rules import Evidence, Gate, first_difference, is_passed, percent, short
+from stages.contracts.figures import GATES, MODULES, Row, error, gate_rows, module_rows, percent
+from stages.gate_rules import Evidence, Gate, first_difference, is_passed
 
 # ── The report ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -80,14 +81,15 @@ def write_json(path: Path, value: Any) -> None:
 # ── The card ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def card_of(title: str, evidence: Evidence, gates: tuple[Gate, ...], settings: VerifySettings) -> str:
+def card_of(title: str, evidence: Evidence, report: dict[str, Any], settings: VerifySettings) -> str:
     """The report for a reader, as Markdown.
 
     Args:
         title: what is compared with what.
+        report: as `report_of` made it of the evidence.
     """
     layout, proof, data = evidence.layout, evidence.proof, evidence.data
-    verdict = "passed" if is_passed(evidence, gates) else "**failed**"
+    verdict = "passed" if report["passed"] else "**failed**"
     axes = " · ".join(f"{axis} {getattr(layout, axis)}" for axis in ("tp", "pp", "vpp"))
     in_bf16 = " Transformers' own is what it is off by in bf16 from itself in fp32." if evidence.rounding else ""
     rounded = f", {proof.rounded:,} rounded to {' and '.join(proof.dtypes)}" if proof.rounded else ""
@@ -101,7 +103,7 @@ def card_of(title: str, evidence: Evidence, gates: tuple[Gate, ...], settings: V
             f"Tensors: {proof.tensors:,} in {words.size(proof.bytes)}; {proof.exact:,} the source's bit for bit{rounded}, "
             f"{len(proof.differing) + len(proof.unexpected):,} different.",
             "",
-            *_table(("", "value", "allowed", ""), _gate_rows(evidence, gates)),
+            *_table(GATES, [(*row[:-1], row[-1].replace("failed", "**failed**")) for row in gate_rows(report)]),
             "## Logits and loss",
             "",
             "The loss is the mean cross-entropy of the next token, ours as training computes it.",
@@ -119,39 +121,17 @@ def card_of(title: str, evidence: Evidence, gates: tuple[Gate, ...], settings: V
             "",
             f"Relative: root mean square of the difference over that of transformers'.{in_bf16}",
             "",
-            *_table(*_rows(data, evidence.rounding_of(data))),
+            *_table(*_with_rounding(module_rows(report), evidence.rounding_of(data))),
         ]
     )  # fmt: skip
 
 
-def _gate_rows(evidence: Evidence, gates: Sequence[Gate]) -> list[Sequence[str]]:
-    """Those of the data and of all, then those of each probe. The best tokens of a probe are told, and judge nothing: there
-    are too few of them for a share.
-    """
-    rows = [_gate_row(gate) for gate in gates if gate.probe is None]
-    agreement = next(gate.name for gate in gates if gate.at_least)
-    for probe in evidence.comparisons[1:]:
-        rows += [_gate_row(gate) for gate in gates if gate.probe == probe.name]
-        rows.append((f"{agreement}, {probe.name}", percent(probe.argmax_agreement), "", f"{probe.tokens:,} tokens, not judged"))
-    return rows
-
-
-def _gate_row(gate: Gate) -> Sequence[str]:
-    return (
-        f"{gate.name}{'' if gate.probe is None else f', {gate.probe}'}",
-        percent(gate.value) if gate.at_least else f"{gate.value:.2g}",
-        f"at least {percent(gate.allowed)}" if gate.at_least else short(gate.allowed),
-        "passed" if gate.passed else "**failed**",
-    )
-
-
-def _rows(data: Comparison, rounding: Comparison | None) -> tuple[Sequence[str], list[Sequence[str]]]:
-    header = ["output of", "mean abs. Δ", "largest", "relative"]
-    rows = [[d.module, f"{d.mean:.1e}", f"{d.max:.1e}", f"{d.relative:.1e}"] for d in data.differences]
+def _with_rounding(rows: list[Row], rounding: Comparison | None) -> tuple[Row, list[Row]]:
+    """The table of modules, beside each what transformers itself is off by there, where that was measured."""
     if rounding is None:
-        return header, [*rows]
-    own = [f"{difference.relative:.1e}" for difference in rounding.differences]
-    return [*header, "transformers' own"], [[*row, cell] for row, cell in zip(rows, own, strict=True)]
+        return MODULES, rows
+    own = [error(difference.relative) for difference in rounding.differences]
+    return (*MODULES, "transformers' own"), [(*row, cell) for row, cell in zip(rows, own, strict=True)]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

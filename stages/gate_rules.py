@@ -1,6 +1,5 @@
 """What passes the gate: the figures of a comparison, what is allowed for each, and where a failure begins."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ from megatron_core_impl.config import Layout
 from megatron_core_impl.parity.figures import Comparison, Difference
 from megatron_core_impl.parity.tensors import TensorProof
 from stages.contracts.config import VerifySettings
+from stages.contracts.figures import percent, tolerance
 
 MEAN_ERROR = {"fp32": 1e-4, "bf16": 5e-2}
 LOSS_DIFFERENCE = {"fp32": 1e-4, "bf16": 5e-2}
@@ -39,7 +39,7 @@ class Gate:
         name = self.name if self.probe is None else f'{self.name} of the probe "{self.probe}"'
         if self.at_least:
             return f"{name} {percent(self.value)}, needed {percent(self.allowed)}"
-        return f"{name} {self.value:.2g}, allowed {short(self.allowed)}"
+        return f"{name} {self.value:.2g}, allowed {tolerance(self.allowed)}"
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,3 @@ def _figures(evidence: Evidence, comparison: Comparison, settings: VerifySetting
     else:
         name = "largest error of a module, in those of transformers' rounding"
         yield Gate(name, comparison.times(rounding), ROUNDING, probe=probe)
-
-
-def percent(share: float) -> str:
-    """A share as a person reads it; never rounded up to 100 %."""
-    return f"{math.floor(share * 10000) / 100:g} %" if math.isfinite(share) else "none"
-
-
-def short(value: float) -> str:
-    """A tolerance in as few digits as it needs, e.g. 1e-04."""
-    text = f"{value:.0e}"
-    return text if value and float(text) == value and value < 0.1 else f"{value:g}"

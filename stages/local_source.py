@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from megatron_core_impl.data.text_files import SUFFIXES
-from stages.contracts.sources import is_glob
+from stages.contracts.sources import is_local
 from stages.model_files import listed
 from stages.outcomes import BadInput
 
@@ -17,7 +17,7 @@ def local_source(source: str, setting: str) -> Path | None:
         BadInput: it looks like a path, and nothing is there.
     """
     path = Path(source).expanduser()
-    if path.exists() or is_glob(source):
+    if is_local(source):
         return path
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.startswith((".", "/", "~")) and not source.endswith(SUFFIXES):
         return None

@@ -16,6 +16,7 @@ from stages.card_metadata import front_matter
 from stages.card_tables import details, table
 from stages.contracts import artifacts as a
 from stages.contracts import words
+from stages.contracts.figures import EVALUATION, Row, evaluation_rows, filled
 from stages.contracts.publishing import CHART
 from stages.licence import Terms, licence_section
 
@@ -76,7 +77,7 @@ def model_card(lineage: Lineage, name: str, *, revision: str | None = None, has_
             "",
             "On held-out data of the same kind:",
             "",
-            *_without_empty(("", "before", "after", "test"), tables.evaluation_rows(checkpoint, export)),
+            *_without_empty(EVALUATION, evaluation_rows(checkpoint, export)),
             *chart,
             "## Data",
             "",
@@ -177,16 +178,16 @@ def _verification(lineage: Lineage) -> list[str]:
     ]
 
 
-def _made_with(lineage: Lineage) -> list[tables.Row]:
+def _made_with(lineage: Lineage) -> list[Row]:
     made = {
         "data": lineage.data, "dataset": lineage.dataset, "verification": lineage.verification,
         "checkpoint": lineage.checkpoint, "export": lineage.export,
     }  # fmt: skip
     base_model = lineage.export.inputs["model"]
-    return [*tables.version_rows(lineage.checkpoint, made), *tables.fingerprint_rows(base_model, made)]
+    return [*tables.version_rows(made), *tables.fingerprint_rows(base_model, made)]
 
 
-def _without_empty(head: tables.Row, rows: list[tables.Row]) -> list[str]:
+def _without_empty(head: Row, rows: list[Row]) -> list[str]:
     """A table without the columns that have nothing in them."""
-    kept = [k for k in range(len(head)) if k == 0 or any(row[k] for row in rows)]
-    return table(tuple(head[k] for k in kept), *(tuple(row[k] for k in kept) for row in rows)) if rows else []
+    shown, cells = filled(head, rows)
+    return table(shown, *cells) if rows else []

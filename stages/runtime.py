@@ -15,7 +15,6 @@ Started by a launcher (STAGE_EVENTS=1), a stage prints progress as lines `@@stag
 import argparse
 import errno
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -29,11 +28,11 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from megatron_core_impl.checkpoint.durable import sync, sync_tree
-from stages.context import Context
+from stages.context import Context, tell
 from stages.contracts import artifacts as a
 from stages.contracts import intact
-from stages.contracts.process import EVENT_PREFIX, ExitCode
-from stages.contracts.specs import SPECS, Spec
+from stages.contracts.process import ExitCode
+from stages.contracts.specs import SPECS, Spec, refused_of
 from stages.outcomes import BadInput, Interrupted, StageError
 from stages.spec_file import read_spec, spec_help
 
@@ -100,8 +99,7 @@ def _main(
 
 def _fail(stage: str, message: str, code: ExitCode) -> int:
     sys.stdout.flush()
-    if os.environ.get("STAGE_EVENTS") == "1":
-        print(EVENT_PREFIX + json.dumps({"event": "error", "message": message, "code": int(code)}), flush=True)
+    tell("error", message=message, code=int(code))
     print(f"error: {stage}: {message}", file=sys.stderr, flush=True)
     return code
 
@@ -116,6 +114,8 @@ def execute(spec: S, run: Callable[[S, Context], a.Artifact], *, resumable: bool
         existing = intact.find_reusable(final)
         if existing is not None:
             return existing
+        for left in (refused_of(final), refused_of(final).with_suffix(".md")):
+            left.unlink(missing_ok=True)  # by an attempt before; this one may fail for another reason
         if not resumable:
             shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(exist_ok=True)

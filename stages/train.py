@@ -26,9 +26,10 @@ from megatron_core_impl.memory import Device
 from megatron_core_impl.train_config import Job
 from megatron_core_impl.training_data import conversation_figures, tokens_per_epoch
 from stages import runtime, torchrun
-from stages.context import Context
+from stages.context import Context, tell
 from stages.contracts import artifacts as a
 from stages.contracts import length, memory, training_job, vocabulary
+from stages.contracts.figures import perplexity
 from stages.contracts.process import JOIN
 from stages.contracts.specs import TrainSpec
 from stages.outcomes import BadInput, GateFailed, Interrupted, StageError
@@ -73,7 +74,7 @@ def run(spec: TrainSpec, ctx: Context) -> a.CheckpointArtifact:
 
 def take_part(spec: TrainSpec, ctx: Context) -> None:
     """What a further machine does of the stage: run its workers. The first machine has charge of everything else."""
-    outcome = _run_workers(spec, ctx, lambda event: None)
+    outcome = _run_workers(spec, ctx, Listener(ctx).take)  # rank 0 is elsewhere; these speak when something is wrong
     if outcome.returncode:
         raise failure(outcome, spec, ctx.scratch, None)
 
@@ -82,7 +83,7 @@ def _run_workers(spec: TrainSpec, ctx: Context, on_event: Callable[[torchrun.Eve
     """Run this machine's workers to their end."""
     nodes = torchrun.Nodes.here()
     if nodes.count > 1 and nodes.rank == 0:
-        ctx.tell(JOIN)
+        tell(JOIN)
     return torchrun.run_workers(
         "stages.train",
         [str(ctx.scratch / SPEC_FILE)],
@@ -237,8 +238,8 @@ def publish(
     return ctx.artifact(
         a.CheckpointArtifact,
         figure=(
-            f"held-out loss {before:.2f} → {after:.2f} · perplexity {_readable(metrics.perplexity(before))} → "
-            f"{_readable(metrics.perplexity(after))} · checkpoint at step {last}"
+            f"held-out loss {before:.2f} → {after:.2f} · perplexity {perplexity(before)} → {perplexity(after)} · "
+            f"checkpoint at step {last}"
         ),
         metrics={"length": gone_through._asdict(), **figures},
         volatile=(metrics.METRICS_FILE, metrics.TENSORBOARD_FOLDER + "/", "logs/"),
@@ -255,10 +256,6 @@ def publish(
         loss_before=before,
         loss_after=after,
     )
-
-
-def _readable(number: float) -> str:
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 # In a worker

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from whole_job import job_text, write_text
 from workspaces import write_model
 
 from flows.records.run_record import RunFolder, RunRecord
@@ -25,24 +25,6 @@ from stages.contracts.artifacts import CheckpointArtifact
 
 ROOT = Path(__file__).parents[1]
 STEPS = 60  # the first checkpoint is there after 10: the kill lands far from the end
-CONFIG = f"""
-model: {{source: base}}
-data: {{source: text}}
-verify: {{batches: 1, sequence_length: 64}}
-layout: {{tp: 2}}
-train:
-  steps: {STEPS}
-  sequence_length: 64
-  micro_batch_size: 8
-  global_batch_size: 8
-  lr: 5.0e-3
-  precision: fp32
-  split: "90,10,0"
-  eval_interval: 30
-  checkpoint_interval: 10
-  log_interval: 1
-push: {{to: folder, folder: hub}}
-"""
 BEFORE_TRAIN = {"download-model", "download-data", "preprocess", "convert", "verify", "shard"}
 FROM_TRAIN = {"train", "merge", "export", "push"}
 
@@ -58,7 +40,7 @@ class Job:
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         self.environment |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp")}
         (folder / "tmp").mkdir()
-        (folder / "job.yaml").write_text(CONFIG)
+        (folder / "job.yaml").write_text(job_text(STEPS, 64, samples=8, batch=8, push="hub"))
         write_model(folder / "base", num_hidden_layers=2)
         write_text(folder / "text")
 
@@ -100,21 +82,6 @@ class Job:
         told = re.search(r"to stop it: kill (\d+)", "".join(file.read_text() for file in self.folder.glob("*.out")))
         assert told is not None
         os.kill(int(told[1]), signal.SIGTERM)
-
-
-def write_text(folder: Path) -> None:
-    """Forty files of small functions: enough that repeats itself to be learnt in sixty steps."""
-    folder.mkdir()
-    choose = random.Random(3)
-    words = ("apple", "river", "stone", "cloud", "light", "garden")
-    for number in range(40):
-        functions = [
-            f"def {choose.choice(words)}_{choose.choice(words)}(first, second):\n"
-            f'    """Add {choose.choice(words)} and {choose.choice(words)}."""\n'
-            f"    return first {choose.choice('+-*')} second\n"
-            for _ in range(20)
-        ]
-        (folder / f"{number:02d}.py").write_text("\n\n".join(functions))
 
 
 def until(true: Callable[[], bool], what: str, seconds: float = 300.0) -> None:

@@ -1,5 +1,6 @@
 """The images' files: what both have in common is the same, and a base's own packages stay."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +28,21 @@ def common(name: str) -> list[str]:
 def test_both_images_are_made_alike() -> None:
     assert common("cpu") == common("gpu")
     assert "USER 1000:1000" in common("cpu")
+
+
+def test_an_image_can_be_built_of_the_wheels_that_are_fetched() -> None:
+    """They are for the Python of the environment, of which the base is then, and from the index that the image itself names."""
+
+    def commands(*asked: str) -> str:
+        """What make would do with this environment; `-W`: as if the versions had changed."""
+        dry = ["make", "--dry-run", "-W", "constraints.txt", f"VENV={sys.prefix}", *asked]
+        return subprocess.run(dry, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+    image, base = commands("image-cpu", "BUILD=--build-arg PIP_NO_INDEX=1"), f"python:3.{sys.version_info.minor}-slim"
+    assert f"build --build-arg BASE={base} --build-arg PIP_NO_INDEX=1 -f" in image
+    (index,) = [line for line in (ROOT / "containers" / "cpu.Dockerfile").read_text().splitlines() if "ARG TORCH_INDEX" in line]
+    assert f"--extra-index-url {index.removeprefix('ARG TORCH_INDEX=')} torch\n" in commands("wheels")
+    assert "extra-index-url" not in commands("wheels", "TORCH_INDEX=")
 
 
 def test_a_base_keeps_what_is_its_own() -> None:

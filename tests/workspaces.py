@@ -24,7 +24,7 @@ from megatron_core_impl.checkpoint.sharded import open_weights, write_index, wri
 from megatron_core_impl.checkpoint.slicing import whole
 from megatron_core_impl.data.tokenizer import load_tokenizer
 from megatron_core_impl.models import families
-from stages import runtime
+from stages import runtime, verify
 from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts import config as c
@@ -283,3 +283,10 @@ def rewrite(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     artifact = a.parse_artifact(json.dumps(content))
     content["fingerprint"] = a.fingerprint_of(artifact.kind, artifact.files, artifact.facts())
     file.write_text(json.dumps(content))
+
+
+def check(workspace: Workspace, **settings: Any) -> a.VerificationArtifact:
+    """Verify a workspace's weights, in this process."""
+    artifact = runtime.execute(workspace.verify_spec(**settings), verify.run)
+    assert isinstance(artifact, a.VerificationArtifact)
+    return artifact

@@ -2,6 +2,8 @@
 
 from stages.contracts.specs import SOURCES, SPECS
 
+WHOLE, SINGLE = "finetune-llama2", "stage"  # our flows, by their names in Prefect: the pipeline, and one stage of it
+
 
 def nodes_of(name: str) -> list[str]:
     """The nodes that a person means: a node's name, or a stage's (`download` is two nodes).

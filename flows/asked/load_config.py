@@ -18,7 +18,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from flows.asked.config_errors import KeyPath, explain, key_of
 from flows.asked.plan import plan
 from stages.contracts import artifacts as a
-from stages.contracts import preflight
+from stages.contracts import preflight, publishing
 from stages.contracts.config import PipelineConfig
 from stages.contracts.sources import expand, is_glob
 from stages.contracts.training_job import planned_job
@@ -41,7 +41,9 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     return _checked(_read(file), overrides, where=str(file), option="--set ")
 
 
-def given_config(config: PipelineConfig | dict[str, Any], overrides: Sequence[str] = ()) -> PipelineConfig:
+def given_config(
+    config: PipelineConfig | dict[str, Any], overrides: Sequence[str] = (), *, where: str = "config"
+) -> PipelineConfig:
     """A configuration that came as a parameter of a flow, in a form's fields or as JSON, with overrides as after `--set`.
 
     Raises:
@@ -51,7 +53,7 @@ def given_config(config: PipelineConfig | dict[str, Any], overrides: Sequence[st
         if not overrides:
             return config
         config = config.model_dump(mode="json")
-    return _checked(copy.deepcopy(config), overrides, where="config", option="overrides: ")
+    return _checked(copy.deepcopy(config), overrides, where=where, option="overrides: ")
 
 
 def _checked(data: dict[str, Any], overrides: Sequence[str], *, where: str, option: str) -> PipelineConfig:
@@ -88,11 +90,7 @@ def check_ready(config: PipelineConfig, where: str) -> None:
     for key, source in sources:
         if _looks_local(source) and not _exists(source):
             problems.append(f"{key}: {source}: no such file or folder (seen from {Path.cwd()})")
-    if config.push.to == "hub" and not os.environ.get("HF_TOKEN"):
-        problems.append(
-            "push.to: hub needs a token: set the environment variable HF_TOKEN to one that may write to "
-            f"{config.push.repo}, or push.to: dry-run"
-        )
+    problems += _of_token(config)
     try:
         problems += preflight.check(config)
         problems += _of_made_data(config)
@@ -100,6 +98,24 @@ def check_ready(config: PipelineConfig, where: str) -> None:
         problems.append(f"model.source or push: cannot be checked ({type(error).__name__}: {error})")
     if problems:
         raise BadConfig([f"{where}: {problem}" for problem in problems])
+
+
+def check_push(config: PipelineConfig, where: str) -> None:
+    """The same for a run that only publishes.
+
+    Raises:
+        BadConfig: a token that is missing, a folder that is taken.
+    """
+    told = publishing.in_the_way(config.push)
+    if problems := [*_of_token(config), *([f"push.{told}"] if told else [])]:
+        raise BadConfig([f"{where}: {problem}" for problem in problems])
+
+
+def _of_token(config: PipelineConfig) -> list[str]:
+    if config.push.to != "hub" or os.environ.get("HF_TOKEN"):
+        return []
+    may = f"may write to {config.push.repo}"
+    return [f"push.to: hub needs a token: set the environment variable HF_TOKEN to one that {may}, or push.to: dry-run"]
 
 
 def _of_made_data(config: PipelineConfig) -> list[str]:

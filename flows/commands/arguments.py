@@ -1,15 +1,14 @@
 """Arguments that several commands have, and what they name: a configuration, a workspace, a run in it."""
 
 import argparse
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from flows.asked.load_config import check_ready, load_config
+from flows.asked.load_config import load_config
 from flows.commands.outcome import Wrong
 from flows.records.go_on import workspace_option
-from flows.records.run_record import RUN_NAME, RunFolder, RunRecord
+from flows.records.run_record import RunFolder, RunRecord
 from stages.contracts.config import PipelineConfig
 
 Command = Callable[[argparse.Namespace], int]  # returns the exit code
@@ -49,22 +48,20 @@ def keeps_server(parser: argparse.ArgumentParser) -> None:
 
 def run_name(text: str) -> str:
     """The name of a run, as an argument."""
-    if not re.fullmatch(RUN_NAME, text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of a run: letters, digits, - _ . only")
-    return text
+    try:
+        return RunFolder(Path(), text).name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def configuration(arguments: argparse.Namespace) -> PipelineConfig:
-    """What `takes_config` named, checked.
+    """What `takes_config` named.
 
     Raises:
-        BadConfig: it cannot be run.
+        BadConfig: it is none.
     """
     config = load_config(arguments.config, arguments.overrides)
-    if arguments.workspace is not None:
-        config = config.model_copy(update={"workspace": arguments.workspace})
-    check_ready(config, str(arguments.config))
-    return config
+    return config if arguments.workspace is None else config.model_copy(update={"workspace": arguments.workspace})
 
 
 def find_run(arguments: argparse.Namespace) -> tuple[RunFolder, RunRecord]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flows.asked.load_config import load_config
+from flows.asked.load_config import check_ready, load_config
 from flows.commands.arguments import (
     Add,
     configuration,
@@ -16,7 +16,7 @@ from flows.commands.arguments import (
     takes_config,
     takes_overrides,
 )
-from flows.commands.outcome import Wrong
+from flows.commands.outcome import FAILED, Wrong
 from stages.contracts.process import ExitCode
 
 STATUS_HELP = """\
@@ -61,6 +61,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from flows.asked import plan
 
     config = configuration(arguments)
+    check_ready(config, str(arguments.config))
     print(plan.report(config))
     return ExitCode.OK
 
@@ -70,4 +71,5 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     if arguments.config is None and arguments.overrides:
         raise Wrong("--set overrides a configuration: name one")
-    return doctor.main(load_config(arguments.config, arguments.overrides) if arguments.config is not None else None)
+    config = load_config(arguments.config, arguments.overrides) if arguments.config is not None else None
+    return FAILED if doctor.main(config) else 0

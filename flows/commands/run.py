@@ -4,7 +4,8 @@ import argparse
 import os
 import shutil
 import traceback
-from importlib import import_module
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,17 @@ from rich.console import Console
 
 from flows.asked.graph import nodes_of
 from flows.asked.lineage import NoResult, find_result
-from flows.asked.load_config import BadConfig, check_ready
+from flows.asked.load_config import BadConfig, given_config
+from flows.asked.parameters import Asked
 from flows.commands.arguments import Add, configuration, find_run, has_workspace, keeps_server, run_name, takes_config
 from flows.commands.outcome import BAD, FAILED, GATE, Wrong, say, say_errors
-from flows.launch.choose import in_the_way
 from flows.launch.protocol import StageFailed
 from flows.records.go_on import go_on, other_failures, workspace_option
 from flows.records.run_record import RunFolder, new_name, now
+from flows.running.ready import refuse_what_cannot_run
 from stages.contracts.config import PipelineConfig
 from stages.contracts.process import ExitCode
-from stages.contracts.words import size
+from stages.contracts.words import shown_path, size
 
 NO_SPACE = 10_000_000  # bytes: a disk with less has probably just run full
 
@@ -73,6 +75,7 @@ def add_to(add: Add) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     config = configuration(arguments)
+    refuse_what_cannot_run(Asked(config), str(arguments.config))
     name = arguments.name or new_name(config.workspace_path)
     option = workspace_option(config.workspace_path)
     try:
@@ -98,8 +101,8 @@ def _rerun(arguments: argparse.Namespace) -> int:
         raise Wrong(f"{record.cwd}: the folder the run was started in is gone; relative paths of its configuration need it")
     workspace, option = str(folder.workspace), workspace_option(folder.workspace)  # where the person is
     os.chdir(record.cwd)  # relative paths of its configuration start there
-    config = PipelineConfig.model_validate({**record.config, "workspace": workspace})
-    check_ready(config, f"run {record.name}")
+    config = given_config({**record.config, "workspace": workspace}, where=f"run {record.name}")
+    refuse_what_cannot_run(Asked(config, frozenset(refresh)), f"run {record.name}")
     asked = {"refresh": refresh, "fresh": arguments.fresh, "start_from": record.start_from}
     return _do(config, record.name, option, keep_server=arguments.keep_server, **asked)
 
@@ -111,7 +114,7 @@ def _do(config: PipelineConfig, name: str, option: str, *, keep_server: bool, **
         option: the `--workspace` that later commands need.
         asked: further parameters of the flow.
     """
-    from flows.server.local import NoServer, Server, client_environment, serving, stays
+    from flows.server.local import NoServer, connect, serving, staying
     from flows.show.display import server_is_off
 
     workspace = config.workspace_path
@@ -119,21 +122,16 @@ def _do(config: PipelineConfig, name: str, option: str, *, keep_server: bool, **
     if folder.is_live():
         raise Wrong(f"run {name} is going on in another process; see: finetune status {name}{option}")
 
-    if told := in_the_way(config):
-        raise Wrong(f"launch: {told}")
-
-    def prepare(server: Server) -> None:
-        os.environ.update(client_environment(workspace, server))
-        import_module("flows.finetune")  # and with it Prefect, while the server starts
-        import_module("prefect.context").refresh_global_settings_context()  # the second time, the address is another
-
     try:
         (folder.path / "logs").mkdir(parents=True, exist_ok=True)
+        prepare = partial(connect, workspace, module="flows.finetune")
         with serving(workspace, keep=keep_server, say=say, meanwhile=prepare) as server:
             code = _run_flow(config, folder, option, asked)
-            if server.pid is not None and stays(workspace):
-                say(f"the Prefect server stays at {server.page}; to stop it: kill {server.pid}")
-            elif server.pid is not None:
+            if server.pid is None:  # it is not ours
+                return code
+            if (stays := staying(workspace)) is not None:
+                say(f"the Prefect server stays at {stays.page}; to stop it: kill {stays.pid}")
+            else:
                 say(server_is_off(name, option))
             return code
     except NoServer as error:
@@ -146,15 +144,15 @@ def _do(config: PipelineConfig, name: str, option: str, *, keep_server: bool, **
 
 def _run_flow(config: PipelineConfig, folder: RunFolder, option: str, asked: dict[str, Any]) -> int:
     from flows.finetune import finetune
-    from flows.records.story import shown_path
     from flows.running.quiet import logs_to_file
-    from flows.running.settle import reconcile
+    from flows.running.settle import AWAY, reconcile
     from flows.show.display import Display
     from flows.show.summary import print_summary
 
     console = Console()
     logs_to_file(folder.log("prefect"))
-    reconcile(folder.workspace)
+    with suppress(*AWAY):  # it is about other runs
+        reconcile([folder.workspace])
 
     def how_to_go_on() -> str:
         record = folder.read()

@@ -4,14 +4,16 @@ import argparse
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from importlib import import_module
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from flows.commands.arguments import Add
 from flows.commands.outcome import Wrong, say
+from flows.records.flock import locked
 from flows.records.locks import Lock, Stopped, held
-from flows.server.local import NoServer, Server, client_environment, serving
+from flows.records.server_home import server_home
+from flows.server.local import NoServer, Server, connect, serving
 from stages.contracts.process import ExitCode
 
 SERVE_HELP = """\
@@ -54,41 +56,35 @@ def _ui(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    home = Path(arguments.workspace or "workspace").expanduser().resolve()
-    workspace = str(home) if arguments.workspace is not None else None
-
-    def prepare(server: Server) -> None:
-        os.environ.update(client_environment(home, server))
-        os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"  # of the runs' processes: their logs are in files
-        import_module("flows.runner.serve")  # and with it Prefect, while the server starts
-        import_module("prefect.context").refresh_global_settings_context()  # the second time, the address is another
-
-    try:
-        (home / "prefect").mkdir(parents=True, exist_ok=True)
-        with _only_one(home), serving(home, say=say, meanwhile=prepare) as server:
-            return _run(arguments.configs, workspace, server, home)
-    except NoServer as error:
-        raise Wrong(str(error)) from None
-    except OSError as error:
-        raise Wrong(f"workspace: {home} cannot be used: {error}") from None
+    workspace = Path(arguments.workspace or "workspace").expanduser().resolve()
+    asked_for = str(workspace) if arguments.workspace is not None else None
+    os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"  # of the runs' processes: their logs are in files
+    prepare = partial(connect, workspace, module="flows.runner.serve")
+    with ExitStack() as stack:
+        try:
+            server_home(workspace).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_only_one(workspace))
+            server = stack.enter_context(serving(workspace, say=say, meanwhile=prepare))
+        except NoServer as error:
+            raise Wrong(str(error)) from None
+        except OSError as error:
+            raise Wrong(f"workspace: {workspace} cannot be used: {error}") from None
+        return _run(arguments.configs, asked_for, server, workspace)
 
 
 @contextmanager
-def _only_one(home: Path) -> Iterator[None]:
+def _only_one(workspace: Path) -> Iterator[None]:
     """One runner per workspace: two would share out the runs between them, and settle each other's."""
-    file = home / "prefect" / "runner.lock"
-    try:
-        with _held(file):
-            yield
-    except Stopped:
-        raise Wrong(f"{file.read_text() or 'another runner'} serves the workspace {home} already") from None
-
-
-def _held(file: Path) -> AbstractContextManager[tuple[int, ...]]:
-    """Hold a lock, or raise Stopped at once."""
     impatient = threading.Event()
     impatient.set()
-    return held([Lock(file, file.name)], f"finetune serve (process {os.getpid()})", stop=impatient, on_wait=lambda told: None)
+    lock = Lock(server_home(workspace) / "runner.lock", "the runner's")
+    with ExitStack() as stack:
+        try:
+            who = f"finetune serve (process {os.getpid()})"
+            stack.enter_context(held([lock], who, stop=impatient, on_wait=lambda told: None))
+        except Stopped:
+            raise Wrong(f"{lock.file.read_text() or 'another runner'} serves the workspace {workspace} already") from None
+        yield
 
 
 def _run(configs: list[Path], workspace: str | None, server: Server, home: Path) -> int:
@@ -99,10 +95,10 @@ def _run(configs: list[Path], workspace: str | None, server: Server, home: Path)
     asked = deployments(configs, workspace)
     places = {Path(each.parameters["config"]["workspace"]) for each in asked if "config" in each.parameters}
     workspaces = sorted({home, *(place.expanduser().resolve() for place in places)})
-    logs_to_file(home / "prefect" / "runner.log")
+    logs_to_file(server_home(home) / "runner.log")
 
     def on_ready() -> None:
-        stack.enter_context(_held(home / "prefect" / "runner.ready"))  # who wants to know whether we serve tries it
+        stack.enter_context(locked(server_home(home) / "runner.ready"))  # who wants to know whether we serve tries it
         width = max(len(each.full_name) for each in asked)
         print(f"Prefect UI   {server.page}")
         print(f"workspace    {home}\n")

@@ -10,29 +10,29 @@ import socket
 import threading
 import urllib.parse
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from docker.errors import APIError
-from requests import RequestException
-
-from flows.launch.docker_checks import Image, check_gpus, check_settings, find_image, gpus_of, look_around, start_problem
+from flows.launch.choose import gpus_of
+from flows.launch.docker_checks import Image, check_engine, check_settings, look_around, processes_on
 from flows.launch.docker_container import Container
 from flows.launch.docker_engine import NotReady, connected, default_host
 from flows.launch.docker_group import Group, Member
 from flows.launch.docker_leftovers import labels, remove_leftovers
-from flows.launch.docker_mounts import binds_of
-from flows.launch.docker_request import GPU_STAGES, HUB_NETWORK, LABEL, Ask, Place, container_name, request
-from flows.launch.environment import HUB_STAGES, hub_environment
+from flows.launch.docker_mounts import Bind, binds_of, hidden_of, make_folders
+from flows.launch.docker_refusals import ENGINE_ERRORS, refusals_told
+from flows.launch.docker_request import HUB_NETWORK, LABEL, Ask, Place, container_name, request
+from flows.launch.environment import hub_environment
 from flows.launch.listener import Listener, explain, last_lines, not_started, open_log
 from flows.launch.output import Redactor
 from flows.launch.process import grace_of
-from flows.launch.protocol import Progress, Reason, StageFailed, StageJob
+from flows.launch.protocol import Caller, Reason, StageFailed, StageJob
+from flows.records.locks import Stopped
 from stages.contracts import words
 from stages.contracts.config import PipelineConfig
-from stages.contracts.launch_settings import PORT, Gpus
+from stages.contracts.launch_settings import GPU_STAGES, PORT, Gpus
 from stages.contracts.process import JOIN, ExitCode
 from stages.contracts.specs import SPECS, Spec
 
@@ -61,77 +61,71 @@ class DockerLauncher:
         """The stage's command line in the container."""
         return ["python", "-P", "-m", f"stages.{job.stage}", str(job.spec_file)]
 
-    def run(
-        self,
-        job: StageJob,
-        *,
-        on_line: Callable[[str], None],
-        on_progress: Callable[[Progress], None],
-        stop: threading.Event,
-    ) -> None:
+    def run(self, job: StageJob, caller: Caller) -> None:
         """See `Launcher.run`."""
-        if stop.is_set():
-            raise not_started(job)
         spec = SPECS[job.node].model_validate_json(job.spec_file.read_bytes())
         hosts = self.settings.hosts or (default_host(),)
         hosts = hosts if job.stage == "train" else hosts[:1]
         grace = self.grace if self.grace is not None else grace_of(job.stage)
         with contextlib.ExitStack() as stack:
             try:
-                engines = self._engines(job, spec, hosts, stack, on_line)
+                engines = self._engines(job, spec, hosts, stack, caller)
                 places = stack.enter_context(self._places(job, spec, engines))
             except NotReady as error:
                 raise _refused(job, error) from None
+            except Stopped:
+                raise not_started(job) from None
             log = stack.enter_context(open_log(job.log_file))
             group = stack.enter_context(Group(grace))
             redact = Redactor.of(os.environ)
 
             def start(number: int) -> None:
                 prefix = f"[node {number}] " if len(engines) > 1 else ""
-                listener = Listener(log, redact, on_line=on_line, on_progress=on_progress, prefix=prefix)
+                listener = Listener(log, redact, caller, prefix)
                 container = self._started(job, spec, engines[number], places[number], grace)
                 group.add(container, listener, engines[number].host)
                 container.hold(job.holds)
 
             def on_event(member: Member, event: dict[str, Any]) -> None:
-                if event["event"] == JOIN and len(group.members) == 1:  # the first is where its workers begin
+                if event["event"] == JOIN and len(group.members) == 1:  # the first of several is where its workers begin
                     for number in range(1, len(engines)):
                         start(number)
 
             start(0)
-            group.listen(stop, on_event)
+            group.listen(caller.stop, on_event)
         if (failed := group.failed()) is not None:
             raise self._failure(job, group, failed)
 
     def _engines(
-        self, job: StageJob, spec: Spec, hosts: Sequence[str], stack: contextlib.ExitStack, say: Callable[[str], None]
+        self, job: StageJob, spec: Spec, hosts: Sequence[str], stack: contextlib.ExitStack, caller: Caller
     ) -> list[Engine]:
         """The engines, looked at once in the life of this launcher.
 
         Raises:
             NotReady: one of them cannot run our containers.
+            Stopped: the run was stopped.
         """
-        gpus = gpus_of(self.settings, os.environ)
         check_settings(self.config, os.environ)
         clients = {host: stack.enter_context(connected(host)) for host in dict.fromkeys(hosts)}
-        engines = [Engine(host, clients[host], find_image(clients[host], host, self.settings, gpus)) for host in hosts]
+        engines = [Engine(host, clients[host], check_engine(clients[host], host, self.settings, os.environ)) for host in hosts]
         with self._looking:
             for engine in engines:
+                if caller.stop.is_set():
+                    raise Stopped
                 if engine.host not in self._looked_at:
-                    self._look_at(engine, job, spec, gpus, say)
+                    self._look_at(engine, job, spec, caller)
                     self._looked_at.add(engine.host)
         return engines
 
-    def _look_at(self, engine: Engine, job: StageJob, spec: Spec, gpus: Gpus, say: Callable[[str], None]) -> None:
-        check_gpus(engine.client, engine.host, gpus)
+    def _look_at(self, engine: Engine, job: StageJob, spec: Spec, caller: Caller) -> None:
         workspace = Path(spec.workspace)
-        remove_leftovers(engine.client, workspace, self.attempt, job.run, say)
-        ask = Ask(
-            image=engine.image.id, name="", command=[], binds=binds_of(spec, os.environ), gpus=gpus,
-            labels=self._labels(job, spec, 0.0),
+        remove_leftovers(
+            engine.client, engine.host, workspace, attempt=self.attempt, run=job.run, stop=caller.stop, say=caller.on_line
+        )
+        look_around(
+            engine.client, engine.host, self.settings, engine.image, _binds(spec), self._labels(job, spec, 0.0),
+            workspace=workspace, processes=processes_on(self.config, engine.host),
         )  # fmt: skip
-        processes = self.config.layout.world_size // (len(self.settings.hosts) or 1)
-        look_around(engine.client, engine.host, ask, self.settings, workspace=workspace, processes=processes)
 
     def _labels(self, job: StageJob, spec: Spec, grace: float) -> dict[str, str]:
         return labels(workspace=Path(spec.workspace), run=job.run, node=job.node, attempt=self.attempt, grace=grace)
@@ -140,22 +134,27 @@ class DockerLauncher:
     def _places(self, job: StageJob, spec: Spec, engines: Sequence[Engine]) -> Iterator[list[Place]]:
         """Where each container stands. Several on one engine get a network of their own, on several that of their machines."""
         if len(engines) == 1:
-            yield [Place(network=HUB_NETWORK if job.stage in HUB_STAGES else "none")]
+            yield [Place(network=HUB_NETWORK if job.talks_to_hub else "none")]
             return
         count, first = len(engines), engines[0]
-        if len({engine.client.info()["ID"] for engine in engines}) > 1:
+        ids = set()
+        for engine in engines:
+            with refusals_told(engine.host):
+                ids.add(engine.client.info()["ID"])
+        if len(ids) > 1:
             name = self.settings.rendezvous or _machine(first.host)
             meeting = name if ":" in name else f"{name}:{PORT}"
             yield [Place(node, count, meeting, network="host") for node in range(count)]
             return
-        network = first.client.networks.create(
-            container_name(job.run, job.node, self.attempt), driver="bridge", internal=True,
-            labels={LABEL + name: value for name, value in self._labels(job, spec, 0.0).items()},
-        )  # fmt: skip
+        with refusals_told(first.host):
+            network = first.client.networks.create(
+                container_name(job.run, job.node, self.attempt), driver="bridge", internal=True,
+                labels={LABEL + name: value for name, value in self._labels(job, spec, 0.0).items()},
+            )  # fmt: skip
         try:
             yield [Place(node, count, f"node-0:{PORT}", network.name, f"node-{node}") for node in range(count)]
         finally:
-            with contextlib.suppress(APIError, RequestException):
+            with contextlib.suppress(*ENGINE_ERRORS):  # the next start removes it
                 network.remove()
 
     def _started(self, job: StageJob, spec: Spec, engine: Engine, place: Place, grace: float) -> Container:
@@ -166,11 +165,10 @@ class DockerLauncher:
         """
         try:
             asked = self.request(job, spec, engine.image, place, grace)
-            return Container(engine.client, asked, hub_environment(job.stage, os.environ))
+            with refusals_told(engine.host):
+                return Container(engine.client, asked, hub_environment(os.environ) if job.talks_to_hub else {})
         except NotReady as error:
             raise _refused(job, error) from None
-        except (APIError, RequestException) as error:
-            raise _refused(job, start_problem(error, engine.host, self.settings)) from None
 
     def request(self, job: StageJob, spec: Spec, image: Image, place: Place, grace: float) -> dict[str, Any]:
         """What the engine is asked for."""
@@ -179,7 +177,8 @@ class DockerLauncher:
             image=image.id,
             name=container_name(job.run, job.node, self.attempt, place.node),
             command=shim,
-            binds=binds_of(spec, os.environ),
+            binds=_binds(spec),
+            hidden=hidden_of(Path(spec.workspace)),
             labels=self._labels(job, spec, grace),
             gpus=gpus_of(self.settings, os.environ) if job.stage in GPU_STAGES else Gpus(),
             place=place,
@@ -206,10 +205,14 @@ class DockerLauncher:
             more = heard.told or last_lines(list(heard.tail))
             mend = "Raise launch.memory" if limit else "Lower what it needs"
             return "out of memory", f"the kernel killed it, out of memory{limit}. {mend}. {more}"
-        if ending.code == 137 and not stopped:
-            told = "killed (SIGKILL) from outside: docker kill, or the kernel, where the machine is out of memory"
-            return "killed", f"{told}. {last_lines(list(heard.tail))}"
         return explain(ending.code, heard.told, list(heard.tail), stopped=stopped)
+
+
+def _binds(spec: Spec) -> list[Bind]:
+    """What a container of a stage sees, which is there then."""
+    binds = binds_of(spec, os.environ)
+    make_folders(binds)
+    return binds
 
 
 def _refused(job: StageJob, why: object) -> StageFailed:

@@ -7,60 +7,35 @@ import shlex
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from docker.errors import APIError, ImageNotFound
-from requests import RequestException
+from docker.errors import ImageNotFound
 
+from flows.launch.choose import gpus_of
 from flows.launch.docker_container import Container
 from flows.launch.docker_engine import HERE, NotReady, Problem, connected, default_host
-from flows.launch.docker_mounts import check_places
+from flows.launch.docker_leftovers import PROBE_SECONDS
+from flows.launch.docker_mounts import Bind, check_places
+from flows.launch.docker_refusals import TOOLKIT, refusals_told
 from flows.launch.docker_request import Ask, container_name, request
 from flows.launch.probe import code_digest
 from stages.contracts import words
 from stages.contracts.config import PipelineConfig
-from stages.contracts.launch_settings import CPU_IMAGE, GPU_IMAGE, Gpus, LaunchSettings, machine_has_gpus
+from stages.contracts.launch_settings import CPU_IMAGE, GPU_IMAGE, LaunchSettings
 
 NCCL_SHM = 1_000_000_000  # bytes: less has failed trainings of several GPUs
 OURS = {CPU_IMAGE: "make image-cpu", GPU_IMAGE: "make image-gpu"}
-TOOLKIT = (
-    "sudo apt-get install nvidia-container-toolkit && sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl "
-    "restart docker (docs.nvidia.com/datacenter/cloud-native/container-toolkit)"
-)
 
 
 @dataclass(frozen=True)
 class Image:
     """An image that the engine has."""
 
+    name: str
     id: str
     digest: str  # what artifacts record: of the registry it came from, else its id
-
-
-def gpus_of(settings: LaunchSettings, ours: Mapping[str, str]) -> Gpus:
-    """The GPUs of each machine that containers get."""
-    return settings.wanted_gpus(visible=ours.get("CUDA_VISIBLE_DEVICES"), has_gpus=machine_has_gpus())
-
-
-def find_image(client: Any, host: str, settings: LaunchSettings, gpus: Gpus) -> Image:
-    """The image of the stages.
-
-    Raises:
-        NotReady: the engine does not have it.
-    """
-    name = settings.image or (GPU_IMAGE if gpus.known != 0 else CPU_IMAGE)
-    try:
-        image = client.images.get(name)
-    except ImageNotFound:
-        at = "" if host in (HERE, default_host()) else f" -H {shlex.quote(host)}"
-        mend = OURS.get(name, f"docker{at} pull {shlex.quote(name)}")
-        if at and name in OURS:
-            mend = f"docker save {name} | docker{at} load (after {OURS[name]} here)"
-        raise NotReady(Problem(f"the Docker engine at {host} has no image {name}", mend)) from None
-    digests = image.attrs.get("RepoDigests") or [image.id]
-    return Image(image.id, str(digests[0]))
 
 
 def check_settings(config: PipelineConfig, ours: Mapping[str, str]) -> None:
@@ -71,16 +46,27 @@ def check_settings(config: PipelineConfig, ours: Mapping[str, str]) -> None:
     """
     check_places(config)
     settings, gpus = config.launch, gpus_of(config.launch, ours)
-    processes = config.layout.world_size // (len(settings.hosts) or 1)
-    if gpus.known and gpus.known < processes:
+    processes = processes_on(config, settings.hosts[0] if settings.hosts else "")
+    if gpus.known:
+        _check_number(gpus.known, processes, f"launch.gpus={settings.gpus} gives them")
+    if gpus.known != 0 and processes > 1 and settings.ipc == "private" and settings.shm_size < NCCL_SHM:
+        raise NotReady(_too_little_shm(f"launch.shm_size={words.size(settings.shm_size)}"))
+
+
+def processes_on(config: PipelineConfig, host: str) -> int:
+    """The most processes that compute at the same time on an engine's machine: verify's are all on the first."""
+    is_first = not config.launch.hosts or host == config.launch.hosts[0]
+    return max(config.processes_per_machine, config.layout.tp * config.layout.pp if is_first else 0)
+
+
+def _check_number(gpus: int, processes: int, why: str) -> None:
+    if gpus < processes:
         raise NotReady(
             Problem(
-                f"layout has {processes} processes a machine, and launch.gpus={settings.gpus} gives them {gpus.known} GPUs",
+                f"layout has {processes} processes on one machine (on the first, verify's tp × pp), and {why} {gpus} GPUs",
                 "set launch.gpus to all or to a larger number, or lower layout.dp, tp or pp",
             )
         )
-    if gpus.known != 0 and processes > 1 and settings.ipc == "private" and settings.shm_size < NCCL_SHM:
-        raise NotReady(_too_little_shm(f"launch.shm_size={words.size(settings.shm_size)}"))
 
 
 def _too_little_shm(what: str) -> Problem:
@@ -90,22 +76,6 @@ def _too_little_shm(what: str) -> Problem:
     )
 
 
-def check_gpus(client: Any, host: str, gpus: Gpus) -> None:
-    """Whether the engine can give GPUs to containers. Where that is not sure, the first container tells.
-
-    Raises:
-        NotReady: NVIDIA's part of it is not there.
-    """
-    if gpus.known == 0:
-        return
-    info = client.info()
-    may_have = "nvidia" in (info.get("Runtimes") or {}) or bool(info.get("CDISpecDirs"))
-    if not may_have and host.startswith("unix://") and shutil.which("nvidia-container-runtime-hook") is None:
-        raise NotReady(
-            Problem(f"the Docker engine at {host} cannot give GPUs to containers: NVIDIA's runtime is missing", TOOLKIT)
-        )
-
-
 def check_engines(config: PipelineConfig, ours: Mapping[str, str]) -> None:
     """All that can be seen without starting a container.
 
@@ -113,21 +83,70 @@ def check_engines(config: PipelineConfig, ours: Mapping[str, str]) -> None:
         NotReady: what is in the way first.
     """
     check_settings(config, ours)
-    gpus = gpus_of(config.launch, ours)
     for host in dict.fromkeys(config.launch.hosts or (default_host(),)):
         with connected(host) as client:
-            check_gpus(client, host, gpus)
-            find_image(client, host, config.launch, gpus)
+            check_engine(client, host, config.launch, ours)
 
 
-def look_around(client: Any, host: str, ask: Ask, settings: LaunchSettings, *, workspace: Path, processes: int) -> None:
-    """Run a container as a stage's would be, and compare what it sees with what is here.
+def check_engine(client: Any, host: str, settings: LaunchSettings, ours: Mapping[str, str]) -> Image:
+    """What an engine has: GPUs, if containers are to get some, and the image of the stages.
 
     Raises:
-        NotReady: it does not start, does not see the workspace, may not write to it, or holds other code than ours.
+        NotReady: NVIDIA's part of it is not there, or it does not have the image.
     """
+    wants_gpus = gpus_of(settings, ours).known != 0
+    name = settings.image or (GPU_IMAGE if wants_gpus else CPU_IMAGE)
+    with refusals_told(host):
+        if wants_gpus:
+            _check_nvidia(client.info(), host)
+        try:
+            image = client.images.get(name)
+        except ImageNotFound:
+            mend = _build(name, host) or f"docker{_at(host)} pull {shlex.quote(name)}"
+            raise NotReady(Problem(f"the Docker engine at {host} has no image {name}", mend)) from None
+    return Image(name, image.id, str((image.attrs.get("RepoDigests") or [image.id])[0]))
+
+
+def _check_nvidia(info: dict[str, Any], host: str) -> None:
+    """Where it is not sure, the first container tells."""
+    may_have = "nvidia" in (info.get("Runtimes") or {}) or bool(info.get("CDISpecDirs"))
+    if not may_have and host.startswith("unix://") and shutil.which("nvidia-container-runtime-hook") is None:
+        raise NotReady(
+            Problem(f"the Docker engine at {host} cannot give GPUs to containers: NVIDIA's runtime is missing", TOOLKIT)
+        )
+
+
+def _at(host: str) -> str:
+    """The option of the docker command that leads to an engine."""
+    return "" if host in (HERE, default_host()) else f" -H {shlex.quote(host)}"
+
+
+def _build(name: str, host: str) -> str | None:
+    """How to get an image of ours to an engine."""
+    if name in OURS and _at(host):
+        return f"docker save {name} | docker{_at(host)} load (after {OURS[name]} here)"
+    return OURS.get(name)
+
+
+def look_around(
+    client: Any, host: str, settings: LaunchSettings, image: Image, binds: list[Bind], labels: dict[str, str], *,
+    workspace: Path, processes: int,
+) -> None:  # fmt: skip
+    """Run a container as a stage's would be, and compare what it sees with what is here.
+
+    Args:
+        processes: that compute at the same time on that machine.
+
+    Raises:
+        NotReady: it does not start, does not see the workspace, may not write to it, has too little, or holds other code.
+    """
+    gpus = gpus_of(settings, os.environ)
     with _marker(workspace) as marker:
-        seen = _probe(client, host, ask, settings, workspace, marker)
+        ask = Ask(
+            image=image.id, name=container_name("finetune", "probe", marker.removeprefix(".seen-")),
+            command=["flows.launch.probe", str(workspace), marker], binds=binds, labels=labels, gpus=gpus,
+        )  # fmt: skip
+        seen = _seen(client, host, image, request(ask, settings, os.environ))
     if not seen["is_visible"]:
         raise NotReady(
             Problem(
@@ -144,15 +163,17 @@ def look_around(client: Any, host: str, ask: Ask, settings: LaunchSettings, *, w
             )
         )
     if seen["code"] != code_digest():
-        raise NotReady(_other_code(host, settings, ask))
-    if ask.gpus.known != 0 and processes > 1 and seen["shm_size"] < NCCL_SHM:
+        raise NotReady(_other_code(image, host))
+    if gpus.known != 0 and seen["gpus"] is not None:
+        _check_number(seen["gpus"], processes, f"that of {host} has")
+    if gpus.known != 0 and processes > 1 and seen["shm_size"] < NCCL_SHM:
         raise NotReady(_too_little_shm(f"{words.size(seen['shm_size'])} at {host}"))
 
 
-def _other_code(host: str, settings: LaunchSettings, ask: Ask) -> Problem:
-    name = settings.image or (GPU_IMAGE if ask.gpus.known != 0 else CPU_IMAGE)
-    mend = OURS.get(name, f"build it anew from this version of megatron-flows: docker build -t {shlex.quote(name)} …")
-    return Problem(f"image {name} (at {host}) holds another version of megatron-flows than this one", mend)
+def _other_code(image: Image, host: str) -> Problem:
+    rebuild = f"build it anew from this version of megatron-flows: docker build -t {shlex.quote(image.name)} …"
+    mend = _build(image.name, host) or rebuild
+    return Problem(f"image {image.name} (at {host}) holds another version of megatron-flows than this one", mend)
 
 
 @contextlib.contextmanager
@@ -171,44 +192,19 @@ def _marker(workspace: Path) -> Iterator[str]:
                 folder.rmdir()
 
 
-def _probe(client: Any, host: str, ask: Ask, settings: LaunchSettings, workspace: Path, marker: str) -> dict[str, Any]:
-    ask = replace(
-        ask, name=container_name("finetune", "probe", marker.removeprefix(".seen-")),
-        command=["flows.launch.probe", str(workspace), marker],
-    )  # fmt: skip
-    try:
-        container = Container(client, request(ask, settings, os.environ), {})
-    except (APIError, RequestException) as error:
-        raise NotReady(start_problem(error, host, settings)) from None
+def _seen(client: Any, host: str, image: Image, asked: dict[str, Any]) -> dict[str, Any]:
+    """What a probe says."""
+    with refusals_told(host):
+        container = Container(client, asked, {})
     try:
         said = list(container.lines())
-        ending = container.ended(30)
+        ending = container.ended(PROBE_SECONDS)
     finally:
         container.remove()
     if ending.code or not said:
         if any("No module named" in line for line in said):
-            raise NotReady(_other_code(host, settings, ask))
-        raise NotReady(Problem(f"a container of {ask.image} at {host} fails: {' '.join(said[-1:])}", "look at launch.image"))
+            raise NotReady(_other_code(image, host))
+        told = ending.lost or " ".join(said[-1:]) or f"it printed nothing, and its exit code is {ending.code}"
+        raise NotReady(Problem(f"a container of {image.name} at {host} fails: {told}", "look at launch.image"))
     seen: dict[str, Any] = json.loads(said[-1])
     return seen
-
-
-def start_problem(error: Exception, host: str, settings: LaunchSettings) -> Problem:
-    """Why an engine did not start a container, in a person's words."""
-    told = str(getattr(error, "explanation", None) or error)
-    if "could not select device driver" in told or "nvidia-container-cli" in told:
-        return Problem(
-            f"the Docker engine at {host} cannot give containers these GPUs (launch.gpus={settings.gpus}): {told}", TOOLKIT
-        )
-    if "rlimit" in told:
-        return Problem(
-            f"the Docker engine at {host} may not set launch.ulimits: {told}",
-            "set launch.ulimits: {} for the engine's own, or to lower ones",
-        )
-    if "bind source path does not exist" in told:
-        return Problem(
-            f"the machine of the Docker engine at {host} lacks a folder: {told}", "make it available there at the same path"
-        )
-    if "executable file not found" in told:
-        return Problem(f"the image is none of ours: {told}", "set launch.image to one that make image-cpu or image-gpu built")
-    return Problem(f"the Docker engine at {host} does not start a container: {told}", "docker info, and the engine's log")

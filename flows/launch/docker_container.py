@@ -7,6 +7,7 @@ is the part of the environment that must not be in the container's configuration
 
 import contextlib
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -16,14 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from docker.errors import APIError, DockerException, NotFound
+from docker.errors import NotFound
 from requests import RequestException
 
+from flows.launch.docker_refusals import ENGINE_ERRORS
 from flows.launch.output import LineSplitter
 
 HEADER = 8  # bytes before each piece of output: the stream, 0, 0, 0, the piece's length
 HOLD = Path(__file__).with_name("hold.py")
-ENGINE_ERRORS = (DockerException, RequestException, OSError)
+END_SECONDS = 10.0  # between the last output and the end
+# Seconds of silence before the kernel asks whether the other side is there, between two such questions; how often it asks.
+ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Container:
         """Create and start.
 
         Raises:
-            docker.errors.APIError, requests.RequestException: the engine refuses; nothing is left of it.
+            ENGINE_ERRORS: the engine refuses; nothing is left of it.
         """
         self.name = str(request["name"])
         self._api = client.api
@@ -59,11 +63,16 @@ class Container:
         params = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
         self._reader = self._api.attach_socket(self._id, params)  # kept: it closes when it is collected
         connection = getattr(self._reader, "_sock", self._reader)
-        connection.settimeout(None)
+        connection.settimeout(None)  # a stage may be silent for hours
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in ALIVE.items():
+                if hasattr(socket, name):  # macOS has not all of them
+                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         return connection
 
     def lines(self) -> Iterator[str]:
-        """The output, both streams of it, until it ends or the engine is gone."""
+        """The output, both streams of it, until it ends or the connection breaks."""
         splitter, data = LineSplitter(), bytearray()
         while True:
             with contextlib.suppress(OSError):
@@ -84,8 +93,8 @@ class Container:
 
     def hold(self, descriptors: tuple[int, ...]) -> None:
         """Keep files of ours open until it has ended, whatever becomes of us; where it runs on this machine."""
-        pid = int(self._api.inspect_container(self._id)["State"]["Pid"])
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(*ENGINE_ERRORS):  # it has ended, or its end tells what is wrong
+            pid = int(self._api.inspect_container(self._id)["State"]["Pid"])
             if descriptors and self._id in Path(f"/proc/{pid}/cgroup").read_text():
                 command = [sys.executable, "-I", "-S", str(HOLD), str(pid)]
                 process = subprocess.Popen(
@@ -103,24 +112,38 @@ class Container:
         self._signal("SIGKILL")
 
     def _signal(self, name: str) -> None:
-        with contextlib.suppress(APIError):  # it has ended already
+        with contextlib.suppress(*ENGINE_ERRORS):  # it has ended already; or the engine is gone, and ends it by itself
             self._api.kill(self._id, name)
 
-    def ended(self, patience: float) -> Ending:
-        """How it ended, once its output has. Where it does not end within `patience` seconds, it is killed."""
+    def ended(self, grace: float) -> Ending:
+        """How it ended, once its output has.
+
+        Where only our connection to it broke, the engine closes its input, and the shim in it ends the stage. After `grace`
+        seconds it is killed.
+        """
         try:
-            with contextlib.suppress(RequestException):  # that long
-                self._api.wait(self._id, timeout=patience)
-            state = self._api.inspect_container(self._id)["State"]
-            if state["Running"]:
-                self.kill()
-                self._api.wait(self._id, timeout=patience)
-                state = self._api.inspect_container(self._id)["State"]
-            return Ending(int(state["ExitCode"]), bool(state["OOMKilled"]))
+            if (state := self._state_after(END_SECONDS))["Running"]:
+                lost = "the connection to its container broke"
+                if (state := self._state_after(grace + END_SECONDS))["Running"]:
+                    self.kill()
+                    state = self._state_after(END_SECONDS)
+            else:
+                lost = ""
+            return Ending(int(state["ExitCode"]), bool(state["OOMKilled"]), lost)
         except NotFound:
             return Ending(1, lost=f"its container {self.name} was removed from outside")
         except ENGINE_ERRORS as error:
             return Ending(1, lost=f"the Docker engine is gone: {error}")
+
+    def _state_after(self, seconds: float) -> dict[str, Any]:
+        """Its state, once it has ended, or after so long."""
+        give_up = time.monotonic() + seconds
+        while True:
+            with contextlib.suppress(RequestException):  # that long; or this connection broke, too
+                self._api.wait(self._id, timeout=max(0.1, give_up - time.monotonic()))
+            state: dict[str, Any] = self._api.inspect_container(self._id)["State"]
+            if not state["Running"] or time.monotonic() > give_up:
+                return state
 
     def remove(self) -> None:
         """End it, and forget it."""
@@ -128,13 +151,3 @@ class Container:
             self._api.remove_container(self._id, force=True, v=True)
         with contextlib.suppress(AttributeError, OSError):
             self._socket.close()
-
-
-def wait_until_ended(container: Any, seconds: float) -> None:
-    """Until a container of an earlier run has ended, at most so long."""
-    give_up = time.monotonic() + seconds
-    while time.monotonic() < give_up:
-        container.reload()
-        if container.status != "running":
-            return
-        time.sleep(0.2)  # the engine's own `wait` cannot be told from a lost connection when its time is over

@@ -143,19 +143,23 @@ def _certificates(host: str) -> Any:
     return TLSConfig(client_cert=(cert, key), ca_cert=ca, verify=True)
 
 
+def ssh_machine(host: str) -> list[str]:
+    """What the ssh command is told of the machine of an engine."""
+    parts = urllib.parse.urlsplit(host)
+    machine = f"{parts.username}@{parts.hostname}" if parts.username else str(parts.hostname)
+    return [*(["-p", str(parts.port)] if parts.port else []), machine]
+
+
 @contextlib.contextmanager
 def _forwarded(host: str) -> Iterator[Path]:
     """A socket of this machine that leads to the engine's on another one, for as long as this lasts."""
-    parts = urllib.parse.urlsplit(host)
-    machine = f"{parts.username}@{parts.hostname}" if parts.username else str(parts.hostname)
-    port = ["-p", str(parts.port)] if parts.port else []
-    remote = parts.path if len(parts.path) > 1 else HERE.removeprefix("unix://")
-    check = f"ssh {' '.join([*port, machine])} docker version"
+    machine, path = ssh_machine(host), urllib.parse.urlsplit(host).path
+    remote = path if len(path) > 1 else HERE.removeprefix("unix://")
     with tempfile.TemporaryDirectory(prefix="finetune-ssh-") as folder:
         here, said = Path(folder) / "docker.sock", Path(folder) / "said"
         command = [
             "ssh", "-N", "-T", "-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes", "-o", "ServerAliveInterval=15",
-            "-o", "ServerAliveCountMax=4", *port, "-L", f"{here}:{remote}", machine,
+            "-o", "ServerAliveCountMax=4", "-L", f"{here}:{remote}", *machine,
         ]  # fmt: skip
         with said.open("wb") as errors:
             process = subprocess.Popen(
@@ -166,7 +170,12 @@ def _forwarded(host: str) -> Iterator[Path]:
             while not here.exists():
                 if process.poll() is not None or time.monotonic() > give_up:
                     words = said.read_text(errors="replace").strip().splitlines() or ["ssh does not get there"]
-                    raise NotReady(Problem(f"{host}: {words[-1]}", f"{check} must work without asking for a password"))
+                    raise NotReady(
+                        Problem(
+                            f"{host}: {words[-1]}",
+                            f"ssh {' '.join(machine)} docker version must work without asking for a password",
+                        )
+                    )
                 time.sleep(0.05)  # ssh gives no sign when it forwards: its socket is there
             yield here
         finally:

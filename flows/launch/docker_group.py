@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from flows.launch.docker_container import Container, Ending
+from flows.launch.docker_container import END_SECONDS, Container, Ending
 from flows.launch.listener import Listener
 from stages.contracts.process import ExitCode
 
 MOST_WAITING = 1000  # lines that are read and not yet passed on: beyond them the containers wait
 COMPANY_SECONDS = 30.0  # that the others have to end in, when one has failed, or the first is done
-END_SECONDS = 10.0  # between the last output and the end
 
 
 @dataclass
@@ -38,7 +37,7 @@ class Group:
         self.members: list[Member] = []
         self.is_stopped = False  # by us, because the run was stopped
         self._grace = grace
-        self._lines: queue.Queue[tuple[Member, str | None]] = queue.Queue(MOST_WAITING)
+        self._lines: queue.Queue[tuple[Member, str | Ending]] = queue.Queue(MOST_WAITING)
         self._give_up = float("inf")
 
     def __enter__(self) -> Self:
@@ -62,7 +61,7 @@ class Group:
     def _read(self, member: Member) -> None:
         for line in member.container.lines():
             self._lines.put((member, line))
-        self._lines.put((member, None))
+        self._lines.put((member, member.container.ended(self._grace)))
 
     def listen(self, stop: threading.Event, on_event: Callable[[Member, dict[str, Any]], None]) -> None:
         """Pass on the output until every container has ended. `on_event` gets the events in it."""
@@ -84,10 +83,10 @@ class Group:
                 member, line = self._lines.get(timeout=0.2)
             except queue.Empty:
                 continue
-            if line is not None:
+            if isinstance(line, str):
                 take(member, line)
                 continue
-            member.ending, member.ended_at = member.container.ended(END_SECONDS), time.monotonic()
+            member.ending, member.ended_at = line, time.monotonic()
             if member.ending.code != ExitCode.OK or member is self.members[0]:
                 self._end_all(COMPANY_SECONDS, ask=member.ending.code != ExitCode.OK)
 

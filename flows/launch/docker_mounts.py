@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.launch.docker_engine import NotReady, Problem
+from flows.records.server_home import server_home
 from stages.contracts import publishing
 from stages.contracts.config import ModelSettings, PipelineConfig, PushSettings
 from stages.contracts.data_settings import DataSettings
-from stages.contracts.sources import expand, is_glob
+from stages.contracts.sources import expand, is_glob, is_local
 from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec, PushSpec, Spec
 
 # What an image has, or Docker puts, at these paths: a mount at one of them, or above, would hide it.
@@ -66,13 +67,26 @@ def binds_of(spec: Spec, ours: Mapping[str, str]) -> list[Bind]:
     if isinstance(spec, PushSpec) and spec.settings.to == "folder":
         folder = _push_folder(spec.settings)
         check_place(folder, PUSH_FOLDER)
-        folder.mkdir(parents=True, exist_ok=True)
         wanted.append(Bind(folder, folder, is_writable=True))
-    if spec.STAGE in ("download", "push"):
+    if spec.talks_to_hub:
         wanted += [Bind(path, path) for path in _certificates(ours)]
-    if spec.STAGE == "download":
+    if spec.talks_to_hub and spec.STAGE == "download":
         wanted += _caches(ours)
     return _without_doubles(wanted)
+
+
+def make_folders(binds: list[Bind]) -> None:
+    """Make what is written to, as processes would."""
+    for bind in binds:
+        if bind.is_writable:
+            bind.source.mkdir(parents=True, exist_ok=True)
+
+
+def hidden_of(workspace: Path) -> list[Path]:
+    """What no stage sees of its workspace. It is made where it is not there: else the engine would, as root."""
+    home = server_home(workspace)
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return [home]
 
 
 def check_place(path: Path, key: str) -> None:
@@ -97,9 +111,8 @@ def _sources(spec: Spec) -> Iterator[tuple[str, Path]]:
 
 
 def _of_model(model: ModelSettings) -> Iterator[tuple[str, Path]]:
-    path = _absolute(model.source)
-    if path.exists():  # else it is on the Hub
-        yield "model.source", path
+    if is_local(model.source):
+        yield "model.source", _absolute(model.source)
 
 
 def _of_data(data: DataSettings) -> Iterator[tuple[str, Path]]:
@@ -151,8 +164,14 @@ def _way(path: Path) -> Iterator[Path]:
 
 
 def _certificates(ours: Mapping[str, str]) -> list[Path]:
-    paths = {_absolute(ours[name]) for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE") if ours.get(name)}
-    return sorted(path for path in paths if path.is_file())
+    """The files and folders of the Hub's clients, and where links in them lead."""
+    found: set[Path] = set()
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"):
+        for path in map(_absolute, filter(None, ours.get(name, "").split(os.pathsep))):
+            if path.exists():
+                check_place(path, name)
+                found |= {path, *_led_to(path)}
+    return sorted(found)
 
 
 def _caches(ours: Mapping[str, str]) -> list[Bind]:
@@ -160,9 +179,7 @@ def _caches(ours: Mapping[str, str]) -> list[Bind]:
     home = Path(ours.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     binds = []
     for name, variable in (("hub", "HF_HUB_CACHE"), ("datasets", "HF_DATASETS_CACHE")):
-        folder = _absolute(ours.get(variable) or home / name)
-        folder.mkdir(parents=True, exist_ok=True)
-        binds.append(Bind(folder, CACHES / name, is_writable=True))
+        binds.append(Bind(_absolute(ours.get(variable) or home / name), CACHES / name, is_writable=True))
     return binds
 
 

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from docker.types import DeviceRequest, LogConfig, Mount, Ulimit
+from docker.types import DeviceRequest, EndpointConfig, LogConfig, Mount, Ulimit
 
 from flows.launch.docker_mounts import CACHES, OWN, Bind
 from flows.launch.environment import container_environment
 from stages.contracts.launch_settings import Gpus, LaunchSettings
 
-GPU_STAGES = frozenset({"verify", "train", "export"})  # the others do not compute
 HUB_NETWORK = "bridge"  # Docker's usual one, with a way out
 GPU_ULIMITS = {"memlock": -1, "stack": 64 << 20}  # as NVIDIA advises
 
@@ -49,7 +48,7 @@ class Ask:
     gpus: Gpus = field(default_factory=Gpus)
     place: Place = field(default_factory=Place)
     environment: dict[str, str] = field(default_factory=dict)
-    entrypoint: list[str] = field(default_factory=lambda: ["python", "-P", "-m"])
+    hidden: list[Path] = field(default_factory=list)  # of what the binds show
 
 
 def request(ask: Ask, settings: LaunchSettings, ours: Mapping[str, str]) -> dict[str, Any]:
@@ -61,11 +60,11 @@ def request(ask: Ask, settings: LaunchSettings, ours: Mapping[str, str]) -> dict
     Args:
         ours: our environment, of which a part is passed on.
     """
-    home = _home(ours, ask.binds)
+    home = _home(ours)
     wanted: dict[str, Any] = {
         "image": ask.image,
         "name": ask.name,
-        "entrypoint": ask.entrypoint,
+        "entrypoint": ["python", "-P", "-m"],
         "command": ask.command,
         "labels": {LABEL + name: value for name, value in ask.labels.items()},
         "environment": container_environment(ours) | _folders(home, ask.binds) | ask.place.environment() | ask.environment,
@@ -73,7 +72,8 @@ def request(ask: Ask, settings: LaunchSettings, ours: Mapping[str, str]) -> dict
         "group_add": [str(group) for group in os.getgroups() if group != os.getgid()],
         "working_dir": str(Path.cwd()),  # relative paths of a configuration start there
         "mounts": [Mount(str(b.target), str(b.source), type="bind", read_only=not b.is_writable) for b in ask.binds],
-        "tmpfs": dict.fromkeys(_in_memory(home, ask.binds), "exec,mode=1777"),  # exec: compilers write there what is run
+        "tmpfs": dict.fromkeys(_in_memory(home, ask.binds), "exec,mode=1777")  # exec: compilers write there what is run
+        | dict.fromkeys(map(str, ask.hidden), "ro"),
         "read_only": True,
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges"],
@@ -83,6 +83,7 @@ def request(ask: Ask, settings: LaunchSettings, ours: Mapping[str, str]) -> dict
         "mem_limit": settings.memory,
         "memswap_limit": settings.memory,  # the same: no swap
         "nano_cpus": round(settings.cpus * 1e9) if settings.cpus else None,
+        "use_config_proxy": False,  # proxies of ~/.docker/config.json have passwords, and the engine would show them
         "device_requests": _devices(ask.gpus),
         "ulimits": _ulimits(settings, ask.gpus),
     }
@@ -102,8 +103,6 @@ def container_name(run: str, node: str, attempt: str, number: int = 0) -> str:
 def _network(place: Place) -> dict[str, Any]:
     if not place.alias:
         return {"network_mode": place.network}
-    from docker.types import EndpointConfig
-
     return {
         "network": place.network,
         "hostname": place.alias,
@@ -124,7 +123,7 @@ def _ulimits(settings: LaunchSettings, gpus: Gpus) -> list[Any]:
     return [Ulimit(name=name, soft=value, hard=value) for name, value in limits.items()]
 
 
-def _home(ours: Mapping[str, str], binds: list[Bind]) -> Path:
+def _home(ours: Mapping[str, str]) -> Path:
     """The person's home, so that ~ means in a container what it means here; it is empty there but for mounts."""
     home = Path(ours.get("HOME") or "/tmp").absolute()
     return home if not any(own.is_relative_to(home) for own in OWN) else Path("/tmp")

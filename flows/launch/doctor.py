@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from flows.launch.choose import in_containers
+from flows.launch.choose import gpus_of, in_containers
+from flows.launch.docker_mounts import Bind, binds_of, check_place
 from stages.contracts.config import PipelineConfig
 from stages.contracts.launch_settings import LaunchSettings, machine_has_gpus
+from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec
 from stages.contracts.words import size
 
 LITTLE_SPACE = 10_000_000_000  # bytes: less is hardly enough for a model of any use
-FAILED = 1
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Finding:
 
 
 def main(config: PipelineConfig | None) -> int:
-    """Look at everything, print what was found; returns the exit code.
+    """Look at everything, print what was found; returns the number of problems.
 
     Args:
         config: the job; without one, this machine alone is looked at.
@@ -46,7 +47,7 @@ def main(config: PipelineConfig | None) -> int:
         problems += finding.mend is not None
     if problems:
         print(f"\n{problems} {'problem' if problems == 1 else 'problems'}", file=sys.stderr)
-    return FAILED if problems else 0
+    return problems
 
 
 def examine(config: PipelineConfig | None, ours: Mapping[str, str]) -> Iterator[Finding]:
@@ -105,35 +106,41 @@ def _processes(settings: LaunchSettings) -> Iterator[Finding]:
 
 def _engines(config: PipelineConfig | None, settings: LaunchSettings, workspace: Path) -> Iterator[Finding]:
     """The engines, one after the other; where one has a problem, the next is looked at."""
-    from flows.launch.docker_checks import check_gpus, check_settings, find_image, gpus_of, look_around
+    from flows.launch.docker_checks import check_engine, check_settings, look_around, processes_on
     from flows.launch.docker_engine import NotReady, connected, default_host
     from flows.launch.docker_leftovers import labels
-    from flows.launch.docker_mounts import Bind
-    from flows.launch.docker_request import Ask
+    from flows.launch.docker_refusals import refusals_told
 
-    processes = config.layout.world_size // (len(settings.hosts) or 1) if config is not None else 1
-    if not workspace.is_dir() and config is None:
-        workspace = Path.cwd()
     try:
         if config is not None:
             check_settings(config, os.environ)
+        else:
+            workspace = workspace if workspace.is_dir() else Path.cwd()
+            check_place(workspace, "the current folder")
     except NotReady as error:
         yield from (Finding("launch", problem.what, problem.mend) for problem in error.problems)
         return
     for host in dict.fromkeys(settings.hosts or (default_host(),)):
         try:
             with connected(host) as client:
-                yield Finding("engine", f"{host}: Docker {client.version()['Version']}")
-                gpus = gpus_of(settings, os.environ)
-                check_gpus(client, host, gpus)
-                image = find_image(client, host, settings, gpus)
-                ask = Ask(
-                    image=image.id, name="", command=[], binds=[Bind(workspace, workspace, is_writable=True)], gpus=gpus,
-                    labels=labels(workspace=workspace, run="", node="probe", attempt=uuid.uuid4().hex, grace=0.0),
+                with refusals_told(host):
+                    version = client.version()["Version"]
+                yield Finding("engine", f"{host}: Docker {version}")
+                image = check_engine(client, host, settings, os.environ)
+                look_around(
+                    client, host, settings, image, _binds(config, workspace, host),
+                    labels(workspace=workspace, run="", node="probe", attempt=uuid.uuid4().hex, grace=0.0),
+                    workspace=workspace, processes=processes_on(config, host) if config is not None else 1,
                 )  # fmt: skip
-                look_around(client, host, ask, settings, workspace=workspace, processes=processes)
-                yield Finding(
-                    "containers", f"work: image {image.digest[:26]}…, GPUs: {settings.gpus if gpus.known != 0 else 'none'}"
-                )
+                gpus = gpus_of(settings, os.environ).known
+                yield Finding("containers", f"work: image {image.digest[:26]}…, GPUs: {settings.gpus if gpus != 0 else 'none'}")
         except NotReady as error:
             yield from (Finding("containers", problem.what, problem.mend) for problem in error.problems)
+
+
+def _binds(config: PipelineConfig | None, workspace: Path, host: str) -> list[Bind]:
+    """The workspace, and on the first machine, where it is another one, what the downloads see: it has to be there, too."""
+    if config is None or host.startswith("unix://") or host not in (config.launch.hosts or (host,))[:1]:
+        return [Bind(workspace, workspace, is_writable=True)]
+    specs = (DownloadModelSpec.of(config), DownloadDataSpec.of(config))
+    return list(dict.fromkeys(bind for spec in specs for bind in binds_of(spec, os.environ)))

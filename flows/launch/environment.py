@@ -16,7 +16,6 @@ ONLY_FOR_HUB = (
     "HF_TOKEN", "HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "HF_HUB_DISABLE_XET", "HF_HUB_DOWNLOAD_TIMEOUT",
 )  # fmt: skip
-HUB_STAGES = frozenset({"download", "push"})
 
 # A container has its own programs, libraries and folders: of ours it gets what says how to compute and to communicate.
 IN_CONTAINERS = ("LANG", "TZ", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -25,10 +24,10 @@ IN_CONTAINERS_PREFIXES = ("LC_", "NCCL_", "GLOO_", "OMP_", "MKL_", "TORCH_")
 LISTENED_TO = {"STAGE_EVENTS": "1", "PYTHONUNBUFFERED": "1"}  # tells a stage that a launcher reads its output
 
 
-def stage_environment(stage: str, ours: Mapping[str, str]) -> dict[str, str]:
+def stage_environment(ours: Mapping[str, str], *, talks_to_hub: bool) -> dict[str, str]:
     """The environment of a stage: what is allowed of ours, and what tells it that a launcher listens."""
-    environment = _allowed(ours, ALLOWED, ALLOWED_PREFIXES) | hub_environment(stage, ours)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(source_root()), environment.get("PYTHONPATH")]))
+    environment = _allowed(ours, ALLOWED, ALLOWED_PREFIXES) | (hub_environment(ours) if talks_to_hub else {})
+    environment["PYTHONPATH"] = python_path(environment)
     return environment | LISTENED_TO
 
 
@@ -37,9 +36,14 @@ def container_environment(ours: Mapping[str, str]) -> dict[str, str]:
     return _allowed(ours, IN_CONTAINERS, IN_CONTAINERS_PREFIXES) | LISTENED_TO
 
 
-def hub_environment(stage: str, ours: Mapping[str, str]) -> dict[str, str]:
-    """What a stage gets in order to talk to the Hub, the token included: nothing, where it does not."""
-    return _allowed(ours, ONLY_FOR_HUB, ()) if stage in HUB_STAGES else {}
+def hub_environment(ours: Mapping[str, str]) -> dict[str, str]:
+    """What a stage gets in order to talk to the Hub, the token included."""
+    return _allowed(ours, ONLY_FOR_HUB, ())
+
+
+def python_path(ours: Mapping[str, str]) -> str:
+    """PYTHONPATH of our own programs, wherever they are started."""
+    return os.pathsep.join(filter(None, [str(source_root()), ours.get("PYTHONPATH")]))
 
 
 def source_root() -> Path:

@@ -7,12 +7,12 @@ own words on why it failed. An exit code, with those words or the last lines, be
 import contextlib
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from flows.launch.output import Redactor, is_number, parse_event
-from flows.launch.protocol import Progress, Reason, StageFailed, StageJob
+from flows.launch.protocol import Caller, Progress, Reason, StageFailed, StageJob
 from stages.contracts.process import ExitCode
 
 LAST_LINES = 3  # of a stage that did not say why it ended
@@ -22,14 +22,10 @@ LONGEST_LAST = 160  # characters of each
 class Listener:
     """Takes the lines of a stage, or of one of the machines that share it, whose `prefix` its lines then get."""
 
-    def __init__(
-        self, log: IO[str], redact: Redactor, *,
-        on_line: Callable[[str], None], on_progress: Callable[[Progress], None], prefix: str = "",
-    ) -> None:  # fmt: skip
+    def __init__(self, log: IO[str], redact: Redactor, caller: Caller, prefix: str = "") -> None:
         self.log = log
         self.redact = redact
-        self.on_line = on_line
-        self.on_progress = on_progress
+        self.caller = caller
         self.prefix = prefix
         self.told: str | None = None  # the stage's own words on why it failed
         self.tail: deque[str] = deque(maxlen=20)
@@ -41,11 +37,11 @@ class Listener:
         if event is None:
             self.tail.append(line)
             self.log.write(f"{self.prefix}{line}\n")
-            self.on_line(f"{self.prefix}{line}")
+            self.caller.on_line(f"{self.prefix}{line}")
         elif event["event"] == "error":
             self.told = str(event.get("message", "")) or None
         elif event["event"] == "progress" and is_number(event.get("done")) and is_number(event.get("total")):
-            self.on_progress(Progress(event["done"], event["total"], str(event.get("text", ""))))
+            self.caller.on_progress(Progress(event["done"], event["total"], str(event.get("text", ""))))
         return event
 
 
@@ -79,7 +75,8 @@ def explain(code: int, told: str | None, tail: list[str], *, stopped: bool) -> t
         except ValueError:
             name = f"signal {killed_by}"
         if killed_by == signal.SIGKILL:
-            return "killed", f"killed ({name}) from outside: probably by the kernel, out of memory. {last_lines(tail)}"
+            by = "by somebody, or by the kernel, where the machine is out of memory"
+            return "killed", f"killed ({name}) from outside: {by}. {last_lines(tail)}"
         return "killed", told or f"killed by {name}. {last_lines(tail)}"
     reasons: dict[int, Reason] = {
         ExitCode.BAD_INPUT: "bad input",

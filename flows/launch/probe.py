@@ -3,7 +3,7 @@
     python -m flows.launch.probe WORKSPACE MARKER
 
 It prints one line of JSON: whether the workspace is the launcher's (a file MARKER lies there), whether it can be written to,
-how much shared memory there is, and which code of ours the image holds.
+how much shared memory and how many GPUs there are, and which code of ours the image holds.
 """
 
 import hashlib
@@ -33,6 +33,7 @@ def seen(workspace: Path, marker: str) -> dict[str, Any]:
         "is_visible": (workspace / marker).is_file(),
         "is_writable": os.access(workspace, os.W_OK | os.X_OK),
         "shm_size": shm.f_frsize * shm.f_blocks if shm is not None else 0,
+        "gpus": None if Path("/dev/dxg").exists() else len(list(Path("/dev").glob("nvidia[0-9]*"))),  # WSL does not tell
         "code": code_digest(),
     }
 

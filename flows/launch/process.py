@@ -7,14 +7,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from flows.launch.environment import stage_environment
 from flows.launch.listener import Listener, failure, not_started, open_log
 from flows.launch.output import LineSplitter, Redactor
-from flows.launch.protocol import Progress, StageJob
+from flows.launch.protocol import Caller, StageJob
 
 SHIM = Path(__file__).with_name("shim.py")
 GRACE_SECONDS = 30.0  # between SIGTERM and SIGKILL
@@ -34,26 +34,20 @@ def shim_command(command: list[str], *, grace: float, options: list[str] | None 
 class ProcessLauncher:
     """Runs stages as processes of this machine."""
 
-    def __init__(self, *, grace: float | None = None) -> None:
+    def __init__(self, *, grace: float | None = None, visible_gpus: str | None = None) -> None:
         self.grace = grace  # None: what suits the stage
+        self.visible_gpus = visible_gpus  # as CUDA_VISIBLE_DEVICES says it. None: all
 
     def command(self, job: StageJob) -> list[str]:
         """The stage's command line. `-P`: a folder `stages` in the person's current folder is not ours."""
         return [sys.executable, "-P", "-m", f"stages.{job.stage}", str(job.spec_file)]
 
-    def run(
-        self,
-        job: StageJob,
-        *,
-        on_line: Callable[[str], None],
-        on_progress: Callable[[Progress], None],
-        stop: threading.Event,
-    ) -> None:
+    def run(self, job: StageJob, caller: Caller) -> None:
         """See `Launcher.run`."""
-        if stop.is_set():
+        if caller.stop.is_set():
             raise not_started(job)
-        with open_log(job.log_file) as log, self._started(job, stop) as (lines, ending):
-            listener = Listener(log, Redactor.of(os.environ), on_line=on_line, on_progress=on_progress)
+        with open_log(job.log_file) as log, self._started(job, caller.stop) as (lines, ending):
+            listener = Listener(log, Redactor.of(os.environ), caller)
             for line in lines:
                 listener.take(line)
         if ending.code != 0:
@@ -63,12 +57,13 @@ class ProcessLauncher:
     def _started(self, job: StageJob, stop: threading.Event) -> Iterator[tuple[Iterator[str], "_Ending"]]:
         """The stage's lines as they come, and how it ended, filled in at the end. Nothing is left running after this."""
         ending, grace = _Ending(), self.grace if self.grace is not None else grace_of(job.stage)
+        visible = {} if self.visible_gpus is None else {"CUDA_VISIBLE_DEVICES": self.visible_gpus}
         process = subprocess.Popen(
             shim_command(self.command(job), grace=grace),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=stage_environment(job.stage, os.environ),
+            env=stage_environment(os.environ, talks_to_hub=job.talks_to_hub) | visible,
             start_new_session=True,  # Ctrl-C reaches us, and we stop the stage
             pass_fds=job.holds,
         )

@@ -17,14 +17,13 @@ Reason = Literal["crash", "bad input", "gate failed", "interrupted", "killed", "
 class StageJob:
     """One stage to run."""
 
-    node: str  # name in the pipeline: decides which secrets it gets
+    node: str  # name in the pipeline
     stage: str  # the module: stages.<stage>
     spec_file: Path
     log_file: Path  # receives the whole output, redacted
     run: str  # name of the run that it belongs to
-    holds: tuple[
-        int, ...
-    ] = ()  # descriptors of locks, inherited by what ends the stage with us: held until the stage has ended
+    talks_to_hub: bool = False  # only then it gets the Hub's token, and in a container a way out to the network
+    holds: tuple[int, ...] = ()  # descriptors of locks, which what ends the stage with us holds until the stage has ended
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,15 @@ class Progress:
     def share(self) -> float:
         """Part that is done, from 0 to 1."""
         return min(1.0, max(0.0, self.done / self.total)) if self.total > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who has a stage run: hears what it does, and may stop it."""
+
+    on_line: Callable[[str], object]  # gets every line of output, redacted
+    on_progress: Callable[[Progress], object]
+    stop: threading.Event  # once set, the stage is asked to end and, after a grace period, killed
 
 
 class StageFailed(Exception):
@@ -59,18 +67,8 @@ class StageFailed(Exception):
 class Launcher(Protocol):
     """One way of running a stage."""
 
-    def run(
-        self,
-        job: StageJob,
-        *,
-        on_line: Callable[[str], None],
-        on_progress: Callable[[Progress], None],
-        stop: threading.Event,
-    ) -> None:
-        """Run a stage to its end, in the calling thread.
-
-        `on_line` gets every line of output, redacted. When `stop` is set, or the calling thread is interrupted, the stage is
-        asked to end and, after a grace period, killed.
+    def run(self, job: StageJob, caller: Caller) -> None:
+        """Run a stage to its end, in the calling thread. Where that is interrupted, the stage is stopped, too.
 
         Raises:
             StageFailed: it ended with anything but success, or was stopped.

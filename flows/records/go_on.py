@@ -13,9 +13,14 @@ from stages.contracts.specs import SOURCES
 DAMAGED = re.compile(r"inputs\.(\w+): .*\bRemove .* and run again", re.DOTALL)
 
 
-def workspace_option(workspace: Path) -> str:
-    """The `--workspace` that a command typed in the current folder needs, with its space before it, or nothing."""
-    return "" if workspace == Path("workspace").resolve() else f" --workspace {shlex.quote(str(workspace))}"
+def workspace_option(workspace: Path, *, anywhere: bool = False) -> str:
+    """The `--workspace` that a command needs, with its space before it, or nothing.
+
+    Args:
+        anywhere: the command is typed in any folder, not in the current one.
+    """
+    is_default = not anywhere and workspace == Path("workspace").resolve()
+    return "" if is_default else f" --workspace {shlex.quote(str(workspace))}"
 
 
 def go_on(workspace: Path, record: RunRecord, option: str) -> str:

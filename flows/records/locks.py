@@ -1,8 +1,8 @@
 """Turns: what runs wait for, one after the other. Locks of the kernel, which drops them when their holder dies, however.
 
-By default one training at a time: its GPUs are all there are. Trainings that name their GPUs wait only for each other's. Locks
-of GPUs are the machine's, for all workspaces and people; without GPUs they are the workspace's. Whoever holds one says so in
-its file, for those who wait.
+By default one stage at a time computes: its GPUs are all there are. Those that name their GPUs wait only for each other's.
+Locks of GPUs are the machine's, for all workspaces and people; without GPUs it is the trainings of a workspace that take turns.
+Whoever holds one says so in its file, for those who wait.
 """
 
 import contextlib
@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.contracts.launch_settings import Gpus
+from flows.records.flock import is_locked, locked
+from stages.contracts.launch_settings import GPU_STAGES, Gpus
 
 MACHINE = Path("/tmp/megatron-flows")  # not $TMPDIR: everybody's trainings meet there
 SECONDS = 0.3  # between two looks
@@ -33,8 +34,10 @@ class Lock:
     is_shared: bool = False  # with others who share it, against one who does not
 
 
-def training_locks(workspace: Path, gpus: Gpus) -> list[Lock]:
-    """What a training has to hold that computes on these GPUs of this machine, or on none."""
+def locks_of(stage: str, workspace: Path, gpus: Gpus) -> list[Lock]:
+    """What a stage has to hold that may compute on these GPUs of this machine, or on none."""
+    if stage not in GPU_STAGES or (gpus.known == 0 and stage != "train"):
+        return []
     if gpus.known == 0:
         return [Lock(workspace / ".training", "its turn")]
     if not gpus.ids or not all(number.isdigit() for number in gpus.ids):  # any of them; or ids that can mean the same GPU
@@ -42,6 +45,39 @@ def training_locks(workspace: Path, gpus: Gpus) -> list[Lock]:
     numbers = sorted({int(number) for number in gpus.ids})  # everybody in this order: nobody waits in a circle
     ones = [Lock(MACHINE / f"gpu-{number}", f"GPU {number}") for number in numbers]
     return [Lock(MACHINE / "gpus", "the GPUs of this machine", is_shared=True), *ones]
+
+
+@contextlib.contextmanager
+def in_turn(
+    result: Path,
+    locks: Sequence[Lock],
+    who: str,
+    *,
+    stop: threading.Event,
+    on_wait: Callable[[str], None],
+    maker: Callable[[], str],
+    prepare: Callable[[], object],
+) -> Iterator[tuple[int, ...]]:
+    """Hold locks as soon as nobody makes a result; who waits for that holds none of them meanwhile.
+
+    Args:
+        result: the lock of who makes it.
+        maker: who that is.
+        prepare: called when nobody makes it, nor can begin to.
+
+    Raises:
+        Stopped: `stop` was set.
+    """
+    while True:
+        wait_until_free(result, stop=stop, on_wait=lambda: on_wait(f"waiting: {maker()} is making this result"))
+        with held(locks, who, stop=stop, on_wait=on_wait) as descriptors:
+            try:
+                with locked(result, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    prepare()
+            except BlockingIOError:  # another began it while we waited for the locks
+                continue
+            yield descriptors
+            return
 
 
 @contextlib.contextmanager
@@ -63,32 +99,24 @@ def held(
             how = fcntl.LOCK_SH if lock.is_shared else fcntl.LOCK_EX
             for told in _attempts(descriptor, how, stop):
                 on_wait(f"waiting for {lock.what}{told}")
+            os.ftruncate(descriptor, 0)  # of the last holder
             if not lock.is_shared:
-                os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, who.encode(), 0)
             descriptors.append(descriptor)
         yield tuple(descriptors)
 
 
-def wait_until_free(file: Path, *, stop: threading.Event, on_wait: Callable[[], None]) -> bool:
-    """Wait while somebody holds a lock exclusively. Returns whether somebody did.
+def wait_until_free(file: Path, *, stop: threading.Event, on_wait: Callable[[], None]) -> None:
+    """Wait while somebody holds a lock exclusively.
 
     Raises:
         Stopped: `stop` was set.
     """
-    try:
-        descriptor = os.open(file, os.O_RDONLY)
-    except OSError:
-        return False
-    waited = False
-    try:
-        for _ in _attempts(descriptor, fcntl.LOCK_SH, stop):
-            if not waited:
-                on_wait()
-            waited = True
-    finally:
-        os.close(descriptor)
-    return waited
+    if is_locked(file):
+        on_wait()
+    while is_locked(file):
+        if stop.wait(SECONDS):
+            raise Stopped
 
 
 def _attempts(descriptor: int, how: int, stop: threading.Event) -> Iterator[str]:
@@ -105,16 +133,20 @@ def _attempts(descriptor: int, how: int, stop: threading.Event) -> Iterator[str]
 
 
 def _open(file: Path) -> int:
-    """A lock's file, made where it is not there. The machine's are everybody's, whoever made them."""
+    """A lock's file, made where it is not there. The machine's are everybody's, whoever made them: no link leads elsewhere."""
     is_shared = file.parent == MACHINE
     file.parent.mkdir(mode=0o1777, parents=True, exist_ok=True)
-    if is_shared:
-        with contextlib.suppress(PermissionError):
-            file.parent.chmod(0o1777)
-    while True:
-        with contextlib.suppress(FileNotFoundError):
-            return os.open(file, os.O_RDWR | os.O_NOFOLLOW)
-        with contextlib.suppress(FileExistsError):  # in such a folder, the kernel refuses O_CREAT for a file of others
-            descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL, 0o600)
-            os.fchmod(descriptor, 0o666 if is_shared else 0o644)
-            return descriptor
+    folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | (os.O_NOFOLLOW if is_shared else 0))
+    try:
+        if is_shared:
+            with contextlib.suppress(PermissionError):
+                os.fchmod(folder, 0o1777)
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                return os.open(file.name, os.O_RDWR | os.O_NOFOLLOW, dir_fd=folder)
+            with contextlib.suppress(FileExistsError):  # in such a folder, the kernel refuses O_CREAT for a file of others
+                descriptor = os.open(file.name, os.O_RDWR | os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder)
+                os.fchmod(descriptor, 0o666 if is_shared else 0o644)
+                return descriptor
+    finally:
+        os.close(folder)

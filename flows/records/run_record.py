@@ -12,22 +12,24 @@ says `running` without a lock is a run that crashed.
 
 import contextlib
 import fcntl
-import os
+import re
 import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import coolname
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from flows.records.flock import is_locked, locked
 from stages.contracts.specs import SPECS
 
 RUN_NAME = r"^[A-Za-z0-9][\w.-]*$"
 
 NodeState = Literal["waiting", "running", "ran", "cached", "failed", "stopped"]
+FINISHED: tuple[NodeState, ...] = ("ran", "cached")  # the states of nodes whose results are there
 RunState = Literal["running", "done", "failed", "stopped", "crashed"]
 
 
@@ -63,10 +65,15 @@ class RunRecord(BaseModel):
     started: datetime
     finished: datetime | None = None
     flow_run_id: str | None = None
+    has_deployment: bool = False  # a runner does it again when it is retried in Prefect
     attempt: int = 1  # of the flow run: a retry is the second
     page: str | None = None  # its address in Prefect's web UI
     error: str | None = None
     nodes: dict[str, NodeRecord] = Field(default_factory=lambda: {node: NodeRecord() for node in SPECS})
+
+    def crashed(self) -> Self:
+        """What there is to say of a run that was going on, and whose process is gone."""
+        return self.model_copy(update={"state": "crashed", "error": self.error or "its process is gone"})
 
 
 class RunIsLive(RuntimeError):
@@ -74,12 +81,19 @@ class RunIsLive(RuntimeError):
 
 
 class RunFolder:
-    """The folder of a run. Reading needs nothing else; writing needs `held`."""
+    """The folder of a run. Reading needs nothing else; writing needs `held`.
+
+    Raises:
+        ValueError: the name is none of a run.
+    """
 
     def __init__(self, workspace: Path, name: str) -> None:
+        if not re.fullmatch(RUN_NAME, name):
+            raise ValueError(f"{name!r} is no name of a run: letters, digits, - _ . only")
         self.workspace = workspace
         self.name = name
         self.path = workspace / "runs" / name
+        self._lock = self.path / ".lock"
 
     def log(self, name: str) -> Path:
         """File of a node's output."""
@@ -97,14 +111,15 @@ class RunFolder:
     def read(self) -> RunRecord | None:
         """The record, `crashed` where it says `running` and nobody lives. None when there is no readable one."""
         alive = self.is_live()  # before reading: a run that ends in between has written its end
+        record = self.stored()
+        return record.crashed() if record is not None and record.state == "running" and not alive else record
+
+    def stored(self) -> RunRecord | None:
+        """The record as it was written last. None when there is no readable one."""
         try:
-            record = RunRecord.model_validate_json((self.path / "run.json").read_bytes())
+            return RunRecord.model_validate_json((self.path / "run.json").read_bytes())
         except (OSError, ValidationError):
             return None
-        if record.state == "running" and not alive:
-            record.state = "crashed"
-            record.error = record.error or "its process is gone"
-        return record
 
     def write(self, record: RunRecord) -> None:
         """Replace the record; a reader sees the old one or the new one."""
@@ -127,17 +142,7 @@ class RunFolder:
 
     def is_live(self) -> bool:
         """Whether a process is running this run now."""
-        try:
-            descriptor = os.open(self.path / ".lock", os.O_RDONLY)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
+        return is_locked(self._lock)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -146,20 +151,16 @@ class RunFolder:
         Raises:
             RunIsLive: another process holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
+        with contextlib.ExitStack() as stack:
             for last in (False, False, True):  # who only asks whether we live holds it for a moment
                 try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    stack.enter_context(locked(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB))
                     break
                 except BlockingIOError:
                     if last:
                         raise RunIsLive(f"run {self.name} is going on in another process; see: finetune status") from None
-                    time.sleep(0.05)
+                    time.sleep(0.05)  # as little as that, to ask again
             yield
-        finally:
-            os.close(descriptor)
 
 
 class LiveRecord:
@@ -192,7 +193,8 @@ class LiveRecord:
 def all_runs(workspace: Path) -> list[RunRecord]:
     """The runs of a workspace, newest first."""
     names = [file.parent.name for file in (workspace / "runs").glob("*/run.json")]
-    records = [record for name in names if (record := RunFolder(workspace, name).read()) is not None]
+    folders = [RunFolder(workspace, name) for name in names if re.fullmatch(RUN_NAME, name)]
+    records = [record for folder in folders if (record := folder.read()) is not None]
     return sorted(records, key=lambda record: record.started, reverse=True)
 
 

@@ -4,21 +4,23 @@ The terminal (`summary.py`), Prefect's UI (`pages/`) and the report (`report/`) 
 """
 
 import json
-import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from flows.records.run_record import RunFolder, RunRecord
+from flows.records.run_record import FINISHED, NodeRecord, RunFolder, RunRecord
 from stages.contracts import artifacts as a
+from stages.contracts.figures import perplexity
 from stages.contracts.specs import scratch_of
-from stages.contracts.training_curves import Curves, read_curves
-from stages.contracts.words import counted
+from stages.contracts.training_curves import Curves, curves_in
+from stages.contracts.words import counted, seconds, size
 
 A = TypeVar("A", bound=a.Artifact)
 
+LAST_LINES = 40  # of a log
+LONGEST_TAIL = 200_000  # bytes of it that are looked at
+LONGEST_SAMPLE = 4_000  # characters
 MOST_ANSWERS = 3  # of the questions that were asked, shown
 
 
@@ -29,6 +31,11 @@ class Sample(NamedTuple):
     before: str | None
     after: str | None
     wanted: str | None = None  # the answer that the data give
+
+    def told(self) -> list[tuple[str, str]]:
+        """What there is of it, each text with its name; of a long one the beginning."""
+        texts = (("prompt", self.prompt), ("wanted", self.wanted), ("before", self.before), ("after", self.after))
+        return [(name, text[:LONGEST_SAMPLE]) for name, text in texts if text is not None]
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,11 @@ class Story:
     @property
     def is_done(self) -> bool:
         return self.record.state == "done"
+
+    @property
+    def took(self) -> str:
+        """How long it took, up to its end."""
+        return seconds(((self.record.finished or self.record.started) - self.record.started).total_seconds())
 
     def of(self, node: str, kind: type[A]) -> A | None:
         """The result of a node, if it is done."""
@@ -79,9 +91,9 @@ def story_of(folder: RunFolder, record: RunRecord) -> Story:
     artifacts = {
         node: artifact
         for node, state in record.nodes.items()
-        if state.state in ("ran", "cached") and (artifact := _artifact(folder.workspace, state.path)) is not None
+        if state.state in FINISHED and (artifact := _artifact(folder.workspace, state.path)) is not None
     }
-    return Story(folder, record, artifacts, _curves(folder.workspace, record.nodes["train"].path))
+    return Story(folder, record, artifacts, _curves(folder.workspace, record.nodes["train"]))
 
 
 def samples_of(export: a.ExportArtifact, folder: Path) -> list[Sample]:
@@ -111,6 +123,17 @@ def right_answers(export: a.ExportArtifact) -> str | None:
         return None
 
 
+def last_lines(log: Path) -> str:
+    """The end of a log, empty where there is none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - LONGEST_TAIL))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(text.splitlines()[-LAST_LINES:])
+
+
 def _dicts(found: Any) -> list[dict[str, Any]]:
     return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
@@ -122,36 +145,23 @@ def _artifact(workspace: Path, path: str | None) -> a.Artifact | None:
         return None
 
 
-def _curves(workspace: Path, path: str | None) -> Curves | None:
-    """Of a training that is done, else of the one that is not."""
-    if path is None:
+def _curves(workspace: Path, train: NodeRecord) -> Curves | None:
+    """Of the training's result; of one that is not done what it left: an older result may lie beside that, and is another's."""
+    if train.path is None:
         return None
-    for folder in (workspace / path, scratch_of(workspace / path)):
-        try:
-            curves = read_curves(folder)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if not curves.is_empty:
-            return curves
-    return None
+    folder = workspace / train.path
+    return curves_in(folder if train.state in FINISHED else scratch_of(folder))
 
 
 def _text(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def perplexity(loss: float) -> str:
-    """e^loss, as a person reads it."""
-    value = math.exp(min(loss, 700.0))
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+def told_memory(curves: Curves | None) -> str:
+    """The most that a process of a training has held; empty where none has told."""
+    return "" if curves is None or curves.memory is None else size(curves.memory)
 
 
 def told_losses(before: float, after: float) -> str:
     """The figure that matters: did it help."""
     return f"held-out loss {before:.2f} → {after:.2f} · perplexity {perplexity(before)} → {perplexity(after)}"
-
-
-def shown_path(path: Path) -> str:
-    """A path as a person here would type it: relative where that is shorter."""
-    relative = os.path.relpath(path)
-    return relative if not relative.startswith("..") else str(path)

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import re
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,8 +19,9 @@ from flows.asked.load_config import BadConfig
 from flows.asked.parameters import Asked
 from flows.launch import choose
 from flows.launch.protocol import Launcher, StageFailed
-from flows.records.run_record import RUN_NAME, LiveRecord, RunFolder, RunRecord, new_name, now
+from flows.records.run_record import LiveRecord, RunFolder, RunRecord, new_name, now
 from flows.running.quiet import logs_to_file
+from flows.running.ready import refuse_what_cannot_run
 from flows.running.results import ArtifactSerializer
 from flows.running.schedule import Node, Schedule
 from flows.running.watch import watched
@@ -80,6 +81,12 @@ class Run:
         for future in self._schedule.futures():
             future.result()
 
+    def made(self, node: str, artifact: a.Artifact, *, cached: bool) -> None:
+        """Note the result of a node in the run's record, and point to it in the run's folder."""
+        self.folder.link(node, artifact.path)
+        state = "cached" if cached else "ran"
+        self.record.node(node, state=state, key=artifact.key, path=artifact.path, figure=artifact.figure, done=None, doing=None)
+
     def end(self) -> None:
         """Stop every stage, gracefully first, and wait for that."""
         self.stop.set()
@@ -95,15 +102,21 @@ def open_run(asked: Asked, name: str | None) -> Iterator[Run]:
         name: of the run; None: the flow run's own.
 
     Raises:
-        BadConfig: the name is none.
+        BadConfig: the name is none, or the run could not be done.
         RunIsLive: another process is doing this run.
         StageFailed: a stage failed.
     """
     folder = _folder(asked.config.workspace_path, name)
-    if deployment.id is not None:  # in a process of the runner, whose terminal shows what runs, not every line of it
+    if deployment.id is not None:  # nobody has checked it yet; and a runner's terminal shows what runs, not every line of it
+        refuse_what_cannot_run(asked)
         (folder.path / "logs").mkdir(parents=True, exist_ok=True)
         logs_to_file(folder.log("prefect"))
-    with folder.held(), server_kept_alive() as holds, watched(folder, holds), contextlib.ExitStack() as at_the_end:
+    with (
+        folder.held(),
+        server_kept_alive(revives=deployment.id is not None) as holds,
+        watched(folder, holds),
+        contextlib.ExitStack() as at_the_end,
+    ):
         record = LiveRecord(
             folder,
             RunRecord(
@@ -116,6 +129,7 @@ def open_run(asked: Asked, name: str | None) -> Iterator[Run]:
                 pid=os.getpid(),
                 started=now(),
                 flow_run_id=flow_run.id,
+                has_deployment=deployment.id is not None,
                 attempt=flow_run.run_count or 1,
                 page=url_for("flow-run", flow_run.id) if flow_run.id else None,
             ),
@@ -125,8 +139,8 @@ def open_run(asked: Asked, name: str | None) -> Iterator[Run]:
         run = Run(asked, choose.launcher_for(asked.config), record)
         if asked.stage is not None:  # what it starts from is there; in a whole run the nodes' tasks say so
             for node, artifact in asked.given.items():
-                folder.link(node, artifact.path)
-                record.node(node, state="cached", key=artifact.key, path=artifact.path, figure=artifact.figure)
+                run.made(node, artifact, cached=True)
+        in_peace = at_the_end.enter_context(contextlib.ExitStack())  # is left after the callback
         at_the_end.callback(tell_end, folder, run.board)
         try:
             yield run
@@ -135,6 +149,7 @@ def open_run(asked: Asked, name: str | None) -> Iterator[Run]:
             record.update(state="stopped" if run.stop.is_set() else "failed", error=str(error), finished=now())
             raise
         except BaseException as error:
+            in_peace.enter_context(_sigterm_ignored())
             run.end()
             interrupted = not isinstance(error, Exception)  # Ctrl-C, or SIGTERM as Prefect tells it
             told = "stopped" if interrupted else f"{type(error).__name__}: {error}"
@@ -148,16 +163,31 @@ def name_of_run() -> str:
     return str(flow_run.parameters.get("run_name") or flow_run.name)
 
 
+@contextlib.contextmanager
+def _sigterm_ignored() -> Iterator[None]:
+    """Whoever asks a run twice to stop would break the graceful end that it began at the first time."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _folder(workspace: Path, name: str | None) -> RunFolder:
     if name is not None:
-        if not re.fullmatch(RUN_NAME, name):
-            raise BadConfig([f"run_name: {name!r} is no name of a run: letters, digits, - _ . only"])
-        return RunFolder(workspace, name)
-    folder = RunFolder(workspace, str(flow_run.name))
-    record = folder.read()
-    if record is None or record.flow_run_id == flow_run.id:  # new, or a retry
-        return folder
-    name = new_name(workspace)  # made-up names can meet
+        try:
+            return RunFolder(workspace, name)
+        except ValueError as error:
+            raise BadConfig([f"run_name: {error}"]) from None
+    with contextlib.suppress(ValueError):  # Prefect takes any text for a name
+        folder = RunFolder(workspace, str(flow_run.name))
+        record = folder.read()
+        if record is None or record.flow_run_id == flow_run.id:  # new, or a retry
+            return folder
+    name = new_name(workspace)  # made-up names can meet, too
     with get_client(sync_client=True) as client:
         client.update_flow_run(UUID(flow_run.id), name=name)
     return RunFolder(workspace, name)

@@ -12,11 +12,11 @@ from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext
 from prefect.states import Completed
 
-from flows.launch.protocol import Progress, StageFailed, StageJob
+from flows.launch.protocol import Caller, Progress, StageFailed, StageJob
 from flows.records.run_record import now
 from flows.running.run import Run
 from flows.running.turns import in_turn
-from flows.show.pages.live import Live, shown_on
+from flows.show.pages.live import shown_on
 from stages.contracts import artifacts as a
 from stages.contracts import intact
 from stages.contracts.process import ExitCode
@@ -51,8 +51,6 @@ def run_stage(run: Run, kind: type[A], spec_type: type[Spec], **inputs: a.Artifa
         with in_turn(run, spec) as holds:
             if node not in run.refresh and (made := intact.find_reusable(spec.folder)) is not None:
                 return cast(A, _taken(made, "another run made it meanwhile"))
-            if node in run.refresh and run.fresh:
-                shutil.rmtree(spec.scratch, ignore_errors=True)
             with _set_aside(spec.folder, wanted=node in run.refresh):
                 artifact = _launch(run, kind, spec, holds)
     except BaseException as error:
@@ -91,23 +89,23 @@ def check_training(run: Run, dataset: a.DatasetArtifact, model: a.ModelArtifact)
 def _launch(run: Run, kind: type[A], spec: Spec, holds: tuple[int, ...]) -> A:
     job = StageJob(
         node=spec.NODE, stage=spec.STAGE, spec_file=run.folder.spec(spec.NODE), log_file=run.folder.log(spec.NODE),
-        run=run.folder.name, holds=holds,
+        run=run.folder.name, talks_to_hub=spec.talks_to_hub, holds=holds,
     )  # fmt: skip
     job.spec_file.parent.mkdir(exist_ok=True)
     job.spec_file.write_text(spec.model_dump_json(indent=1) + "\n")
     log = PrefectLog(job.log_file)
     context = TaskRunContext.get()
     assert context is not None
-    with Live(shown_on(run.board, spec, context.task_run.id), log.logger) as live:
+    show = shown_on(run.board, spec, context.task_run.id)
 
-        def on_progress(progress: Progress) -> None:
-            run.record.node(spec.NODE, done=progress.share, doing=progress.text)
-            live.update(progress)
+    def on_progress(progress: Progress) -> None:
+        run.record.node(spec.NODE, done=progress.share, doing=progress.text)
+        show(progress)
 
-        try:
-            run.launcher.run(job, on_line=log.line, on_progress=on_progress, stop=run.stop)
-        finally:
-            log.end()
+    try:
+        run.launcher.run(job, Caller(log.line, on_progress, run.stop))
+    finally:
+        log.end()
     artifact = intact.find_intact(spec.folder)
     if not isinstance(artifact, kind):
         message = f"said it was done, but left no intact {kind.__name__} in {spec.folder}. This is a defect of ours"

@@ -7,10 +7,14 @@ process died, or the server was away when the run ended.
 """
 
 import sys
+import threading
+import time
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
@@ -22,33 +26,44 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Cancelled, Completed, Crashed, Failed
 from pydantic import ValidationError
 
+from flows.asked.graph import SINGLE, WHOLE
+from flows.asked.parameters import workspace_of
 from flows.launch import choose
 from flows.records.run_record import RunFolder, RunIsLive, RunRecord, all_runs, now
 from flows.show.ending import tell_end
+from flows.show.pages.board import Board
 from stages.contracts.config import PipelineConfig
 
 PATIENCE = 120.0  # seconds that a run may take, after its end, to tell Prefect of it: it tries for a minute
-FLOWS = ["finetune-llama2", "stage"]  # ours, by their names in Prefect
+AGAIN = 60.0, 3.0  # seconds that a watcher tries to reach Prefect, and between two attempts
+AWAY = (httpx.HTTPError, PrefectHTTPStatusError, OSError)  # what Prefect's client raises where its server does not answer
 
 
 def settle(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Hook of a flow run that crashed or was cancelled: end the task runs that it left."""
+    workspace = workspace_of(flow_run.parameters)
+    records = all_runs(workspace) if workspace is not None else []
     with get_client(sync_client=True) as client:
-        _end_tasks(client, flow_run, None)
+        _end_tasks(client, flow_run, next((each for each in records if each.flow_run_id == str(flow_run.id)), None))
 
 
-def reconcile(workspace: Path) -> list[str]:
-    """Mark the runs of this workspace whose process is gone, here and in Prefect. Returns their names.
+def reconcile(workspaces: Collection[Path]) -> list[str]:
+    """Mark the runs whose process is gone, here and in Prefect, of these workspaces and of all that Prefect believes to go on.
 
-    Runs that somebody takes up at this moment are left alone, and so are retries that are scheduled.
+    Returns their names. Runs that somebody takes up at this moment are left alone, and so are retries that are scheduled.
     """
-    marked = [record.name for record in all_runs(workspace) if record.finished is None and _mark(workspace, record)]
-    ended = {record.flow_run_id: record for record in all_runs(workspace) if _is_over(record)}
     with get_client(sync_client=True) as client:
-        for flow_run in _going_on(client):
+        going_on = _going_on(client)
+        places = {*workspaces, *filter(None, (workspace_of(flow_run.parameters) for flow_run in going_on))}
+        runs = [(workspace, record) for workspace in sorted(places) for record in all_runs(workspace)]
+        lost = [RunFolder(workspace, record.name) for workspace, record in runs if record.state == "crashed"]
+        marked = [folder.name for folder in lost if _mark(folder)]
+        ended = {record.flow_run_id: record for place in places for record in all_runs(place) if _is_over(record)}
+        for flow_run in going_on:
             record = ended.get(str(flow_run.id))
             if record is not None and flow_run.run_count <= record.attempt:
                 was_cancelled = flow_run.state is not None and flow_run.state.is_cancelling()
@@ -62,20 +77,21 @@ def _is_over(record: RunRecord) -> bool:
     return record.finished is not None and (record.state == "crashed" or (now() - record.finished).total_seconds() > PATIENCE)
 
 
-def _mark(workspace: Path, record: RunRecord) -> bool:
+def _mark(folder: RunFolder) -> bool:
     """Write into a run's record that it crashed, if it did."""
-    if record.state != "crashed":
-        return False
-    folder = RunFolder(workspace, record.name)
     try:
         with folder.held():
+            record = folder.stored()
+            if record is None or record.state != "running":  # it ended, or another has marked it
+                return False
+            record = record.crashed().model_copy(update={"finished": now()})
             for node in record.nodes.values():
                 if node.state == "running":
                     node.state, node.error, node.done = "stopped", record.error, None
-            folder.write(record.model_copy(update={"finished": now()}))
+            folder.write(record)
+            tell_end(folder, Board(record.flow_run_id))
     except RunIsLive:
         return False
-    tell_end(folder)
     return True
 
 
@@ -83,7 +99,7 @@ def _going_on(client: SyncPrefectClient) -> list[FlowRun]:
     """The runs of our flows that Prefect believes to be going on."""
     types = [StateType.RUNNING, StateType.CANCELLING]
     return client.read_flow_runs(
-        flow_filter=FlowFilter(name=FlowFilterName(any_=FLOWS)),
+        flow_filter=FlowFilter(name=FlowFilterName(any_=[WHOLE, SINGLE])),
         flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=types))),
     )
 
@@ -111,11 +127,29 @@ def _end_tasks(client: SyncPrefectClient, flow_run: FlowRun, record: RunRecord |
 
 def main(workspace: Path, name: str) -> None:
     """What the watcher of a run does. It ends when nothing of the run is left."""
-    reconcile(workspace)
-    record = RunFolder(workspace, name).read()
-    if record is not None and record.state != "running":
-        with suppress(ValidationError):
-            choose.remove_left(PipelineConfig.model_validate(record.config), workspace)
+    folder = RunFolder(workspace, name)
+    _mark(folder)
+    record = folder.read()
+    if record is None or record.state == "running":  # taken up again
+        return
+    clean = threading.Thread(target=_remove_left, args=[record, workspace])  # that waits until the run's work is saved
+    clean.start()
+    until = time.monotonic() + AGAIN[0]
+    while not _is_told(workspace) and time.monotonic() < until:
+        time.sleep(AGAIN[1])  # nothing tells when a server is back
+    clean.join()
+
+
+def _is_told(workspace: Path) -> bool:
+    with suppress(*AWAY):
+        reconcile([workspace])
+        return True
+    return False
+
+
+def _remove_left(record: RunRecord, workspace: Path) -> None:
+    with suppress(ValidationError):
+        choose.remove_left(PipelineConfig.model_validate(record.config), workspace)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,20 @@
-"""When a stage may begin: not while another run makes the same result, and trainings one after the other (`locks.py`).
+"""When a stage may begin: not while another run makes the same result, and what computes one after the other (`locks.py`).
 
 Who waits says so: in the log, in the run's record, and so in `finetune status`.
 """
 
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 from prefect import get_run_logger
 
-from flows.launch import choose
+from flows.launch.choose import gpus_in_use
 from flows.launch.protocol import StageFailed
-from flows.records.locks import Stopped, held, training_locks, wait_until_free
+from flows.records import locks
 from flows.records.run_record import all_runs
 from flows.running.run import Run
-from flows.running.watch import watched
-from stages.contracts.launch_settings import Gpus, machine_has_gpus
 from stages.contracts.process import ExitCode
 from stages.contracts.specs import Spec
 
@@ -36,27 +35,29 @@ def in_turn(run: Run, spec: Spec) -> Iterator[tuple[int, ...]]:
             logger.info("%s", text)
             run.record.node(spec.NODE, doing=text)
 
+    def begin_anew() -> None:
+        if run.fresh and spec.NODE in run.refresh:
+            shutil.rmtree(spec.scratch, ignore_errors=True)
+
+    wanted = locks.locks_of(spec.STAGE, run.workspace, gpus_in_use(run.config.launch, os.environ))
     try:
-        lock = spec.folder.parent / f".{spec.key}.lock"  # the stage's own: stages.runtime
-        wait_until_free(lock, stop=run.stop, on_wait=lambda: say(f"waiting: {_maker(run, spec)} is making this result"))
-        locks = training_locks(run.workspace, _gpus(run)) if spec.STAGE == "train" else []
-        who = f"run {run.folder.name} of {run.workspace}"
-        with held(locks, who, stop=run.stop, on_wait=say) as descriptors:
+        with locks.in_turn(
+            spec.folder.parent / f".{spec.key}.lock",  # the stage's own: stages.runtime
+            wanted,
+            f"run {run.folder.name} of {run.workspace}",
+            stop=run.stop,
+            on_wait=say,
+            maker=lambda: _maker(run, spec),
+            prepare=begin_anew,
+        ) as descriptors:
             if said:
                 run.record.node(spec.NODE, doing=None)
-            # A container is no child of ours: were we killed, it would go on without our locks while it saves a checkpoint.
-            in_containers = bool(locks) and choose.in_containers(run.config.launch)
-            with watched(run.folder, descriptors) if in_containers else nullcontext():
-                yield descriptors
-    except Stopped:
+            yield descriptors
+    except locks.Stopped:
         told = "stopped while it waited for its turn"
         raise StageFailed(
             spec.NODE, "interrupted", told, log_file=run.folder.log(spec.NODE), code=ExitCode.INTERRUPTED
         ) from None
-
-
-def _gpus(run: Run) -> Gpus:
-    return run.config.launch.wanted_gpus(visible=os.environ.get("CUDA_VISIBLE_DEVICES"), has_gpus=machine_has_gpus())
 
 
 def _maker(run: Run, spec: Spec) -> str:

@@ -5,10 +5,12 @@ It is a shell that reads from a pipe which the kernel closes with us: it costs n
 """
 
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
+from flows.launch.environment import python_path
 from flows.records.run_record import RunFolder
 
 
@@ -26,6 +28,7 @@ def watched(folder: RunFolder, holds: Sequence[int] = ()) -> Iterator[None]:
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": python_path(os.environ)},
         start_new_session=True,  # what kills our process group leaves it
         pass_fds=holds,
     )

@@ -10,21 +10,23 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from flows.launch.process import shim_command
+from flows.records.flock import is_locked, locked
+from flows.records.server_home import server_home
+from flows.server.asking import answers, is_of, lets_us_in
 
 START_SECONDS = 180.0  # a fresh database takes 12 s to set up, three times that on a busy machine
+LOOK_SECONDS, MOST_SECONDS = 1.0, 60.0  # between two looks whether it lives, and at most where it does not start again
 USUAL_PORT = 4200
 UI_FILES = "ui"  # in the server's home: what browsers get; by default Prefect writes these into its own package
 
@@ -53,13 +55,20 @@ def client_environment(workspace: Path, server: Server) -> dict[str, str]:
     """Settings of Prefect for the process that runs the flow; to be set before Prefect is imported."""
     settings = {
         "PREFECT_API_URL": server.api,
-        "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(workspace / "prefect" / "results"),
+        "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(server_home(workspace) / "results"),
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
         "DO_NOT_TRACK": "1",
     }
     if server.pid is not None:  # with a server of somebody else, the person's own profile holds, its login in particular
-        settings["PREFECT_HOME"] = str(workspace / "prefect")
+        settings["PREFECT_HOME"] = str(server_home(workspace))
     return settings
+
+
+def connect(workspace: Path, server: Server, *, module: str) -> None:
+    """Have this process talk to a server, and load a module of ours with Prefect, while the server starts: both take long."""
+    os.environ.update(client_environment(workspace, server))
+    import_module(module)
+    import_module("prefect.context").refresh_global_settings_context()  # the second time, the address is another
 
 
 def server_environment(home: Path, port: int, ours: Mapping[str, str]) -> dict[str, str]:
@@ -88,64 +97,84 @@ def serving(
     address. `meanwhile` is called before it answers, and once more where another server took its port and it is started anew.
 
     Raises:
-        NoServer: the named one does not answer, or the local one does not start.
+        NoServer: the named one does not answer or refuses us, or the local one does not start.
     """
     if named := os.environ.get("PREFECT_API_URL"):
-        if not _answers(named):
+        if not answers(named):
             raise NoServer(
                 f"no Prefect server answers at PREFECT_API_URL={named}. "
                 "Start it (prefect server start), or unset PREFECT_API_URL to use one in the workspace"
             )
         meanwhile(Server(api=named))
+        if not lets_us_in(named):
+            raise NoServer(
+                f"the Prefect server at PREFECT_API_URL={named} refuses this login: set PREFECT_API_AUTH_STRING to its "
+                "user:password"
+            )
         yield Server(api=named)
         return
-    home = workspace / "prefect"
+    home = server_home(workspace)
     home.mkdir(parents=True, exist_ok=True)
     home.chmod(0o700)  # the database and the results are for the person alone
-    with _locked(home / "users.lock", fcntl.LOCK_SH):  # waits for a server that is ending
+    with locked(home / "users.lock", fcntl.LOCK_SH):  # waits for a server that is ending
         server = _own(home, keep, say)
         meanwhile(server)
-        while not _wait_for(server, home):
+        while not _wait_for(server, home, threading.Event()):
             server = _own(home, keep, say)
             meanwhile(server)
-        with _revived(server, home, say):
+        with _revived(server, home, keep, say):
             yield server
 
 
 @contextlib.contextmanager
-def kept_alive() -> Iterator[tuple[int, ...]]:
+def kept_alive(*, revives: bool) -> Iterator[tuple[int, ...]]:
     """Keep the local server that Prefect's settings of this process name for as long as this lasts, where it is a local one.
 
     A run of a runner outlives a runner that is killed, and so must its server. Yields the descriptor of the lock, which other
     processes can inherit.
+
+    Args:
+        revives: start it again should it die; where nobody else in this process does.
     """
     home = Path(os.environ.get("PREFECT_HOME", "/nowhere"))
-    server = _running(home) if (home / "server.json").exists() else None
+    server = _running(home)
     if server is None or server.api != os.environ.get("PREFECT_API_URL"):
         yield ()
         return
-    with _locked(home / "users.lock", fcntl.LOCK_SH) as descriptor:
+    with (
+        locked(home / "users.lock", fcntl.LOCK_SH) as descriptor,
+        _revived(server, home, False, lambda told: None) if revives else contextlib.nullcontext(),
+    ):
         yield (descriptor,)
 
 
 @contextlib.contextmanager
-def _revived(server: Server, home: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _revived(server: Server, home: Path, keep: bool, say: Callable[[str], None]) -> Iterator[None]:
     """Start our server again whenever it has died, while this lasts: runs find it where it was."""
     ended = threading.Event()
     port = int(server.api.removesuffix("/api").rpartition(":")[2])
 
     def look() -> None:
-        while not ended.wait(1.0):
-            if _is_alive(home):
+        pause, told = LOOK_SECONDS, ""
+        while not ended.wait(pause):
+            if is_locked(home / "server.lock"):
                 continue
-            with _locked(home / "start.lock", fcntl.LOCK_EX):
-                if not _is_alive(home):
-                    say("the Prefect server died")
-                    _start(home, say, port)
-            with contextlib.suppress(NoServer):
-                if not _wait_for(server, home):
+            try:
+                with locked(home / "start.lock"):
+                    if not is_locked(home / "server.lock"):
+                        if not told:
+                            say("the Prefect server died")
+                        _start(home, (lambda text: None) if told else say, port)
+                        _keep(home, keep)
+                if not _wait_for(server, home, ended):
                     say(f"its port, {port}, is another program's now: nothing is shown until the next start")
                     return
+            except (NoServer, OSError) as error:
+                if not told:
+                    say(f"{error}. It is tried again from time to time")
+                told, pause = str(error), min(2 * pause, MOST_SECONDS)
+            else:
+                pause, told = LOOK_SECONDS, ""
 
     thread = threading.Thread(target=look, name="server", daemon=True)
     thread.start()
@@ -156,42 +185,15 @@ def _revived(server: Server, home: Path, say: Callable[[str], None]) -> Iterator
         thread.join()
 
 
-def stays(workspace: Path) -> bool:
-    """Whether the workspace's server was asked to stay, by this run or by another."""
-    return (workspace / "prefect" / "server.keep").exists()
-
-
-def page_is_lost(page: str | None, flow_run_id: str | None) -> bool:
-    """Whether a run's page was on a server of this machine that does not show it any more.
-
-    Only loopback is asked, which answers or refuses at once; servers elsewhere do not end with a run.
-    """
-    at = re.match(r"http://(127\.0\.0\.1|localhost):\d+", page or "")
-    return at is not None and _get(f"{at[0]}/api", f"flow_runs/{flow_run_id}") is None
-
-
-@contextlib.contextmanager
-def _locked(file: Path, how: int) -> Iterator[int]:
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, how)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _is_alive(home: Path) -> bool:
-    """Whether the workspace's server runs: its shim inherited a lock, which lasts as long as the shim."""
-    try:
-        with _locked(home / "server.lock", fcntl.LOCK_EX | fcntl.LOCK_NB):
-            return False
-    except BlockingIOError:
-        return True
+def staying(workspace: Path) -> Server | None:
+    """The workspace's server, if it was asked to stay, by this run or by another."""
+    home = server_home(workspace)
+    return _running(home) if (home / "server.keep").exists() else None
 
 
 def _running(home: Path) -> Server | None:
-    """The local server that another run started, if it still runs."""
-    if not _is_alive(home):
+    """The local server that some run started, if it still runs: its shim inherited a lock, which lasts as long as the shim."""
+    if not is_locked(home / "server.lock"):
         return None
     known = json.loads((home / "server.json").read_text())
     return Server(api=str(known["api"]), pid=int(known["pid"]))
@@ -200,11 +202,10 @@ def _running(home: Path) -> Server | None:
 def _start(home: Path, say: Callable[[str], None], port: int | None = None) -> Server:
     is_first = not (home / "prefect.db").exists()
     say(f"starting a Prefect server in the workspace{' (the first time takes longer)' if is_first else ''} …")
-    (home / "server.keep").unlink(missing_ok=True)
     port = port or _free_port()
     command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     options = ["--while-used", str(home / "users.lock"), "--keep", str(home / "server.keep")]
-    with _log(home).open("wb") as log, _locked(home / "server.lock", fcntl.LOCK_EX) as alive:
+    with _log(home).open("wb") as log, locked(home / "server.lock") as alive:
         process = subprocess.Popen(
             shim_command(command, grace=15, options=options),
             stdin=subprocess.DEVNULL,
@@ -224,55 +225,42 @@ def _start(home: Path, say: Callable[[str], None], port: int | None = None) -> S
 
 def _own(home: Path, keep: bool, say: Callable[[str], None]) -> Server:
     """The workspace's server: the one that another run started, else a new one. It may not answer yet."""
-    with _locked(home / "start.lock", fcntl.LOCK_EX):
-        server = _running(home) or _start(home, say)
-        if keep:
-            (home / "server.keep").touch()
+    with locked(home / "start.lock"):
+        server = _running(home)
+        if server is None:
+            (home / "server.keep").unlink(missing_ok=True)  # of one that was killed
+            server = _start(home, say)
+        _keep(home, keep)
     return server
 
 
-def _wait_for(server: Server, home: Path) -> bool:
-    """Wait until our server answers; False when it ended because another server took its port meanwhile.
+def _keep(home: Path, keep: bool) -> None:
+    """Ask a server to stay after its last user. Its shim forgets it with the server."""
+    if keep:
+        (home / "server.keep").touch()
+
+
+def _wait_for(server: Server, home: Path, ended: threading.Event) -> bool:
+    """Wait until our server answers, or nobody wants it any more; False when it ended because another server took its port.
 
     Raises:
         NoServer: it ended for another reason, or does not answer.
     """
     deadline = time.monotonic() + START_SECONDS
-    while not _is_of(server.api, home):
-        ended = not _is_alive(home)
-        if ended and _answers(server.api):
+    while not is_of(server.api, home):
+        is_gone = not is_locked(home / "server.lock")
+        if is_gone and answers(server.api):
             return False
-        if ended or time.monotonic() > deadline:
-            what = "ended" if ended else f"did not answer within {START_SECONDS:.0f} s"
+        if is_gone or time.monotonic() > deadline:
+            what = "ended" if is_gone else f"did not answer within {START_SECONDS:.0f} s"
             raise NoServer(f"the local Prefect server {what}: {_last_line(_log(home))}. Its log: {_log(home)}")
-        time.sleep(0.1)
+        if ended.wait(0.1):
+            break
     return True
 
 
 def _log(home: Path) -> Path:
     return home / "server.log"
-
-
-def _answers(api: str) -> bool:
-    return _get(api, "health") is not None
-
-
-def _is_of(api: str, home: Path) -> bool:
-    """Whether the server that answers is this workspace's: two that start at once may have chosen the same port."""
-    settings = _get(api, "admin/settings")
-    return settings is not None and json.loads(settings)["home"] == str(home)
-
-
-def _get(api: str, path: str) -> bytes | None:
-    """What a server answers to a request, or None where it does not."""
-    try:
-        is_here = "127.0.0.1" in api or "localhost" in api
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({})) if is_here else None
-        request = f"{api.rstrip('/')}/{path}"
-        with opener.open(request, timeout=5) if opener else urllib.request.urlopen(request, timeout=5) as response:
-            return bytes(response.read()) if response.status == 200 else None
-    except (OSError, urllib.error.URLError, ValueError):
-        return None
 
 
 def _free_port() -> int:

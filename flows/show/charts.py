@@ -17,6 +17,7 @@ Point = tuple[float, float | None]  # None: there is no value, and the line has 
 
 FONT = 12  # all lengths are in units of the picture, which are pixels where it is shown as large as it is
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 30, 30  # around the part of a chart where its curves are
+VALUE = 32  # width of a value beside its point
 ROW = 20  # height of a bar with its share of the gap
 
 STYLE = (
@@ -73,17 +74,13 @@ def curves(
     return _svg(parts, width, height, title)
 
 
-def bars(rows: Sequence[Bar], *, title: str, labels: int = 120, width: int = 640) -> str | None:
-    """Horizontal bars, one below the other, as SVG; None without any.
-
-    Args:
-        labels: width of the space for their names.
-    """
+def bars(rows: Sequence[Bar], *, title: str, width: int = 640) -> str | None:
+    """Horizontal bars, one below the other, as SVG; None without any."""
     if not rows:
         return None
     low, high = min(bar.begin for bar in rows), max(bar.end for bar in rows)
-    widest = max(len(bar.text) for bar in rows) * FONT * 0.6 + 8
-    scale = max(1.0, width - labels - widest) / ((high - low) or 1.0)
+    labels, texts = (max(map(_room, words)) for words in ([bar.label for bar in rows], [bar.text for bar in rows]))
+    scale = max(1.0, width - labels - texts) / ((high - low) or 1.0)
     parts = [_text(0, FONT + 2, title, "title")]
     for place, bar in enumerate(rows):
         top = TOP + ROW * place
@@ -122,6 +119,11 @@ def _text(x: float, y: float, text: str, css: str = "", anchor: str = "start") -
     return f'<text x="{x:g}" y="{y:g}"{classes}{side}>{escape(text)}</text>'
 
 
+def _room(words: str) -> float:
+    """What they take beside a bar, about: letters are not measured."""
+    return len(words) * FONT * 0.6 + 8
+
+
 def _legend(series: Sequence[Series], width: int) -> list[str]:
     """What each curve is, in the upper right corner. One alone is what the title says."""
     if len(series) < 2:
@@ -154,10 +156,18 @@ def _curve(series: Series, x: "_Axis", y: "_Axis") -> list[str]:
     if series.is_marked or len(placed) == 1:  # a line of one point is invisible
         parts += [f'<circle class="dot {series.colour}" cx="{left:g}" cy="{top:g}" r="3"/>' for left, top, _ in placed]
     if series.is_marked:
-        ends = [(placed[0], "start")] if len(placed) == 1 else [(placed[0], "start"), (placed[-1], "end")]
-        for (left, top, value), anchor in ends:
-            parts.append(_text(left, max(top - 8, TOP + 6), f"{value:.2f}", series.colour, anchor))
+        parts.append(_value(placed[0], placed[:2][-1], "start", series.colour))
+        if len(placed) > 1:
+            last, has_room = placed[-1], placed[-1][0] + VALUE <= x.end  # to the right, where its line does not go
+            parts.append(_value(last, last if has_room else placed[-2], "start" if has_room else "end", series.colour))
     return parts
+
+
+def _value(point: tuple[float, float, float], beside: tuple[float, float, float], anchor: str, colour: Colour) -> str:
+    """The value of a point: above it, or below where the line to the point beside would go through the words."""
+    (left, top, value), (other, height, _) = point, beside
+    is_steep = (top - height) * VALUE > 6 * abs(left - other)
+    return _text(left, top + 18 if is_steep else max(top - 8, TOP + 6), f"{value:.2f}", colour, anchor)
 
 
 def _is_value(y: float | None) -> TypeGuard[float]:

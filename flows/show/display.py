@@ -14,12 +14,11 @@ from rich.text import Text
 
 from flows.records.run_record import NodeRecord, RunFolder, RunRecord, now
 from stages.contracts.specs import SPECS
-from stages.contracts.words import plain, seconds
+from stages.contracts.words import brief, plain, seconds
 
 WIDTH = max(map(len, SPECS))
 MARKS = {"ran": ("✓", "green"), "cached": ("✓", "cyan"), "failed": ("✗", "red"), "stopped": ("■", "yellow")}
 BAR = 16  # characters
-LONGEST_ERROR = 100  # characters of it in a line of the list; the whole of it is told elsewhere
 
 
 def node_text(node: str, record: NodeRecord) -> Text:
@@ -38,13 +37,6 @@ def node_text(node: str, record: NodeRecord) -> Text:
         return text.append(plain(record.doing or ""))
     told = brief(record.error) if record.error else plain(record.figure or "")
     return text.append(told, style="red" if record.state == "failed" else "")
-
-
-def brief(error: str) -> str:
-    """The beginning of an error's first line."""
-    first = error.partition("\n")[0]
-    shown = first if len(first) <= LONGEST_ERROR else first[:LONGEST_ERROR].rstrip() + " …"
-    return plain(shown)
 
 
 def _running_for(record: NodeRecord) -> str:

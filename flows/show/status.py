@@ -9,13 +9,12 @@ from rich.console import Console
 from rich.text import Text
 
 from flows.records.go_on import go_on, other_failures, workspace_option
-from flows.records.run_record import RunFolder, RunRecord, all_runs, now
-from flows.records.story import shown_path
-from flows.server.local import page_is_lost
-from flows.show.display import brief, header, node_text, server_is_off
+from flows.records.run_record import FINISHED, RunFolder, RunRecord, all_runs, now
+from flows.server.asking import page_is_lost
+from flows.show.display import header, node_text, server_is_off
 from flows.show.summary import print_summary
 from stages.contracts.specs import SPECS
-from stages.contracts.words import ago, plain, seconds
+from stages.contracts.words import ago, brief, plain, seconds, shown_path
 
 STYLES = {"done": "green", "running": "bold", "failed": "red", "stopped": "yellow", "crashed": "red"}
 
@@ -44,7 +43,7 @@ def current_node(run: RunRecord) -> str:
         for node, state in run.nodes.items():
             if state.state == wanted:
                 return node
-    finished = [node for node, state in run.nodes.items() if state.state in ("ran", "cached")]
+    finished = [node for node, state in run.nodes.items() if state.state in FINISHED]
     return finished[-1] if finished else ""
 
 
@@ -79,7 +78,7 @@ def print_run(folder: RunFolder, record: RunRecord, console: Console) -> None:
         say(node_text(node, state))
     say("")
     for node, state in record.nodes.items():
-        if state.path is not None and state.state in ("ran", "cached"):
+        if state.path is not None and state.state in FINISHED:
             say(f"  {node:<14}  {shown_path(folder.workspace / state.path)}")
     if record.state == "done":
         print_summary(record, folder, console)

@@ -4,8 +4,8 @@ from rich.console import Console
 from rich.text import Text
 
 from flows.records.run_record import RunFolder, RunRecord
-from flows.records.story import Story, shown_path, story_of, told_losses
-from stages.contracts.words import plain
+from flows.records.story import Story, story_of, told_losses
+from stages.contracts.words import plain, shown_path
 
 LONGEST_SAMPLE = 240  # characters of a continuation
 

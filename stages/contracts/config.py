@@ -208,6 +208,11 @@ class PipelineConfig(Frozen):
         """The workspace as an absolute path."""
         return Path(self.workspace).expanduser().resolve()
 
+    @property
+    def processes_per_machine(self) -> int:
+        """How many processes of training each machine has."""
+        return self.layout.world_size // (len(self.launch.hosts) or 1)
+
     @model_validator(mode="after")
     def _settings_mean_something(self) -> Self:
         """What is set and would be without effect is a misunderstanding."""

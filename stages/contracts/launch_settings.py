@@ -12,8 +12,9 @@ from stages.contracts.settings import Frozen
 from stages.contracts.sizes import Bytes
 
 CPU_IMAGE, GPU_IMAGE = "megatron-flows:cpu", "megatron-flows:gpu"
+GPU_STAGES = frozenset({"verify", "train", "export"})  # the others do not compute
 PORT = 29400  # of the rendezvous, where launch.rendezvous names none
-HOST = re.compile(r"unix:///\S+|ssh://([^\s/@]+@)?[^\s/@:]+(:\d+)?(/\S*)?|tcp://[^\s/@:]+:\d+")
+HOST = re.compile(r"unix:///\S+|ssh://([^\s/@-][^\s/@]*@)?[^\s/@:-][^\s/@:]*(:\d+)?(/\S*)?|tcp://[^\s/@:]+:\d+")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(:\d+)?")
 
 
@@ -44,8 +45,8 @@ class LaunchSettings(Frozen):
     )  # fmt: skip
     gpus: str = Field(
         "auto",
-        description="GPUs of each machine that containers get: all; none; a count, such as 4; device=0,1 for those with these "
-        "ids; auto: all where this machine has any, or hosts are named. `all` keeps to CUDA_VISIBLE_DEVICES",
+        description="GPUs of each machine that stages get: all; none; a count, such as 4; device=0,1 for those with these "
+        "ids; auto: all where this machine has any, or hosts are named. Where none are, `all` keeps to CUDA_VISIBLE_DEVICES",
     )
     shm_size: Bytes = Field(8_000_000_000, ge=1_000_000, description="shared memory of a container, which NCCL needs: 8GB")
     ipc: Literal["private", "host"] = Field("private", description="host: the shared memory of the machine instead of shm_size")
@@ -105,13 +106,13 @@ class LaunchSettings(Frozen):
         """The GPUs of each machine.
 
         Args:
-            visible: CUDA_VISIBLE_DEVICES, which narrows down `all`.
+            visible: CUDA_VISIBLE_DEVICES of this machine, which narrows down `all` where no hosts are named.
             has_gpus: whether this machine has any.
         """
         text = self.gpus
         if text == "auto":
             text = "all" if self.hosts or has_gpus else "none"
-        if text == "all" and visible is not None:
+        if text == "all" and visible is not None and not self.hosts:
             ids = tuple(filter(None, (part.strip() for part in visible.split(","))))
             return Gpus(ids=ids) if ids and ids != ("-1",) else Gpus()
         if text in ("all", "none"):
@@ -119,6 +120,17 @@ class LaunchSettings(Frozen):
         if text.startswith("device="):
             return Gpus(ids=tuple(text.removeprefix("device=").split(",")))
         return Gpus(count=int(text))
+
+    def visible_to_processes(self, visible: str | None) -> str | None:
+        """CUDA_VISIBLE_DEVICES of stages that are processes, by ours; None: all."""
+        if self.gpus in ("auto", "all"):
+            return visible
+        if self.gpus == "none":
+            return ""
+        if self.gpus.startswith("device="):
+            return self.gpus.removeprefix("device=")
+        count = int(self.gpus)
+        return ",".join(visible.split(",")[:count] if visible is not None else map(str, range(count)))
 
 
 def machine_has_gpus() -> bool:

@@ -28,6 +28,11 @@ def _is_file(path: Path) -> bool:
     return path.is_file() or (path.is_symlink() and not path.exists())
 
 
+def is_local(source: str) -> bool:
+    """Whether a source is on this disk; any other is a name on the Hub, or a mistake."""
+    return is_glob(source) or Path(source).expanduser().exists()
+
+
 def is_glob(source: str) -> bool:
     """Whether a source is a pattern of paths: `corpus/*.jsonl.gz`."""
     return _has_magic(source) and not Path(source).expanduser().exists()

@@ -26,7 +26,7 @@ from stages.contracts.config import (
 )
 from stages.contracts.data_settings import DataSettings
 from stages.contracts.settings import Frozen
-from stages.contracts.sources import stamp
+from stages.contracts.sources import is_local, stamp
 from stages.contracts.tokenized import stamp_tokenized
 from stages.contracts.train_settings import LayoutSettings, TrainSettings, check_batches
 
@@ -80,6 +80,11 @@ class Spec(Frozen):
         return {}
 
     @property
+    def talks_to_hub(self) -> bool:
+        """Whether the stage gets the Hub's token, and a way out to the network."""
+        return False
+
+    @property
     def key(self) -> str:
         """Name of the result: 16 hex digits of a hash of everything that decides it."""
         content = {
@@ -127,6 +132,11 @@ def scratch_of(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.partial"
 
 
+def refused_of(folder: Path) -> Path:
+    """The report of a gate that refused, by the folder of the result that there is none of; its card is beside it, as .md."""
+    return folder.parent / f".{folder.name}.failed.json"
+
+
 def _key_part(model: Frozen, leave_out: frozenset[str] | set[str] = frozenset()) -> dict[str, Any]:
     """The fields of a model that belong in a key, as JSON values."""
     part: dict[str, Any] = {}
@@ -155,6 +165,11 @@ class DownloadModelSpec(Spec):
     def settings_of(cls, config: PipelineConfig) -> dict[str, Any]:
         return {"model": config.model, "stamp": stamp(config.model.source)}
 
+    @property
+    def talks_to_hub(self) -> bool:
+        """See `Spec`."""
+        return not is_local(self.model.source)
+
 
 class DownloadDataSpec(Spec):
     """Fetch a dataset from the Hub, or take local text, as jsonl."""
@@ -173,6 +188,12 @@ class DownloadDataSpec(Spec):
             for _, _, _, settings in config.data.sources()
         ]
         return {"data": config.data, "stamp": " ".join(filter(None, stamps)) or None}
+
+    @property
+    def talks_to_hub(self) -> bool:
+        """See `Spec`."""
+        wanted = (named.settings for named in self.data.sources() if named.settings.format != "tokenized")
+        return not all(is_local(settings.source) for settings in wanted)
 
 
 class PreprocessSpec(Spec):
@@ -308,6 +329,11 @@ class PushSpec(Spec):
     @classmethod
     def settings_of(cls, config: PipelineConfig) -> dict[str, Any]:
         return {"settings": config.push}
+
+    @property
+    def talks_to_hub(self) -> bool:
+        """See `Spec`."""
+        return self.settings.to == "hub"
 
 
 # The pipeline in an order in which each node comes after those it needs, and for each node where its inputs come from.

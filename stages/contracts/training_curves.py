@@ -22,20 +22,22 @@ class Curves:
     lr: Points
     grad_norm: Points
     tokens_per_second: Points
-    memory: int | None  # bytes that its first process held at most
+    memory: int | None  # bytes that any of its processes held at most
     seconds_left: float | None  # as it was at the last of these steps
 
-    @property
-    def is_empty(self) -> bool:
-        return not self.loss and not self.held_out
 
-
-def read_curves(folder: Path) -> Curves:
-    """The curves in the folder of a training, of its result or of its unfinished work; empty ones where it has told nothing.
-
-    Raises:
-        OSError, ValueError: its file cannot be read.
+def curves_in(folder: Path) -> Curves | None:
+    """The curves in the folder of a training, of its result or of its unfinished work; None where it has told nothing, or its
+    file cannot be read.
     """
+    try:
+        curves = _read(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return curves if curves.loss or curves.held_out else None
+
+
+def _read(folder: Path) -> Curves:
     lines = read_metrics(folder)
     return Curves(
         loss=_curve(lines, "loss"),

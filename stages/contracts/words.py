@@ -1,8 +1,12 @@
-"""Figures as people read them: times, sizes, counts."""
+"""Figures as people read them: times, sizes, counts; and words of others, made safe."""
 
+import os
 from datetime import datetime
+from pathlib import Path
 
 from megatron_core_impl.metrics import duration
+
+LONGEST_BRIEF = 100  # characters of an error in a line of a list; the whole of it is told elsewhere
 
 
 def seconds(value: float) -> str:
@@ -56,3 +60,15 @@ def plain(text: str) -> str:
 def lines(text: str) -> str:
     """The same of text that may have several lines, and indents them."""
     return "\n".join(plain(line.expandtabs(4)) for line in text.split("\n"))
+
+
+def brief(error: str) -> str:
+    """The beginning of an error's first line."""
+    first = error.partition("\n")[0]
+    return plain(first if len(first) <= LONGEST_BRIEF else first[:LONGEST_BRIEF].rstrip() + " …")
+
+
+def shown_path(path: Path) -> str:
+    """A path as a person here would type it: relative where that is shorter."""
+    relative = os.path.relpath(path)
+    return relative if not relative.startswith("..") else str(path)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from browsing import OpenPage
-from playwright.sync_api import Page
+from playwright.sync_api import Page, expect
 from stories import GATES, HOSTILE, done_run, told, with_artifact, with_file
 
 from flows.show.report.write import write_report
@@ -77,6 +77,9 @@ def test_dark_light_and_paper(report: str, open_page: OpenPage) -> None:
 
 def test_a_node_of_the_graph_leads_to_its_result(report: str, open_page: OpenPage) -> None:
     page = open_page(report)
+    files = page.locator("#train").get_by_role("rowheader", name="content.txt")
+    expect(files).to_be_hidden()
     page.locator("svg a[href='#train']").click()
     assert page.url.endswith("#train")
-    assert page.locator("#train").evaluate("element => element.getBoundingClientRect().top < window.innerHeight")
+    expect(files).to_be_visible()
+    expect(page.locator("#train")).to_be_in_viewport()

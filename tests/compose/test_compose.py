@@ -3,7 +3,6 @@
 import json
 import os
 import secrets
-import socket
 import subprocess
 import urllib.error
 import urllib.request
@@ -14,16 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import wait_until
+from processes import free_port, wait_until
 from runners import Serving
+from workspaces import write_model
 
 ROOT = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Compose:
@@ -64,6 +58,13 @@ class Compose:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=30) as answer:
             return json.loads(answer.read())
+
+    def start(self, deployment: str, **parameters: Any) -> dict[str, Any]:
+        """A flow run."""
+        [deployed] = [each for each in self.ask("deployments/filter", {}) if each["name"] == deployment]
+        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+        made: dict[str, Any] = self.ask(f"deployments/{deployed['id']}/create_flow_run", body)
+        return made
 
     def state(self, run: dict[str, Any]) -> str:
         """Of a flow run; empty while nobody answers."""
@@ -107,11 +108,7 @@ def test_a_restart_in_the_middle_of_a_run(
         runner.make(until="verify")
         runner.wish("train", "hang")
         runner.wait_until_said("stop         Ctrl-C")
-        [deployed] = [each for each in compose.ask("deployments/filter", {}) if each["name"] == f"mine-{service}"]
-        run = compose.ask(
-            f"deployments/{deployed['id']}/create_flow_run",
-            {"parameters": {"run_name": "through"}, "state": {"type": "SCHEDULED"}},
-        )
+        run = compose.start(f"mine-{service}", run_name="through")
         runner.wait_until_hangs("train")
         compose("restart", "-t", "30", service)
         runner.wish("train", "")
@@ -121,21 +118,26 @@ def test_a_restart_in_the_middle_of_a_run(
         runner.end()
 
 
-def test_the_runner_works_and_what_is_stored_survives(compose: Compose) -> None:
-    """A run in the container's runner, then down and up."""
+def test_the_runner_works_and_what_is_stored_survives(compose: Compose, tmp_path: Path) -> None:
+    """Stages in the container's runner, whose root is read-only, then down and up."""
     deployed = {each["name"] for each in compose.ask("deployments/filter", {})}
-    assert {"demo", "gpu", "train", "export"} <= deployed
-    [demo] = [each for each in compose.ask("deployments/filter", {}) if each["name"] == "demo"]
-    run = compose.ask(
-        f"deployments/{demo['id']}/create_flow_run",
-        {"parameters": {"overrides": ["model.source=/nowhere"]}, "state": {"type": "SCHEDULED"}},
-    )
+    assert {"demo", "gpu", "convert", "train", "export"} <= deployed
+    write_model(tmp_path / "base", num_hidden_layers=2)
+    for path in (tmp_path / "base").iterdir():
+        path.chmod(0o644)  # for the user of the container
+    (tmp_path / "text.jsonl").write_text("no JSON\n")  # so that the run ends early
+    for name in ("base", "text.jsonl"):
+        compose("cp", str(tmp_path / name), f"runner:/workspace/{name}")
+    inputs = ["model.source=/workspace/base", "data.source=/workspace/text.jsonl", "layout.tp=1"]
+    run = compose.start("demo", run_name="first", overrides=[*inputs, "verify.sequence_length=32", "train.sequence_length=32"])
     wait_until(lambda: compose.state(run) == "Failed", 150)
-    assert "model.source: /nowhere: no such file" in compose.ask(f"flow_runs/{run['id']}")["state"]["message"]
+    one = compose.start("convert", run_name="second", start_from=["first/download-model"], again=True)
+    wait_until(lambda: compose.state(one) in ("Completed", "Failed"), 150)
+    assert compose.state(one) == "Completed", compose.ask(f"flow_runs/{one['id']}")["state"]["message"]
 
     compose("--profile", "*", "down", "-t", "30")
     compose.up()
-    assert compose.state(run) == "Failed"
+    assert (compose.state(run), compose.state(one)) == ("Failed", "Completed")
     assert {each["name"] for each in compose.ask("deployments/filter", {})} == deployed
 
 

@@ -32,11 +32,14 @@ def client() -> Iterator[Any]:
 
 @pytest.fixture
 def workspace(client: Any, tmp_path: Path) -> Iterator[Path]:
-    """A workspace of one test, of which no container and no network may be left; what is, is removed."""
+    """A workspace of one test, of which no container and no network may be left."""
     folder = tmp_path / f"workspace-{uuid.uuid4().hex[:8]}"
     folder.mkdir()
     yield folder
-    for container in containers_of(client, folder):
+    containers = containers_of(client, folder)
+    networks = client.networks.list(filters={"label": f"{LABEL}workspace={folder}"})
+    for container in containers:
         container.remove(force=True)
-    for network in client.networks.list(filters={"label": f"{LABEL}workspace={folder}"}):
+    for network in networks:
         network.remove()
+    assert [left.name for left in (*containers, *networks)] == []

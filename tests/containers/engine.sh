@@ -20,10 +20,29 @@ if [ "${1:-start}" = stop ]; then
     pid=$(cat "$state/pid" 2>/dev/null || true)
     is_running "$pid" || exit 0
     kill "$pid"
-    for _ in $(seq 150); do is_running "$pid" || exit 0; sleep 0.2; done
+    for _ in $(seq 150); do is_running "$pid" || exit 0; sleep 0.2; done # it ends its containers first
     kill -9 "$pid"
     exit 0
 fi
+
+# What this script and the tests run.
+install() {
+    export DEBIAN_FRONTEND=noninteractive
+    # The package would start its own engine where there is an init system: ours is started below.
+    guard=/usr/sbin/policy-rc.d
+    [ -e "$guard" ] || { printf '#!/bin/sh\nexit 101\n' >"$guard"; chmod +x "$guard"; trap 'rm -f "$guard"' EXIT; }
+    for try in 1 2 3; do
+        apt-get update -qq && apt-get install -y -qq --no-install-recommends docker.io iptables debootstrap curl procps \
+            >"$state/apt.log" 2>&1 && return
+        sleep $((5 * try)) # a mirror that is busy may not be, soon
+    done
+    tail -20 "$state/apt.log" >&2
+    die "apt-get install docker.io failed"
+}
+may_install() { [ "$(id -u)" = 0 ] || die "only root can install what is missing: sudo $0"; }
+for command in curl pgrep; do # needed to see whether an engine answers
+    command -v "$command" >/dev/null || { may_install && install; }
+done
 
 answers && { echo "engine: one answers at $socket"; exit 0; }
 for _ in $(seq 25); do # one may be about to start
@@ -34,18 +53,7 @@ done
 is_running "$(pgrep -x dockerd | head -1 || true)" && die "a dockerd runs and does not answer at $socket"
 [ "$(id -u)" = 0 ] || die "no engine answers at $socket, and only root can start one: sudo systemctl start docker"
 
-if ! command -v dockerd >/dev/null || ! command -v debootstrap >/dev/null; then
-    export DEBIAN_FRONTEND=noninteractive
-    # The package would start its own engine where there is an init system: ours is started below.
-    guard=/usr/sbin/policy-rc.d
-    [ -e "$guard" ] || { printf '#!/bin/sh\nexit 101\n' >"$guard"; chmod +x "$guard"; trap 'rm -f "$guard"' EXIT; }
-    for try in 1 2 3; do
-        apt-get update -qq && apt-get install -y -qq --no-install-recommends docker.io iptables debootstrap curl \
-            >"$state/apt.log" 2>&1 && break
-        [ "$try" = 3 ] && { tail -20 "$state/apt.log" >&2; die "apt-get install docker.io failed"; }
-        sleep $((5 * try))
-    done
-fi
+{ command -v dockerd && command -v debootstrap; } >/dev/null || install
 
 mountpoint -q /sys/fs/cgroup || mount -t cgroup2 none /sys/fs/cgroup
 sysctl -qw net.ipv4.ip_forward=1 || true
@@ -54,7 +62,7 @@ start() {
     is_running "$(cat "$pid_file" 2>/dev/null || true)" || rm -f "$pid_file"
     setsid nohup dockerd -H "unix://$socket" --pidfile "$pid_file" >>"$state/dockerd.log" 2>&1 </dev/null &
     echo $! >"$state/pid"
-    for _ in $(seq 150); do
+    for _ in $(seq 150); do # until it answers; at first its process has the name of setsid
         answers && return 0
         is_running "$(cat "$state/pid")" || { sleep 0.5; is_running "$(cat "$state/pid")" || return 1; }
         sleep 0.2

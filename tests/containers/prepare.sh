@@ -5,13 +5,14 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=tests/containers
 python=.venv/bin/python
+make -s .venv/.installed
 base=python:$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-slim
 took() { echo "prepare: $1 after ${SECONDS} s"; }
 
 "$here/engine.sh"
 took engine
-# wheels: of the exact versions, in the build of this machine's own environment; the build then needs no network
-make -s wheels & wheels=$!
+# wheels: of the exact versions, from where this machine's own environment is from; the build then needs no network
+make -s wheels TORCH_INDEX= & wheels=$!
 "$here/base.sh" "$base" "$python"
 took "base image"
 wait "$wheels"
@@ -19,5 +20,5 @@ took wheels
 # A docker command without BuildKit's plugin cannot build; Debian's own brings the builder with its engine.
 docker=docker
 docker buildx version >/dev/null 2>&1 || [ ! -x /usr/bin/docker ] || docker=/usr/bin/docker
-make -s image-cpu DOCKER="$docker" BUILD="--build-arg BASE=$base --build-arg PIP_NO_INDEX=1 --network none"
+make -s image-cpu DOCKER="$docker" BUILD="--build-arg PIP_NO_INDEX=1 --network none"
 took image

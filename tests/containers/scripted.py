@@ -1,14 +1,13 @@
 """The Docker launcher with a piece of Python instead of a stage, and what is heard of it."""
 
-import json
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from watched import Watched
+
 from flows.launch.docker import DockerLauncher
 from flows.launch.docker_request import LABEL
-from flows.launch.protocol import Progress, StageJob
+from flows.launch.protocol import StageJob
 from stages.contracts.config import PipelineConfig
 from stages.contracts.specs import SPECS
 
@@ -45,27 +44,17 @@ class Scripted(DockerLauncher):
         return ["python", "-c", self.code]
 
 
-def job_of(workspace: Path, stage: str, run: str = "brisk-otter") -> StageJob:
+def job_of(workspace: Path, stage: str) -> StageJob:
     """A job whose spec is that of a stage, without inputs."""
-    folder = workspace / "runs" / run
+    folder = workspace / "runs" / "brisk-otter"
     file = folder / "specs" / f"{stage}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"settings": {"steps": 1}} if stage == "train" else {}
-    spec = SPECS[stage].model_validate({"workspace": str(workspace), **settings})
-    file.write_text(json.dumps(spec.model_dump(mode="json")))
-    return StageJob(stage, stage, file, folder / "logs" / f"{stage}.log", run)
+    settings = {"train": {"settings": {"steps": 1}}, "push": {"settings": {"to": "hub", "repo": "me/mine"}}}
+    spec = SPECS[stage].model_validate({"workspace": str(workspace), **settings.get(stage, {})})
+    file.write_text(spec.model_dump_json())
+    return StageJob(stage, stage, file, folder / "logs" / f"{stage}.log", "brisk-otter", talks_to_hub=spec.talks_to_hub)
 
 
-class Watched:
-    """A launch in this thread, and what was heard of it."""
-
-    def __init__(self, workspace: Path, code: str, *, stage: str = "train", grace: float = 5.0, **launch: Any) -> None:
-        self.launcher = Scripted(config_of(workspace, **launch), code, grace)
-        self.job = job_of(workspace, stage)
-        self.lines: list[str] = []
-        self.progress: list[Progress] = []
-        self.stop = threading.Event()
-        self.on_line: Callable[[str], None] = self.lines.append
-
-    def run(self) -> None:
-        self.launcher.run(self.job, on_line=self.on_line, on_progress=self.progress.append, stop=self.stop)
+def scripted(workspace: Path, code: str, *, stage: str = "train", grace: float = 5.0, **launch: Any) -> Watched:
+    """A launch of a piece of Python in a container."""
+    return Watched(Scripted(config_of(workspace, **launch), code, grace), job_of(workspace, stage))

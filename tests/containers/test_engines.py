@@ -2,15 +2,18 @@
 
 import contextlib
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 from processes import wait_until
-from scripted import Watched, config_of, containers_of
+from scripted import config_of, containers_of, scripted
 from tls_engine import engine_behind_tls, write_certificates
+from watched import Watched
 
-from flows.launch import docker_checks, doctor
+from flows.launch import docker, docker_checks, docker_container, doctor
+from flows.launch.docker_container import Container
 from flows.launch.docker_engine import NotReady, connected, default_host
 from flows.launch.protocol import StageFailed
 
@@ -48,14 +51,14 @@ def test_what_is_in_the_way_is_told_by_doctor_and_before_a_run(
     problem, _, command = capsys.readouterr().out.rpartition("→")
     assert what in problem
     assert mend in command
-    told = refusal(Watched(workspace, "print('runs')", **launch))
+    told = refusal(scripted(workspace, "print('runs')", **launch))
     assert what in told
     assert mend in told
 
 
 def test_an_image_with_other_code(client: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(docker_checks, "code_digest", lambda: "another")
-    told = refusal(Watched(workspace, "print('runs')"))
+    told = refusal(scripted(workspace, "print('runs')"))
     assert told == (
         f"train: image megatron-flows:cpu (at {default_host()}) holds another version of megatron-flows than this one. "
         "To mend it: make image-cpu"
@@ -72,7 +75,7 @@ def test_a_workspace_that_the_engine_does_not_see(workspace: Path, monkeypatch: 
         return original(folder / "elsewhere")
 
     monkeypatch.setattr(docker_checks, "_marker", elsewhere)
-    assert f"shows containers another folder as {workspace} than the one of this machine" in refusal(Watched(workspace, ""))
+    assert f"shows containers another folder as {workspace} than the one of this machine" in refusal(scripted(workspace, ""))
 
 
 def test_a_workspace_that_would_hide_the_container_s_own() -> None:
@@ -90,7 +93,7 @@ def test_a_workspace_that_cannot_be_written_to(workspace: Path, monkeypatch: pyt
     for folder in workspace.parents:
         if folder.owner() == "root" and folder not in (Path("/"), Path("/tmp")):
             folder.chmod(0o755)
-    told = refusal(Watched(workspace, ""))
+    told = refusal(scripted(workspace, ""))
     assert f"a container of user 12345:12345 may not write to {workspace}" in told
     assert f"To mend it: sudo chown -R 12345:12345 {workspace}" in told
 
@@ -106,15 +109,52 @@ def test_a_connection_that_breaks(client: Any, workspace: Path, tmp_path: Path, 
     )
     with contextlib.ExitStack() as network:
         host = network.enter_context(engine_behind_tls(tmp_path / "ours", default_host().removeprefix("unix://")))
-        watched = Watched(workspace, code, hosts=[host], grace=60)
+        watched = scripted(workspace, code, hosts=[host], grace=60)
         watched.on_line = lambda line: network.close()
         with pytest.raises(StageFailed, match="the Docker engine is gone: ") as caught:
             watched.run()
     assert caught.value.reason == "killed"
     wait_until(lambda: [container.status for container in containers_of(client, workspace)] == ["exited"])
     assert (workspace / "saved").exists()
-    Watched(workspace, "").run()
+    scripted(workspace, "").run()
     assert containers_of(client, workspace) == []
+
+
+def test_a_connection_to_a_container_that_breaks(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its engine still answers, and tells that it runs: it is given the time to save its work, and only then killed."""
+    made: list[Container] = []
+
+    class Cut(Container):
+        def __init__(self, *asked: Any) -> None:
+            made.append(self)
+            super().__init__(*asked)
+
+        def _state_after(self, seconds: float) -> dict[str, Any]:
+            if seconds > 10:
+                (workspace / "go").touch()
+            return super()._state_after(seconds)
+
+    monkeypatch.setattr(docker, "Container", Cut)
+    monkeypatch.setattr(docker_container, "END_SECONDS", 0.0)
+    code = (
+        "import os, signal, sys, time\ndef save(*_):\n"
+        f"    while not os.path.exists({str(workspace / 'go')!r}): time.sleep(0.01)\n"
+        f"    open({str(workspace / 'saved')!r}, 'w').close()\n    sys.exit(4)\n"
+        "signal.signal(15, save); print('ready', flush=True); time.sleep(600)"
+    )
+    watched = scripted(workspace, code, grace=60)
+    watched.on_line = lambda line: made[-1]._socket.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(StageFailed) as caught:
+        watched.run()
+    assert str(caught.value) == "train: the connection to its container broke. Its last lines: ready"
+    assert (caught.value.reason, caught.value.code) == ("killed", 4)
+    assert (workspace / "saved").exists()
+
+
+def keeps_alive(port: int) -> bool:
+    """Whether the kernel looks after a connection of ours to a port of loopback that is silent: it has a timer for it."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(row[2] == f"0100007F:{port:04X}" and row[5].startswith("02:") for row in rows)
 
 
 def test_an_engine_behind_tls(client: Any, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,8 +163,8 @@ def test_an_engine_behind_tls(client: Any, workspace: Path, tmp_path: Path, monk
     write_certificates(tmp_path / "others")
     monkeypatch.setenv("HF_TOKEN", "hf_averysecrettokenofsomebody")
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "others" / "ca.pem"))  # of the company: not for the engine
-    socket = default_host().removeprefix("unix://")
-    with engine_behind_tls(tmp_path / "ours", socket) as host:
+    engine = default_host().removeprefix("unix://")
+    with engine_behind_tls(tmp_path / "ours", engine) as host:
         monkeypatch.setenv("DOCKER_CERT_PATH", str(tmp_path / "others"))
         with pytest.raises(NotReady, match=f"the Docker engine at {host} does not answer: .*certificate"), connected(host):
             pass
@@ -133,10 +173,12 @@ def test_an_engine_behind_tls(client: Any, workspace: Path, tmp_path: Path, monk
             "import os, signal, sys, time; signal.signal(15, lambda *_: (print('asked', flush=True), sys.exit(4)))\n"
             "print(len(os.environ['HF_TOKEN']), flush=True); time.sleep(600)"
         )
-        watched = Watched(workspace, code, stage="push", hosts=[host])
+        watched = scripted(workspace, code, stage="push", hosts=[host])
 
         def on_line(line: str) -> None:
             watched.lines.append(line)
+            if line == "29":
+                assert keeps_alive(int(host.rpartition(":")[2]))
             watched.stop.set()
 
         watched.on_line = on_line

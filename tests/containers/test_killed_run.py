@@ -1,6 +1,5 @@
 """A run that is killed while it trains in a container: its GPUs are nobody else's before that has ended; nothing is left."""
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fake_stages import make_results
-from processes import wait_until
+from processes import is_locked, wait_until
 from scripted import IN_CONTAINERS, containers_of
 
 from flows.asked.load_config import load_config
@@ -40,15 +39,6 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def is_free(lock: Path) -> bool:
-    with lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-
 def test_a_killed_run_s_container(client: Any, workspace: Path, server: Server) -> None:
     (workspace / "mine.yaml").write_text(CONFIG)
     launch = [f"launch.{name}={value}" for name, value in IN_CONTAINERS.items()]
@@ -68,7 +58,7 @@ def test_a_killed_run_s_container(client: Any, workspace: Path, server: Server) 
     record = RunFolder(workspace, "brisk-otter").read()
     assert record is not None
     assert record.state == "crashed"
-    assert not is_free(workspace / ".training")
+    assert is_locked(workspace / ".training")
     (workspace / "saved").touch()
     wait_until(lambda: containers_of(client, workspace) == [], 90)
-    wait_until(lambda: is_free(workspace / ".training"), 60)
+    wait_until(lambda: not is_locked(workspace / ".training"), 60)

@@ -1,7 +1,6 @@
 """The launcher with real containers: what a stage sees there, how it ends, and that nothing outlives its launcher."""
 
 import dataclasses
-import fcntl
 import json
 import os
 import signal
@@ -13,12 +12,17 @@ from typing import Any
 
 import pytest
 from docker.errors import APIError
-from processes import wait_until
-from scripted import Watched, config_of, containers_of
+from processes import is_locked, wait_until
+from scripted import config_of, containers_of, scripted
+from watched import Watched
 
 from flows.launch.docker import DockerLauncher
+from flows.launch.docker_checks import Image
+from flows.launch.docker_request import Place
 from flows.launch.protocol import Progress, StageFailed
 from flows.records.run_record import RunFolder
+from flows.records.server_home import server_home
+from stages.contracts.specs import SPECS
 
 TOKEN = "hf_averysecrettokenofsomebody"
 
@@ -42,7 +46,7 @@ print("@@look " + json.dumps({
     "networks": sorted(os.listdir("/sys/class/net")), "shm": os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize,
     "writes": {path: may_write(path) for path in ("/", "/opt", "/usr", "/tmp", os.path.expanduser("~"), WORKSPACE)},
     "runs": subprocess.run([program]).returncode, "image": os.environ["STAGE_IMAGE"],
-    "threads": os.environ.get("OMP_NUM_THREADS"),
+    "threads": os.environ.get("OMP_NUM_THREADS"), "prefect_home": os.listdir(WORKSPACE + "/prefect"),
 }))
 print("the token is", os.environ.get("HF_TOKEN"), flush=True)
 print('@@stage {"event": "progress", "done": 1, "total": 4, "text": "going"}', flush=True)
@@ -54,7 +58,7 @@ while not os.path.exists(WORKSPACE + "/seen"):
 
 def look(client: Any, workspace: Path, stage: str) -> tuple[Watched, dict[str, Any], dict[str, Any]]:
     """Run LOOK as a stage: what was heard, what the stage saw, and what the engine tells of its container."""
-    watched = Watched(workspace, f"WORKSPACE = {str(workspace)!r}\n{LOOK}", stage=stage)
+    watched = scripted(workspace, f"WORKSPACE = {str(workspace)!r}\n{LOOK}", stage=stage)
     inspected: list[dict[str, Any]] = []
 
     def on_line(line: str) -> None:
@@ -69,15 +73,22 @@ def look(client: Any, workspace: Path, stage: str) -> tuple[Watched, dict[str, A
     return watched, json.loads(watched.lines[0].removeprefix("@@look ")), inspected[0]
 
 
-def test_what_a_stage_has_and_may(client: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_stage_has_and_may(client: Any, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "me:password")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"proxies": {"default": {"httpsProxy": "http://me:password@proxy"}}}')
+    database = server_home(workspace) / "prefect.db"
+    database.parent.mkdir()
+    database.touch()
     watched, saw, told = look(client, workspace, "convert")
     assert watched.lines[1:] == ["the token is None", "to stderr"]
     assert watched.progress == [Progress(1, 4, "going")]
     assert watched.job.log_file.read_text().splitlines() == watched.lines
     assert (saw["token"], saw["prefect"], saw["threads"]) == (None, [], "1")
+    assert "password" not in str(told["Config"]["Env"])
+    assert (saw["prefect_home"], database.exists()) == ([], True)  # the server's, in the workspace, is hidden
     assert saw["user"] == [os.getuid(), os.getgid()]
     assert saw["runs"] == 7
     assert (saw["home"], saw["cwd"]) == (str(Path.home()), str(Path.cwd()))
@@ -124,12 +135,12 @@ def test_the_token_reaches_push_and_nobody_else(client: Any, workspace: Path, mo
         ("print('one\\ntwo'); raise SystemExit(2)", "bad input", "Its last lines: one ⏎ two"),
         ("1/0", "crash", "ZeroDivisionError: division by zero"),
         ("import os; os.kill(os.getpid(), 11)", "killed", "killed by SIGSEGV"),
-        ("import os; print('busy', flush=True); os.kill(os.getpid(), 9)", "killed", "killed (SIGKILL) from outside: docker"),
+        ("import os; print('busy', flush=True); os.kill(os.getpid(), 9)", "killed", "killed (SIGKILL) from outside: by s"),
         ("print('@@stage {\"event\": \"error\", \"message\": \"no RoPE\"}'); raise SystemExit(3)", "gate failed", "no RoPE"),
     ],
 )  # fmt: skip
 def test_exit_codes_in_words(workspace: Path, code: str, reason: str, says: str) -> None:
-    watched = Watched(workspace, code)
+    watched = scripted(workspace, code)
     with pytest.raises(StageFailed) as caught:
         watched.run()
     assert caught.value.reason == reason
@@ -139,7 +150,7 @@ def test_exit_codes_in_words(workspace: Path, code: str, reason: str, says: str)
 
 def test_out_of_memory_is_told_as_such(workspace: Path) -> None:
     code = "print('filling', flush=True)\nfull = []\nwhile True: full.append(bytearray(8 << 20))"
-    watched = Watched(workspace, code, memory="96MB")
+    watched = scripted(workspace, code, memory="96MB")
     with pytest.raises(StageFailed) as caught:
         watched.run()
     assert caught.value.reason == "out of memory"
@@ -150,7 +161,7 @@ def test_out_of_memory_is_told_as_such(workspace: Path) -> None:
 
 def test_no_line_is_lost(workspace: Path) -> None:
     """From the first, before anybody could have listened, to the last, and however many there are."""
-    watched = Watched(workspace, "for i in range(100_000): print(i, 'x' * 60)")
+    watched = scripted(workspace, "for i in range(100_000): print(i, 'x' * 60)")
     watched.run()
     assert [int(line.split()[0]) for line in watched.lines] == list(range(100_000))
 
@@ -158,7 +169,7 @@ def test_no_line_is_lost(workspace: Path) -> None:
 SAVES = """
 import pathlib, signal, sys, time
 def save(*_):
-    time.sleep(0.2)
+    time.sleep(0.2)  # it takes a while: a launcher that did not wait would be gone
     pathlib.Path({saved!r}).touch()
     print("saved", flush=True)
     sys.exit(4)
@@ -169,7 +180,7 @@ time.sleep(600)
 
 
 def test_stop_lets_the_stage_save_its_work(client: Any, workspace: Path) -> None:
-    watched = Watched(workspace, SAVES.format(saved=str(workspace / "saved")), grace=60)
+    watched = scripted(workspace, SAVES.format(saved=str(workspace / "saved")), grace=60)
     watched.on_line = lambda line: watched.stop.set() if line == "ready" else watched.lines.append(line)
     with pytest.raises(StageFailed, match="stopped") as caught:
         watched.run()
@@ -183,7 +194,7 @@ def test_stop_lets_the_stage_save_its_work(client: Any, workspace: Path) -> None
 
 def test_stop_kills_what_does_not_listen(client: Any, workspace: Path) -> None:
     code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
-    watched = Watched(workspace, code, grace=0.3)
+    watched = scripted(workspace, code, grace=0.3)
     watched.on_line = lambda line: watched.stop.set()
     with pytest.raises(StageFailed, match="stopped"):
         watched.run()
@@ -194,7 +205,7 @@ def test_a_failing_handler_ends_the_stage(client: Any, workspace: Path) -> None:
     def fail(line: str) -> None:
         raise RuntimeError(line)
 
-    watched = Watched(workspace, SAVES.format(saved=str(workspace / "saved")))
+    watched = scripted(workspace, SAVES.format(saved=str(workspace / "saved")))
     watched.on_line = fail
     with pytest.raises(RuntimeError, match="ready"):
         watched.run()
@@ -203,7 +214,7 @@ def test_a_failing_handler_ends_the_stage(client: Any, workspace: Path) -> None:
 
 
 def test_a_container_that_is_removed_from_outside(client: Any, workspace: Path) -> None:
-    watched = Watched(workspace, "import time; print('ready', flush=True); time.sleep(600)")
+    watched = scripted(workspace, "import time; print('ready', flush=True); time.sleep(600)")
     watched.on_line = lambda line: containers_of(client, workspace)[0].remove(force=True)
     with pytest.raises(StageFailed, match=r"removed from outside|killed") as caught:
         watched.run()
@@ -214,23 +225,14 @@ LAUNCH = """
 import dataclasses, fcntl, os, sys
 from pathlib import Path
 sys.path[:0] = {path!r}
-from scripted import Watched
-watched = Watched(Path({workspace!r}), {code!r}, grace=60)
+from scripted import scripted
+watched = scripted(Path({workspace!r}), {code!r}, grace=60)
 lock = os.open({workspace!r} + "/lock", os.O_RDWR | os.O_CREAT)
 fcntl.flock(lock, fcntl.LOCK_EX)
 watched.job = dataclasses.replace(watched.job, holds=(lock,))
 watched.on_line = lambda line: print(line, flush=True)
 watched.run()
 """
-
-
-def is_locked(file: Path) -> bool:
-    with file.open() as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def launch(workspace: Path, code: str) -> subprocess.Popen[str]:
@@ -252,7 +254,7 @@ def test_kill_9_of_the_launcher(client: Any, workspace: Path) -> None:
     wait_until(lambda: all(container.status == "exited" for container in containers_of(client, workspace)))
     assert (workspace / "saved").exists()
     (left,) = containers_of(client, workspace)
-    again = Watched(workspace, "print('again')")
+    again = scripted(workspace, "print('again')")
     again.run()
     assert again.lines == ["again"]
     assert containers_of(client, workspace) == []
@@ -260,13 +262,17 @@ def test_kill_9_of_the_launcher(client: Any, workspace: Path) -> None:
 
 
 def test_what_still_saves_its_work_is_waited_for(client: Any, workspace: Path) -> None:
-    go = f"while not pathlib.Path({str(workspace / 'go')!r}).exists(): time.sleep(0.01)\n    time.sleep(1)"
-    slow = SAVES.replace("time.sleep(0.2)", go)
+    slow = SAVES.replace("time.sleep(0.2)", f"while not pathlib.Path({str(workspace / 'go')!r}).exists(): time.sleep(0.01)")
     launcher = launch(workspace, slow.format(saved=str(workspace / "saved")))
     os.killpg(launcher.pid, signal.SIGKILL)
     launcher.wait()
     assert is_locked(workspace / "lock")  # what the launcher held is not free before its container has ended
-    again = Watched(workspace, "print('again')")
+    impatient = scripted(workspace, "")
+    impatient.on_line = lambda line: impatient.stop.set()
+    with pytest.raises(StageFailed, match="not started"):  # at once, and not after the grace period
+        impatient.run()
+    assert not (workspace / "saved").exists()
+    again = scripted(workspace, "print('again')")
 
     def on_line(line: str) -> None:
         again.lines.append(line)
@@ -281,7 +287,7 @@ def test_what_still_saves_its_work_is_waited_for(client: Any, workspace: Path) -
 
 
 def test_a_live_run_is_left_alone(client: Any, workspace: Path) -> None:
-    first = Watched(workspace, SAVES.format(saved=str(workspace / "saved")), grace=60)
+    first = scripted(workspace, SAVES.format(saved=str(workspace / "saved")), grace=60)
     ready = threading.Event()
     first.on_line = lambda line: ready.set()
 
@@ -292,7 +298,7 @@ def test_a_live_run_is_left_alone(client: Any, workspace: Path) -> None:
     thread = threading.Thread(target=run)
     thread.start()
     assert ready.wait(60)
-    other = Watched(workspace, "print('beside it')")
+    other = scripted(workspace, "print('beside it')")
     other.job = dataclasses.replace(other.job, run="calm-heron")
     other.run()
     assert other.lines == ["beside it"]
@@ -303,15 +309,12 @@ def test_a_live_run_is_left_alone(client: Any, workspace: Path) -> None:
 
 def test_limits_as_the_engine_has_them(client: Any, workspace: Path) -> None:
     """What is asked for reaches the engine. GPUs are asked for and not started: there are none here."""
-    from flows.launch.docker_checks import find_image, gpus_of
-    from flows.launch.docker_request import Place
-    from stages.contracts.specs import SPECS
 
     def asked(**launch: Any) -> dict[str, Any]:
         launcher = DockerLauncher(config_of(workspace, **({"image": "megatron-flows:cpu"} | launch)))
-        job = Watched(workspace, "").job
+        job = scripted(workspace, "").job
         spec = SPECS["train"].model_validate_json(job.spec_file.read_bytes())
-        image = find_image(client, "here", launcher.settings, gpus_of(launcher.settings, {}))
+        image = Image("megatron-flows:cpu", client.images.get("megatron-flows:cpu").id, "")
         container = client.containers.create(**launcher.request(job, spec, image, Place(), 5.0))
         try:
             return dict(container.attrs["HostConfig"])

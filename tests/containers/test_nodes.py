@@ -15,7 +15,7 @@ from flows.launch.docker import DockerLauncher
 from flows.launch.docker_engine import default_host
 from flows.launch.docker_request import LABEL
 from flows.launch.process import ProcessLauncher
-from flows.launch.protocol import Launcher, Progress, StageFailed, StageJob
+from flows.launch.protocol import Caller, Launcher, Progress, StageFailed, StageJob
 from megatron_core_impl.checkpoint.training import finished_steps
 from stages.contracts import artifacts as a
 from stages.contracts.config import PipelineConfig
@@ -55,7 +55,7 @@ class Training:
             self.steps.append(progress.done)
             self.on_step()
 
-        launcher.run(self.job, on_line=self.lines.append, on_progress=on_progress, stop=self.stop)
+        launcher.run(self.job, Caller(self.lines.append, on_progress, self.stop))
         artifact = a.load_artifact(self.spec.folder)
         assert isinstance(artifact, a.CheckpointArtifact)
         return artifact

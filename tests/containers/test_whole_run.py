@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from processes import wait_until
 from scripted import containers_of
-from test_end_to_end import write_text
+from whole_job import job_text, write_text
 from workspaces import write_model
 
 from flows.asked.load_config import load_config
 from flows.launch.process import ProcessLauncher
-from flows.launch.protocol import StageJob
+from flows.launch.protocol import Caller, StageJob
 from flows.records.run_record import RunFolder
 from flows.server.local import Server
 from megatron_core_impl.checkpoint.training import finished_steps
@@ -28,27 +28,10 @@ from stages.contracts.specs import SOURCES, SPECS
 
 ROOT = Path(__file__).parents[2]
 STEPS = 120  # the first checkpoint is there after 10: what happens then lands far from the end
-CONFIG = f"""
-model: {{source: base}}
-data: {{source: text}}
-verify: {{batches: 1, sequence_length: 32}}
-layout: {{tp: 2}}
-train:
-  steps: {STEPS}
-  sequence_length: 32
-  micro_batch_size: 2
-  global_batch_size: 4
-  lr: 5.0e-3
-  precision: fp32
-  split: "90,10,0"
-  eval_interval: 60
-  eval_batches: 1
-  checkpoint_interval: 10
-  log_interval: 1
-export: {{prompts: ["def "], max_new_tokens: 4}}
-push: {{to: folder, folder: hub/mine}}
-launch: {{by: docker, gpus: none}}
-"""
+CONFIG = job_text(
+    STEPS, 32, samples=2, batch=4, push="hub/mine", train="eval_batches: 1",
+    rest='export: {prompts: ["def "], max_new_tokens: 4}\nlaunch: {by: docker, gpus: none}',
+)  # fmt: skip
 
 
 class Job:
@@ -147,8 +130,8 @@ def as_processes(config: PipelineConfig) -> dict[str, a.Artifact]:
     folder.mkdir(parents=True)
     for node, kind in SPECS.items():
         spec = kind.of(config, **{name: made[source] for name, source in SOURCES[node].items()})
-        job = StageJob(node, spec.STAGE, folder / f"{node}.json", folder / f"{node}.log", "by-hand")
+        job = StageJob(node, spec.STAGE, folder / f"{node}.json", folder / f"{node}.log", "by-hand")  # nothing is on the Hub
         job.spec_file.write_text(spec.model_dump_json())
-        ProcessLauncher().run(job, on_line=lambda line: None, on_progress=lambda progress: None, stop=threading.Event())
+        ProcessLauncher().run(job, Caller(lambda line: None, lambda progress: None, threading.Event()))
         made[node] = a.load_artifact(spec.folder)
     return made

@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from megatron_core_impl import trainer
 from megatron_core_impl.checkpoint.sharded import open_weights
 from megatron_core_impl.checkpoint.training import STATE_FILE, finished_steps, step_folder
 from megatron_core_impl.config import Layout
-from megatron_core_impl.mesh import Mesh
+from megatron_core_impl.mesh import Mesh, init_mesh
 from megatron_core_impl.metrics import Report, Sums, read_metrics
 from megatron_core_impl.parallel.parallelize import load_weights, parallelize
 from megatron_core_impl.parallel.pipeline import Pipeline
@@ -362,3 +363,13 @@ def test_bf16_keeps_every_digit_of_the_weights(job: Job) -> None:
     for name in start.names:
         assert end[name].dtype == torch.float32
         assert torch.equal(end[name], start.read(name)), name
+
+
+def peak_on_rank() -> int:
+    mesh = init_mesh(Layout(dp=2), "cpu")
+    with patch.object(trainer, "peak_bytes", lambda: 100 + mesh.rank):
+        return trainer._peak_memory(mesh)
+
+
+def test_memory_is_that_of_the_process_which_needs_most(pool: GlooPool) -> None:
+    assert pool.run(peak_on_rank, 2) == [101, 101]

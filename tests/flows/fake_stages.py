@@ -1,15 +1,15 @@
 """Stand-ins for the stages: they publish real artifacts through the real runtime, in milliseconds.
 
 As a script (`fake_stages.py SPEC.json`) it is a stage process of its own. What it should do is read from the environment of
-the *launcher*, or from files in the workspace: `<workspace>/fake/<node>` holds `fail`, `gate`, `bad`, `kill` or `hang`, which
-it does until something else stands there.
+the *launcher*, or from files in the workspace: `<workspace>/fake/<node>` holds `fail`, `gate`, `bad`, `leak`, `kill` or
+`hang`, which it does until something else stands there, and then that; so does `hang and save`, which saves as long once it
+is asked to end.
 """
 
 import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from flows.launch.process import ProcessLauncher
-from flows.launch.protocol import Progress, StageFailed, StageJob
+from flows.launch.protocol import Caller, Progress, StageFailed, StageJob
 from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.data.indexed_dataset import IndexWriter
 from megatron_core_impl.data.streams import bin_path
@@ -28,7 +28,7 @@ from stages.contracts import artifacts as a
 from stages.contracts.config import PipelineConfig
 from stages.contracts.process import ExitCode
 from stages.contracts.specs import SOURCES, SPECS, Spec
-from stages.outcomes import BadInput, GateFailed
+from stages.outcomes import BadInput, GateFailed, Interrupted
 
 _CONFIG = ModelConfig(
     family="llama", vocab_size=64, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -120,17 +120,10 @@ class InProcess:
         """Make a node fail from now on."""
         self.failing[node] = StageFailed(node, "gate failed", message, log_file=Path("x.log"), code=ExitCode.GATE_FAILED)
 
-    def run(
-        self,
-        job: StageJob,
-        *,
-        on_line: Callable[[str], None],
-        on_progress: Callable[[Progress], None],
-        stop: threading.Event,
-    ) -> None:
+    def run(self, job: StageJob, caller: Caller) -> None:
         self.ran.append(job.node)
-        on_line(f"this is {job.node}")
-        on_progress(Progress(1, 2, "half way"))
+        caller.on_line(f"this is {job.node}")
+        caller.on_progress(Progress(1, 2, "half way"))
         self.before(job.node)
         if job.node in self.failing:
             raise self.failing[job.node]
@@ -144,6 +137,11 @@ class Script(ProcessLauncher):
         return [sys.executable, __file__, str(job.spec_file)]
 
 
+def _wait_while(wish: Path, todo: str) -> None:
+    while wish.read_text().strip() == todo:
+        time.sleep(0.02)  # a file tells nobody that it changed
+
+
 def _as_stage(spec_file: Path) -> None:
     node = spec_file.stem
     spec = read_spec(spec_file)
@@ -151,15 +149,23 @@ def _as_stage(spec_file: Path) -> None:
     todo = wish.read_text().strip() if wish.exists() else ""
 
     def run(spec: Spec, ctx: Context) -> a.Artifact:
+        nonlocal todo
         (Path(spec.workspace) / f"{node}.pid").write_text(str(os.getpid()))
         ctx.log(f"this is {node}, token {os.environ.get('HF_TOKEN', 'unset')}")
         ctx.progress(1, 2, "half way")
-        if todo == "hang":
+        if todo.startswith("hang"):
             hangs = Path(spec.workspace) / f"{node}.hangs"
             hangs.write_text(str(os.getpid()))
-            while wish.read_text().strip() == "hang":
-                time.sleep(0.02)
+            try:
+                _wait_while(wish, todo)
+            except Interrupted:
+                if todo == "hang and save":
+                    hangs.with_suffix(".saves").touch()
+                    _wait_while(wish, todo)
+                    hangs.with_suffix(".saved").touch()
+                raise
             hangs.unlink()
+            todo = wish.read_text().strip()
         if todo == "gate":
             raise GateFailed("gate failed at layer 1")
         if todo == "bad":

@@ -10,8 +10,9 @@ from uuid import UUID
 
 from fake_stages import make_results
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import ArtifactSort
 from processes import lives, wait_until
 
 from flows.asked.load_config import load_config
@@ -21,21 +22,11 @@ ROOT = Path(__file__).parents[2]
 CONFIG = "model: {source: somebody/model}\ndata: {source: somebody/data}\ntrain: {steps: 2, sequence_length: 16}\n"
 
 
-class Serving:
-    """`finetune serve NAME.yaml` in a folder, against a server; deployed as finetune-llama2/NAME."""
+class Place:
+    """A folder with a workspace, NAME.yaml, and the `finetune` command, whose stages are stand-ins."""
 
-    def __init__(
-        self,
-        folder: Path,
-        api: str | None,
-        name: str,
-        command: str = "serve",
-        python_path: Path | None = None,
-    ) -> None:
-        self.folder = folder
-        self.workspace = folder / "workspace"
-        self.name = name
-        self.output = folder / f"{command}-{len(list(folder.glob('*.log')))}.log"
+    def __init__(self, folder: Path, name: str, api: str | None, python_path: Path | None = None) -> None:
+        self.folder, self.workspace, self.name = folder, folder / "workspace", name
         (folder / f"{name}.yaml").write_text(CONFIG)
         (self.workspace / "fake").mkdir(parents=True, exist_ok=True)
         self.environment = {**os.environ, "HF_TOKEN": "a-secret-token"}
@@ -43,12 +34,31 @@ class Serving:
         self.environment.pop("PREFECT_API_URL", None)
         if api is not None:
             self.environment["PREFECT_API_URL"] = api
-        script = str(Path(__file__).with_name("fake_finetune.py"))
+
+    def finetune(self, *arguments: str, **options: Any) -> subprocess.Popen[Any]:
+        """The command, in a process group of its own."""
+        command = [sys.executable, str(Path(__file__).with_name("fake_finetune.py")), *arguments]
+        return subprocess.Popen(command, cwd=self.folder, env=self.environment, start_new_session=True, **options)
+
+    def wish(self, node: str, what: str) -> None:
+        """What the stand-in of a node shall do."""
+        (self.workspace / "fake" / node).write_text(what)
+
+    def make(self, until: str) -> None:
+        """The results of the nodes up to one."""
+        make_results(load_config(self.folder / f"{self.name}.yaml", [f"workspace={self.workspace}"]), until=until)
+
+
+class Serving(Place):
+    """`finetune serve NAME.yaml` in a folder, against a server; deployed as finetune-llama2/NAME."""
+
+    def __init__(
+        self, folder: Path, api: str | None, name: str, command: str = "serve", python_path: Path | None = None
+    ) -> None:
+        super().__init__(folder, name, api, python_path)
+        self.output = folder / f"{command}-{len(list(folder.glob('*.log')))}.log"
         with self.output.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, script, command, f"{name}.yaml"], cwd=folder, env=self.environment, stdout=output,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+            self.process = self.finetune(command, f"{name}.yaml", stdout=output, stderr=subprocess.STDOUT)
 
     def said(self) -> str:
         return self.output.read_text()
@@ -69,29 +79,23 @@ class Serving:
         records = [RunFolder(self.workspace, folder.name).read() for folder in (self.workspace / "runs").glob("*")]
         return [record.pid for record in records if record is not None and record.state == "running"]
 
-    def wish(self, node: str, what: str) -> None:
-        """What the stand-in of a node shall do."""
-        (self.workspace / "fake" / node).write_text(what)
-
     def wait_until_hangs(self, node: str) -> int:
         """The process of a node's stage, once it hangs."""
         file = self.workspace / f"{node}.hangs"
         wait_until(lambda: file.exists() and file.read_text() != "")
         return int(file.read_text())
 
-    def make(self, until: str) -> None:
-        """The results of the nodes up to one."""
-        make_results(load_config(self.folder / f"{self.name}.yaml", [f"workspace={self.workspace}"]), until=until)
-
     def record(self, run: str) -> RunRecord:
         record = RunFolder(self.workspace, run).read()
         assert record is not None
         return record
 
-    def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Prefect's own command."""
+    def cli(self, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """Prefect's own command, in the runner's folder or another."""
         command = [sys.executable, "-P", "-m", "prefect", *arguments]
-        return subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            command, cwd=folder or self.folder, env=self.environment, capture_output=True, text=True, timeout=120
+        )
 
 
 class Seen:
@@ -113,6 +117,12 @@ class Seen:
 
     def wait_for(self, flow_run_id: UUID, *states: str) -> None:
         wait_until(lambda: self.state(flow_run_id) in states, 90)
+
+    def pages(self, flow_run_id: UUID) -> dict[str, str]:
+        """What a run shows, by key; of two pages under one key the newer."""
+        asked = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+        found = self.client.read_artifacts(artifact_filter=asked, sort=ArtifactSort.CREATED_DESC)
+        return {str(page.key): str(page.data) for page in reversed(found)}
 
     def tasks(self, flow_run_id: UUID) -> dict[str, list[str]]:
         """Names of the task runs' states, one after the other for each attempt."""

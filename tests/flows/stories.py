@@ -22,6 +22,7 @@ GATES = {
         {"name": "argmax agreement", "value": 1.0, "allowed": 0.999, "at_least": True, "probe": None, "passed": True},
         {"name": "|Δloss|", "value": None, "allowed": 1e-4, "at_least": False, "probe": "padding", "passed": False},
     ],
+    "probes": [{"probe": "padding", "argmax_agreement": 0.98765, "tokens": 48}],
     "modules": [{"module": f"model.layers.{n}.mlp", "mean": 1e-7, "max": 2e-7, "relative": 3e-7 * n} for n in range(30)],
 }
 

@@ -8,7 +8,7 @@ import pytest
 from fake_stages import config, make_results
 
 from flows.asked.load_config import BadConfig
-from flows.asked.parameters import Asked, what_is_asked
+from flows.asked.parameters import Asked, what_is_asked, what_stage_is_asked
 from stages.contracts import artifacts as a
 
 
@@ -64,11 +64,11 @@ def test_a_result_and_all_it_was_made_from(
         asked = what_is_asked(other, start_from=[name])
         assert given(asked) == wanted
         assert asked.start_from == (made["train"].path,)
-    both = what_is_asked(other, start_from=[made["shard"].path, made["preprocess"].path], stage="train")
-    assert given(both) == {node: path for node, path in wanted.items() if node != "train"}
-    again = what_is_asked(other, start_from=[made["train"].path], stage="train", refresh=["train"])
-    assert given(again) == given(both)
-    assert again.refresh == {"train"}
+    again = what_stage_is_asked(
+        "train", {}, str(tmp_path), overrides=[], start_from=[made["shard"].path, made["train"].path], again=True
+    )
+    assert given(again) == {node: path for node, path in wanted.items() if node != "train"}
+    assert (again.refresh, again.start_from) == ({"train"}, (made["shard"].path, made["train"].path))
 
     shutil.rmtree(tmp_path / made["convert"].path)  # what is gone is made as usual
     assert "convert" not in given(what_is_asked(other, start_from=[made["train"].path]))

@@ -69,12 +69,35 @@ def test_ticks_are_round_numbers(values: list[float], labels: set[str]) -> None:
     assert labels <= set(words(svg)), words(svg)
 
 
+def test_a_value_stands_beside_its_line_not_on_it() -> None:
+    """Where the curve goes on: to the right of its last point. At the end: above, or below where the line falls steeply."""
+
+    def places(*values: float, last_x: int | None = None) -> list[tuple[str, bool]]:
+        svg = curves([Series("held-out", list(enumerate(values)), "b", is_marked=True)], title="t", last_x=last_x)
+        dots = {circle.get("cx"): float(circle.get("cy") or 0) for circle in drawn(svg).iter(f"{SVG}circle")}
+        marks = [text for text in drawn(svg).iter(f"{SVG}text") if text.get("class") == "b"]
+        return [(text.text or "", float(text.get("y") or 0) > dots[text.get("x")]) for text in marks]
+
+    assert places(8.37, 5.23) == [("8.37", False), ("5.23", True)]
+    assert places(5.23, 8.37) == [("5.23", True), ("8.37", False)]
+    assert places(8.37, 5.01, 5.0, 4.99) == [("8.37", False), ("4.99", False)], "nearly flat"
+    under_way = curves([Series("", [(0, 8.37), (1, 5.23)], "b", is_marked=True)], title="t", last_x=2)
+    [last] = [text for text in drawn(under_way).iter(f"{SVG}text") if text.text == "5.23"]
+    assert last.get("text-anchor") is None, "it stands to the right"
+    assert places(8.37, 5.23, last_x=2)[1] == ("5.23", False)
+    assert places(8.37, 5.0, 6.0) == [("8.37", False), ("6.00", False)]
+    assert places(8.37) == [("8.37", False)]
+
+
 def test_bars_keep_their_words_in_the_picture() -> None:
-    svg = bars([Bar("train", 10, 190, "3m 00s"), Bar("push", 190, 190, "0.0s")], title="when", width=400)
+    longest = "1,048,576 to 2,097,151"
+    svg = bars([Bar("train", 10, 190, "3m 00s"), Bar(longest, 190, 190, "0.0s")], title="when", width=400)
+    [end] = [float(text.get("x") or 0) for text in drawn(svg).iter(f"{SVG}text") if text.text == longest]
+    assert end >= 7 * len(longest), "it ends there"
     for rect in drawn(svg).iter(f"{SVG}rect"):
         assert float(rect.get("x") or 0) + float(rect.get("width") or 0) <= 400 - 6 * 6
         assert float(rect.get("width") or 0) >= 1.5
-    assert {"train", "3m 00s", "push"} <= set(words(svg))
+    assert {"train", "3m 00s", longest} <= set(words(svg))
     assert bars([], title="when") is None
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from fake_stages import config, make_results
 from processes import lives, wait_until
+from runners import CONFIG, ROOT, Place
 
 from flows import cli
 from flows.asked.load_config import load_config
@@ -24,39 +25,22 @@ from flows.records.run_record import NodeRecord, RunFolder, RunRecord, all_runs,
 from flows.server import local as servers
 from flows.server.local import Server
 
-ROOT = Path(__file__).parents[2]
-CONFIG = "model: {source: somebody/model}\ndata: {source: somebody/data}\ntrain: {steps: 2, sequence_length: 16}\n"
 
-
-class Command:
+class Command(Place):
     """Runs `finetune` in a folder with `mine.yaml`."""
 
     def __init__(self, folder: Path, server: Server) -> None:
-        self.folder = folder
-        self.workspace = folder / "workspace"
-        (folder / "mine.yaml").write_text(CONFIG)
-        (self.workspace / "fake").mkdir(parents=True)
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_TOKEN": "a-secret-token"}
-        self.environment["PREFECT_API_URL"] = server.api
+        super().__init__(folder, "mine", server.api)
         self.started: list[subprocess.Popen[str]] = []
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, str(Path(__file__).with_name("fake_finetune.py")), *arguments]
-        process = subprocess.Popen(
-            command, cwd=self.folder, env=self.environment, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        self.started.append(process)
-        return process
+        self.started.append(self.finetune(*arguments, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        return self.started[-1]
 
     def __call__(self, *arguments: str) -> tuple[int, str, str]:
         process = self.start(*arguments)
         out, err = process.communicate(timeout=200)
         return process.returncode, out, err
-
-    def wish(self, node: str, what: str) -> None:
-        """What the stand-in of a node shall do."""
-        (self.workspace / "fake" / node).write_text(what)
 
     def record(self) -> RunRecord:
         """The newest run."""
@@ -95,7 +79,7 @@ def test_run_status_and_rerun(finetune: Command) -> None:
     everything = [p for p in finetune.workspace.rglob("*") if p.is_file()]
     assert [p for p in everything if b"a-secret-token" in p.read_bytes()] == []
     logs = finetune.workspace / "runs" / "brisk-otter" / "logs"
-    assert "this is push, token [hidden]" in (logs / "push.log").read_text()
+    assert "this is download-model, token [hidden]" in (logs / "download-model.log").read_text()
     assert "this is train, token unset" in (logs / "train.log").read_text()
     prefect = (logs / "prefect.log").read_text()
     assert "this is train" in prefect
@@ -195,6 +179,17 @@ def test_a_page_whose_server_ended(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "https://prefect.example/runs/1\n" in capsys.readouterr().out
 
 
+def test_a_run_of_a_version_with_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder(tmp_path, "calm-heron")
+    folder.path.mkdir(parents=True)
+    asked = config(tmp_path).model_dump(mode="json")
+    asked["train"]["optimiser"] = "sgd"
+    folder.write(RunRecord(name="calm-heron", config=asked, cwd=str(tmp_path), pid=1, started=now(), state="done"))
+    assert cli.main(["rerun", "calm-heron", "--workspace", str(tmp_path)]) == 2
+    told = "error: run calm-heron: train.optimiser: unknown key. Did you mean train.optimizer?\n"
+    assert capsys.readouterr().err == told
+
+
 @pytest.mark.parametrize(
     ("reason", "code"), [("crash", 1), ("killed", 1), ("interrupted", 1), ("bad input", 2), ("gate failed", 3)]
 )
@@ -244,7 +239,7 @@ def test_stopping_is_graceful(finetune: Command, number: int, code: int) -> None
 
 
 def test_kill_9_then_run_again(finetune: Command) -> None:
-    make_results(load_config(finetune.folder / "mine.yaml", [f"workspace={finetune.workspace}"]), until="shard")
+    finetune.make(until="shard")
     finetune.wish("train", "hang")
     process = finetune.start("run", "mine.yaml", "--name", "first")
     wait_until((finetune.workspace / "train.hangs").exists)
@@ -300,7 +295,7 @@ def test_there_are_examples() -> None:
 
 
 def test_the_same_work_is_waited_for_and_trainings_take_turns(finetune: Command) -> None:
-    make_results(load_config(finetune.folder / "mine.yaml", [f"workspace={finetune.workspace}"]), until="verify")
+    finetune.make(until="verify")
     finetune.wish("train", "hang")
     first = finetune.start("run", "mine.yaml", "--name", "first")
     wait_until((finetune.workspace / "train.hangs").exists)

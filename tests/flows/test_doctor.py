@@ -42,6 +42,26 @@ def test_gpus_without_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert "1 problem\n" in capsys.readouterr().err
 
 
+def test_a_folder_that_no_container_can_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a configuration the folder that a person is in is looked at, which may be any."""
+    monkeypatch.setattr(doctor, "in_containers", lambda settings: True)
+    monkeypatch.chdir("/")
+    problem = findings(None)["launch"]
+    assert problem.text.startswith("the current folder: /, mounted in a container, would hide /bin of the container itself")
+    assert problem.mend == "choose another"
+
+
+def test_the_first_machine_needs_what_the_downloads_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    asked = changed(tmp_path / "w", launch={"hosts": ["ssh://gpu1", "ssh://gpu2"]}, layout={"tp": 2})
+    first, second = (doctor._binds(asked, tmp_path / "w", host) for host in asked.launch.hosts)
+    assert {bind.source for bind in first} == {tmp_path / "w", tmp_path / "home" / "hub", tmp_path / "home" / "datasets"}
+    assert {bind.source for bind in second} == {tmp_path / "w"}
+    assert list(tmp_path.iterdir()) == []  # it looks, and changes nothing
+
+
 def test_what_a_job_needs_besides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     push = {"to": "hub", "repo": "me/mine"}
     asked = changed(tmp_path, push=push, launch={"by": "process"})

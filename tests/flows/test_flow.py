@@ -1,8 +1,8 @@
 """The flow against a real Prefect server, with stand-in stages: what runs, what is reused, what is seen."""
 
 import shutil
-import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -28,6 +28,7 @@ from prefect.settings import (
 from prefect.states import Running
 from processes import wait_until
 
+from flows import tasks
 from flows.finetune import Node, finetune
 from flows.launch import choose
 from flows.launch.protocol import StageFailed
@@ -35,8 +36,7 @@ from flows.records.run_record import LiveRecord, RunFolder, RunRecord, now
 from flows.running import settle
 from flows.running.settle import reconcile
 from flows.server.local import Server
-from flows.show.pages import live
-from flows.show.pages.board import Board
+from flows.show.pages import board
 from stages.contracts import artifacts as a
 from stages.contracts import intact
 from stages.contracts.specs import SPECS, scratch_of
@@ -76,6 +76,7 @@ class World:
 def world(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     launcher = InProcess()
     monkeypatch.setattr(choose, "launcher_for", lambda config: launcher)
+    monkeypatch.setattr(board, "LAST_SECONDS", 60.0)  # on a busy machine, too, all pages are there at the end
     settings = {
         PREFECT_API_URL: server.api,
         PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
@@ -153,7 +154,10 @@ def test_data_that_training_could_not_begin_with(world: World) -> None:
         world.run("one", sequence_length=512)
     assert set(world.launcher.ran) <= {"download-model", "download-data", "preprocess", "convert", "shard"}
     record = world.record("one")
-    assert (record.state, record.nodes["train"].state) == ("failed", "failed")
+    assert (record.state, record.nodes["train"].state, record.nodes["preprocess"].state) == ("failed", "failed", "ran")
+    pages = pages_of(record)
+    assert str(pages["train"].data).startswith("## train failed\n\n```text\ntrain.split=")
+    assert str(pages["preprocess"].data).startswith("## preprocess\n\nRan in ")
     assert (world.folder_of_dataset() / a.ARTIFACT_FILE).exists(), "the data are not to blame"
     assert states(world.run("two"))["preprocess"] == "cached"
 
@@ -174,21 +178,18 @@ def test_order_and_pages(world: World) -> None:
 
 
 def test_a_stage_that_takes_its_time_shows_how_far_it_is(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "FIRST_SECONDS", 0.0)
-    monkeypatch.setattr(live, "SECONDS", 0.01)
-    shown, seen = threading.Event(), []
+    monkeypatch.setattr(board, "FIRST_SECONDS", 0.0)
+    seen = {}
 
-    def put(board: Board, key: str, kind: str, data: object, words: str, **options: Any) -> None:
-        real(board, key, kind, data, words, **options)  # type: ignore[arg-type]
-        if key == "train-progress":
-            seen.append(data)
-            shown.set()
+    def until_it_is_shown(node: str) -> None:
+        if node == "train":
+            wait_until(lambda: {"train", "train-progress"} <= set(pages_of(world.record("run"))))
+            seen.update({key: page.data for key, page in pages_of(world.record("run")).items()})
 
-    real = Board.put
-    monkeypatch.setattr(Board, "put", put)
-    monkeypatch.setattr(world.launcher, "before", lambda node: node != "train" or shown.wait(60))
+    monkeypatch.setattr(world.launcher, "before", until_it_is_shown)
     pages = pages_of(world.run("run"))
-    assert seen == [50.0, 100.0]
+    assert seen["train-progress"] == 50.0
+    assert str(seen["train"]).startswith("## train, 50%")
     assert (pages["train-progress"].data, pages["train-progress"].description) == (100.0, "train made")
     assert str(pages["train"].data).startswith("## train\n\nRan in "), "the page of the end, not the one under way"
 
@@ -208,7 +209,7 @@ def test_a_failed_gate_stops_what_follows_and_a_rerun_goes_on(world: World) -> N
     wait_until(lambda: task_states(failed).get("verify") == "Failed")
     pages = pages_of(failed)
     assert "gate failed at layer 14" in str(pages["verify"].data)
-    assert "`finetune rerun run`" in str(pages["summary"].data)
+    assert f"finetune rerun run --workspace {world.workspace}\n" in str(pages["summary"].data)
     assert "gate failed at layer 14" in RunFolder(world.workspace, "run").report.read_text()
 
     world.launcher.failing.clear()
@@ -268,10 +269,10 @@ def test_a_run_whose_end_the_server_missed(world: World, monkeypatch: pytest.Mon
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(UUID(record.flow_run_id), Running(), force=True)
         RunFolder(world.workspace, "run").write(record.model_copy(update={"attempt": 2}))  # as Prefect counts them
-        reconcile(world.workspace)
+        reconcile([world.workspace])
         assert client.read_flow_run(UUID(record.flow_run_id)).state_name == "Running", "it may be about to tell it itself"
         monkeypatch.setattr(settle, "PATIENCE", 0.0)
-        reconcile(world.workspace)
+        reconcile([world.workspace])
         assert client.read_flow_run(UUID(record.flow_run_id)).state_name == "Completed"
 
 
@@ -287,15 +288,63 @@ def test_runs_of_dead_processes_are_marked(world: World) -> None:
     done = world.run("run")
     folder = RunFolder(world.workspace, "dead")
     folder.path.mkdir()
+    # The runner's own workspaces are others: that this one is to be settled, the server's runs tell.
+    parameters = {"config": config(Path("elsewhere")).model_dump(mode="json"), "overrides": [f"workspace={world.workspace}"]}
     with get_client(sync_client=True) as client:
-        flow_run = client.create_flow_run(finetune, name="dead", state=Running())
-    dead = RunRecord(name="dead", config={}, cwd="/", pid=1, started=now(), flow_run_id=str(flow_run.id))
-    LiveRecord(folder, dead).node("train", state="running", done=0.3)
-    assert reconcile(world.workspace) == ["dead"]
-    assert reconcile(world.workspace) == []
-    record = world.record("dead")
-    assert (record.state, record.nodes["train"].state) == ("crashed", "stopped")
-    assert "its process is gone" in folder.report.read_text()
-    with get_client(sync_client=True) as client:
+        flow_run = client.create_flow_run(finetune, name="dead", parameters=parameters, state=Running())
+        began = {
+            node: client.create_task_run(task, flow_run.id, "0", name=node, state=Running()).id
+            for node, task in (("preprocess", tasks.preprocess), ("train", tasks.train))
+        }
+        dead = RunRecord(name="dead", config={}, cwd="/", pid=1, started=now(), flow_run_id=str(flow_run.id))
+        record = LiveRecord(folder, dead)
+        record.node("preprocess", state="ran")  # of which Prefect has not heard
+        record.node("train", state="running", done=0.3)
+        settle.settle(finetune, client.read_flow_run(flow_run.id), Running())  # as a runner that saw the process die
+        assert {node: client.read_task_run(each).state_name for node, each in began.items()} == {
+            "preprocess": "Completed", "train": "Crashed",
+        }  # fmt: skip
+        assert reconcile([]) == ["dead"]
+        assert reconcile([]) == []
         assert client.read_flow_run(flow_run.id).state_name == "Crashed"
+    crashed = world.record("dead")
+    assert (crashed.state, crashed.nodes["train"].state) == ("crashed", "stopped")
+    assert "its process is gone" in folder.report.read_text()
+    pages = pages_of(crashed)
+    assert str(pages["train"].data).startswith("## train was stopped")
+    assert str(pages["summary"].data).startswith("## dead: crashed")
     assert world.record("run") == done
+
+
+def test_what_a_watcher_does_while_the_server_is_away(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record, the report and the containers are of this machine: they wait for nobody."""
+    cleaned: list[Path] = []
+    monkeypatch.setattr(choose, "remove_left", lambda config, workspace: cleaned.append(workspace))
+    monkeypatch.setattr(settle, "AGAIN", (0.0, 0.0))
+    folder = RunFolder(world.workspace, "dead")
+    folder.path.mkdir(parents=True)
+    asked = config(world.workspace).model_dump(mode="json")
+    folder.write(RunRecord(name="dead", config=asked, cwd="/", pid=1, started=now(), flow_run_id=str(UUID(int=1))))
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        settle.main(world.workspace, "dead")
+    assert (world.record("dead").state, cleaned) == ("crashed", [world.workspace])
+    assert "its process is gone" in folder.report.read_text()
+
+
+class EndsMeanwhile(RunFolder):
+    """A run that ends, and is done, between a look at it and the moment in which one has its lock."""
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with super().held():
+            if (record := self.stored()) is not None:
+                self.write(record.model_copy(update={"state": "done", "finished": now()}))
+            yield
+
+
+def test_a_run_that_ended_meanwhile_is_not_marked(tmp_path: Path) -> None:
+    folder = EndsMeanwhile(tmp_path, "run")
+    folder.path.mkdir(parents=True)
+    folder.write(RunRecord(name="run", config={}, cwd="/", pid=1, started=now()))
+    assert not settle._mark(folder)
+    assert (folder.read() or RunRecord(name="", config={}, cwd="/", pid=1, started=now())).state == "done"

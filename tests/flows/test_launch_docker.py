@@ -8,13 +8,14 @@ import pytest
 from fake_stages import config as small_config
 from fake_stages import make_results
 
-from flows.launch import choose, docker_checks, docker_engine
+from flows import cli
+from flows.launch import choose, docker_engine
 from flows.launch.docker import DockerLauncher, _machine
-from flows.launch.docker_checks import check_settings, find_image, gpus_of, start_problem
-from flows.launch.docker_engine import NotReady, connected
-from flows.launch.docker_mounts import Bind, _without_doubles, binds_of, check_place, check_places
+from flows.launch.docker_engine import NotReady
+from flows.launch.docker_mounts import Bind, _without_doubles, binds_of, check_place, check_places, make_folders
 from flows.launch.docker_request import Ask, Place, container_name, request
 from flows.launch.process import ProcessLauncher
+from flows.records.run_record import RunFolder, RunRecord, now
 from stages.contracts.config import PipelineConfig
 from stages.contracts.launch_settings import Gpus, LaunchSettings
 from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec, PushSpec, TrainSpec
@@ -50,9 +51,10 @@ def test_which_gpus(given: object, visible: str | None, has_gpus: bool, wanted: 
     assert settings.wanted_gpus(visible=visible, has_gpus=has_gpus) == wanted
 
 
-def test_several_hosts_have_gpus_whatever_this_machine_has() -> None:
-    settings = LaunchSettings(hosts=("ssh://me@gpu1", "ssh://me@gpu2"))
-    assert settings.wanted_gpus(visible=None, has_gpus=False) == Gpus(count=-1)
+@pytest.mark.parametrize("gpus", ["auto", "all"])
+def test_hosts_have_gpus_whatever_this_machine_has_and_shows(gpus: str) -> None:
+    settings = LaunchSettings(hosts=("ssh://me@gpu1", "ssh://me@gpu2"), gpus=gpus)
+    assert settings.wanted_gpus(visible="", has_gpus=False) == Gpus(count=-1)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,9 @@ def test_several_hosts_have_gpus_whatever_this_machine_has() -> None:
         ({"gpus": "some"}, "'some' must be auto, all, none, a count such as 4, or device=0,1"),
         ({"hosts": ["gpu1"]}, "hosts: gpu1 must be unix:///PATH, ssh://USER@MACHINE or tcp://MACHINE:PORT"),
         ({"hosts": ["http://gpu1"]}, "hosts: http://gpu1 must be"),
+        ({"hosts": ["ssh://-oProxyCommand=x@gpu1"]}, "hosts: ssh://-oProxyCommand=x@gpu1 must be"),  # an option of ssh
+        ({"hosts": ["ssh://me@-oProxyCommand=x"]}, "hosts: ssh://me@-oProxyCommand=x must be"),
+        ({"hosts": ["ssh://-oProxyCommand=x"]}, "hosts: ssh://-oProxyCommand=x must be"),
         ({"by": "process", "hosts": ["ssh://gpu1"]}, "by=process uses none: set by to docker, or leave hosts out"),
         ({"rendezvous": "gpu1"}, "rendezvous is where several hosts meet, and hosts names fewer than two: leave it out"),
         ({"hosts": ["ssh://gpu1", "ssh://gpu2"]}, "launch.hosts: 2 machines cannot share the 1 processes of layout"),
@@ -84,15 +89,23 @@ def test_which_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert isinstance(choose.launcher_for(config(tmp_path, {})), ProcessLauncher)
 
 
-def test_a_run_says_at_once_what_is_in_the_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Before a server is started; and not where there is nothing left to run."""
+def test_a_run_says_at_once_what_is_in_the_way(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a server is started, and where all is there but a stage is to be done again."""
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none")
-    told = choose.in_the_way(config(tmp_path, {"by": "docker"}))
+    asked = config(tmp_path, {"by": "docker"})
+    told = choose.in_the_way(asked)
     assert told is not None
     assert told.startswith(f"no Docker engine answers at {tmp_path}/none (No such file or directory). To mend it: ")
     assert choose.in_the_way(config(tmp_path, {"by": "process"})) is None
-    make_results(small_config(tmp_path))
-    assert choose.in_the_way(config(tmp_path, {"by": "docker"})) is None
+    make_results(asked)
+    record = RunRecord(name="brisk-otter", state="done", config=asked.model_dump(mode="json"), cwd="/", pid=1, started=now())
+    folder = RunFolder(tmp_path, "brisk-otter")
+    folder.path.mkdir(parents=True)
+    folder.write(record)
+    assert cli.main(["rerun", "brisk-otter", "--stage", "train", "--workspace", str(tmp_path)]) == 2
+    assert f"error: launch: {told}" in capsys.readouterr().err
 
 
 # The request
@@ -127,6 +140,7 @@ def test_a_request_for_gpus() -> None:
 def test_a_request_is_closed_by_default() -> None:
     wanted = asked(LaunchSettings(), HF_TOKEN="secret", PREFECT_API_KEY="secret", NCCL_DEBUG="INFO")
     assert (wanted["read_only"], wanted["cap_drop"], wanted["network_mode"]) == (True, ["ALL"], "none")
+    assert wanted["use_config_proxy"] is False
     assert wanted["security_opt"] == ["no-new-privileges"]
     assert "secret" not in json.dumps(wanted["environment"])
     assert wanted["environment"]["NCCL_DEBUG"] == "INFO"
@@ -186,23 +200,31 @@ def test_what_a_download_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         folder.mkdir(parents=True)
     (blobs / "abc").touch()
     (model / "config.json").symlink_to("../../blobs/abc")
-    certificates = tmp_path / "ca.pem"
-    certificates.touch()
     monkeypatch.chdir(tmp_path)
-    asked = config(workspace, {}, model={"source": "hub/snapshots/1"})
-    assert mounted(DownloadModelSpec.of(asked), SSL_CERT_FILE=str(certificates)) == {
+    local = DownloadModelSpec.of(config(workspace, {}, model={"source": "hub/snapshots/1"}))
+    assert mounted(local, SSL_CERT_DIR=str(blobs)) == {
         (str(workspace), str(workspace), True),
         (str(model), str(model), False),
         (str(blobs), str(blobs), False),
-        (str(certificates), str(certificates), False),
+    }
+    company, bundle, file = tmp_path / "company", tmp_path / "bundle", tmp_path / "ca.pem"
+    for folder in (company, bundle):
+        folder.mkdir()
+    file.touch()
+    (bundle / "1a2b.0").symlink_to("../hub/blobs/abc")  # as c_rehash makes them
+    from_hub = DownloadDataSpec.of(config(workspace, {}, data={"source": "somebody/data"}))
+    certificates = {
+        "SSL_CERT_FILE": str(file), "SSL_CERT_DIR": f"{company}:{tmp_path}/none", "REQUESTS_CA_BUNDLE": str(bundle),
+    }  # fmt: skip
+    assert mounted(from_hub, **certificates) == {
+        (str(workspace), str(workspace), True),
+        *((str(path), str(path), False) for path in (company, bundle, blobs, file)),
         (str(workspace / "cache" / "hub"), "/caches/huggingface/hub", True),
         (str(workspace / "cache" / "datasets"), "/caches/huggingface/datasets", True),
     }
-    from_hub = config(workspace, {}, data={"source": "somebody/data"})
-    assert len(mounted(DownloadDataSpec.of(from_hub))) == 3
     inside = config(workspace, {}, data={"source": str(workspace / "text")})
     (workspace / "text").mkdir()
-    assert len(mounted(DownloadDataSpec.of(inside))) == 3  # the workspace shows it
+    assert len(mounted(DownloadDataSpec.of(inside))) == 1  # the workspace shows it
     pattern = config(workspace, {}, data={"source": f"{tmp_path}/hub/*/abc"})
     assert (str(tmp_path / "hub"), str(tmp_path / "hub"), False) in mounted(DownloadDataSpec.of(pattern))
     prefix = config(workspace, {}, data={"source": f"{blobs}/corpus", "format": "tokenized"})
@@ -231,7 +253,30 @@ def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
     (tmp_path / "text" / "b").symlink_to("a")
     (tmp_path / "text" / "c").symlink_to("/nowhere/at/all")
     spec = DownloadDataSpec.of(config(tmp_path / "w", {}, data={"source": str(tmp_path / "text")}))
-    assert len(mounted(spec)) == 4
+    assert len(mounted(spec)) == 2
+
+
+def test_who_talks_to_the_hub(tmp_path: Path) -> None:
+    """Who gets the token, and a way out to the network."""
+    (tmp_path / "a.txt").touch()
+
+    def talking(**sections: Any) -> set[str]:
+        asked = config(tmp_path / "w", {}, **sections)
+        return {spec.NODE for spec in (DownloadModelSpec.of(asked), DownloadDataSpec.of(asked)) if spec.talks_to_hub}
+
+    here, there = str(tmp_path), "somebody/thing"
+    tokens = {"source": f"{here}/corpus", "format": "tokenized"}
+    assert talking(model={"source": here}, data={"source": there}) == {"download-data"}
+    assert talking(model={"source": there}, data={"source": f"{here}/*.txt"}) == {"download-model"}
+    assert talking(model={"source": here}, data=tokens) == set()
+    assert talking(model={"source": here}, data={"blend": [{"source": here}, {"source": there}]}) == {"download-data"}
+    assert not TrainSpec.model_validate({"workspace": here, "settings": {"steps": 1}}).talks_to_hub
+    push = [{"to": "hub", "repo": "me/mine"}, {"to": "dry-run", "repo": "me/mine"}, {"to": "folder", "folder": here}]
+    assert [PushSpec.model_validate({"workspace": here, "settings": each}).talks_to_hub for each in push] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_what_other_stages_see(tmp_path: Path) -> None:
@@ -241,6 +286,7 @@ def test_what_other_stages_see(tmp_path: Path) -> None:
         {"workspace": str(tmp_path / "w"), "settings": {"to": "folder", "folder": str(tmp_path / "h/m")}}
     )
     assert (str(tmp_path / "h"), str(tmp_path / "h"), True) in mounted(push)  # push writes beside its target first
+    make_folders(binds_of(push, {}))
     assert (tmp_path / "h").is_dir()
 
 
@@ -249,125 +295,3 @@ def test_mounts_that_others_show_already() -> None:
     assert _without_doubles([Bind(inside, inside, True), Bind(data, data)]) == [Bind(data, data), Bind(inside, inside, True)]
     assert _without_doubles([Bind(inside, inside), Bind(data, data, True)]) == [Bind(data, data, True)]
     assert _without_doubles([Bind(data, data), Bind(data, data, True)]) == [Bind(data, data, True)]
-
-
-# What is in the way
-
-
-def refused(host: str) -> str:
-    with pytest.raises(NotReady) as caught, connected(host):
-        pass
-    return str(caught.value)
-
-
-def test_an_engine_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(docker_engine.shutil, "which", lambda name: None)
-    told = refused(f"unix://{tmp_path}/docker.sock")
-    assert told.startswith(
-        f"no Docker engine answers at {tmp_path}/docker.sock (No such file or directory). To mend it: install"
-    )
-    (tmp_path / "docker.sock").touch()
-    assert "To mend it: sudo systemctl start docker" in refused(f"unix://{tmp_path}/docker.sock")
-
-    def refuse(self: object, path: str) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(docker_engine.socket.socket, "connect", refuse)
-    told = refused(f"unix://{tmp_path}/docker.sock")
-    assert told.startswith(
-        f"the Docker socket {tmp_path}/docker.sock refuses this user. To mend it: sudo usermod -aG docker $USER"
-    )
-
-
-def test_an_engine_without_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DOCKER_CERT_PATH", str(tmp_path))
-    (tmp_path / "ca.pem").touch()
-    assert refused("tcp://gpu2:2376") == (
-        "tcp://gpu2:2376 needs TLS, else everybody who reaches that port is root there; "
-        f"{tmp_path}/cert.pem, {tmp_path}/key.pem not found. To mend it: put the certificates of that engine there, or name "
-        "their folder: export DOCKER_CERT_PATH=FOLDER"
-    )
-
-
-def test_ssh_that_does_not_get_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "ssh"
-    program.write_text("#!/bin/sh\necho 'me@gpu2: Permission denied (publickey).' >&2\nexit 255\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert refused("ssh://me@gpu2:2222") == (
-        "ssh://me@gpu2:2222: me@gpu2: Permission denied (publickey).. To mend it: ssh -p 2222 me@gpu2 docker version must work "
-        "without asking for a password"
-    )
-
-
-class Engine:
-    """What a client is asked before anything runs."""
-
-    def __init__(self, **info: Any) -> None:
-        self.images, self._info = self, info
-
-    def get(self, name: str) -> None:
-        from docker.errors import ImageNotFound
-
-        raise ImageNotFound(name)
-
-    def info(self) -> dict[str, Any]:
-        return self._info
-
-
-@pytest.mark.parametrize(
-    ("launch", "host", "told"),
-    [
-        ({}, "unix:///var/run/docker.sock", "has no image megatron-flows:cpu. To mend it: make image-cpu"),
-        ({"gpus": "all"}, "unix:///var/run/docker.sock", "has no image megatron-flows:gpu. To mend it: make image-gpu"),
-        ({"image": "me/mine:1"}, "unix:///var/run/docker.sock", "To mend it: docker pull me/mine:1"),
-        ({"image": "me/mine:1"}, "ssh://gpu2", "To mend it: docker -H ssh://gpu2 pull me/mine:1"),
-        (
-            {"gpus": "all"},
-            "ssh://gpu2",
-            "docker save megatron-flows:gpu | docker -H ssh://gpu2 load (after make image-gpu here)",
-        ),
-    ],
-)
-def test_a_missing_image(launch: dict[str, Any], host: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(docker_checks, "machine_has_gpus", lambda: False)
-    monkeypatch.delenv("DOCKER_HOST", raising=False)
-    settings = LaunchSettings.model_validate(launch)
-    with pytest.raises(NotReady) as caught:
-        find_image(Engine(), host, settings, gpus_of(settings, {}))
-    assert told in str(caught.value)
-
-
-def test_no_nvidia_runtime() -> None:
-    with pytest.raises(
-        NotReady, match=r"NVIDIA's runtime is missing. To mend it: sudo apt-get install nvidia-container-toolkit"
-    ):
-        docker_checks.check_gpus(Engine(Runtimes={"runc": {}}), "unix:///x", Gpus(count=-1))
-    docker_checks.check_gpus(Engine(Runtimes={"runc": {}, "nvidia": {}}), "unix:///x", Gpus(count=-1))
-    docker_checks.check_gpus(Engine(Runtimes={"runc": {}}), "unix:///x", Gpus())
-
-
-def test_too_little_for_the_processes(tmp_path: Path) -> None:
-    few = config(tmp_path, {"by": "docker", "gpus": 2}, layout={"tp": 4})
-    with pytest.raises(NotReady, match=r"layout has 4 processes a machine, and launch.gpus=2 gives them 2 GPUs"):
-        check_settings(few, {})
-    little = config(tmp_path, {"by": "docker", "gpus": 4, "shm_size": "64MB"}, layout={"tp": 4})
-    with pytest.raises(
-        NotReady, match=r"launch.shm_size=64.0 MB is too little shared memory for NCCL.* set launch.shm_size: 8GB"
-    ):
-        check_settings(little, {})
-    check_settings(config(tmp_path, {"by": "docker", "gpus": 4, "shm_size": "64MB", "ipc": "host"}, layout={"tp": 4}), {})
-
-
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        ('could not select device driver "" with capabilities: [[gpu]]', "nvidia-container-toolkit"),
-        ("error setting rlimit type 8: operation not permitted", "set launch.ulimits: {}"),
-        ('invalid mount config for type "bind": bind source path does not exist: /data', "at the same path"),
-        ('exec: "python": executable file not found in $PATH', "the image is none of ours"),
-        ("no space left on device", "does not start a container: no space left on device"),
-    ],
-)
-def test_why_a_container_does_not_start(error: str, told: str) -> None:
-    assert told in str(start_problem(RuntimeError(error), "here", LaunchSettings()))

@@ -14,6 +14,7 @@ from flows.launch.docker_group import Group
 from flows.launch.listener import Listener
 from flows.launch.output import LineSplitter, Redactor
 from flows.launch.process import SHIM
+from flows.launch.protocol import Caller
 
 
 def test_pieces_of_output_become_lines() -> None:
@@ -43,7 +44,7 @@ class Fake:
         yield from self.said
         self.may_end.wait(10)
 
-    def ended(self, patience: float) -> Ending:
+    def ended(self, grace: float) -> Ending:
         return self.ending
 
     def ask_to_stop(self) -> None:
@@ -61,13 +62,12 @@ class Fake:
 
 def listen(*fakes: Fake, stop: threading.Event | None = None) -> tuple[Group, list[str]]:
     lines: list[str] = []
+    caller = Caller(lines.append, print, stop or threading.Event())
     with Group(grace=0.1) as group:
         for number, fake in enumerate(fakes):
-            heard = Listener(
-                StringIO(), Redactor([]), on_line=lines.append, on_progress=lambda progress: None, prefix=f"[{number}] "
-            )
+            heard = Listener(StringIO(), Redactor([]), caller, prefix=f"[{number}] ")
             group.add(fake, heard, f"host-{number}")  # type: ignore[arg-type]
-        group.listen(stop or threading.Event(), lambda member, event: None)
+        group.listen(caller.stop, lambda member, event: None)
     return group, lines
 
 

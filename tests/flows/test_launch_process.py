@@ -5,11 +5,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from processes import lives, wait_until
+from watched import Watched
 
 from flows.launch.process import ProcessLauncher, shim_command
 from flows.launch.protocol import Progress, StageFailed, StageJob
@@ -28,19 +28,11 @@ class Scripted(ProcessLauncher):
         return [*PYTHON, self.code]
 
 
-class Watched:
-    """A launch in this thread, and what was heard of it."""
-
-    def __init__(self, tmp_path: Path, code: str, grace: float = 5.0, stage: str = "train") -> None:
-        self.launcher = Scripted(code, grace)
-        self.job = StageJob(stage, stage, tmp_path / "spec.json", tmp_path / "logs" / "stage.log", "brisk-otter")
-        self.lines: list[str] = []
-        self.progress: list[Progress] = []
-        self.stop = threading.Event()
-        self.on_line: Callable[[str], None] = self.lines.append
-
-    def run(self) -> None:
-        self.launcher.run(self.job, on_line=self.on_line, on_progress=self.progress.append, stop=self.stop)
+def scripted(tmp_path: Path, code: str, grace: float = 5.0, *, talks_to_hub: bool = False) -> Watched:
+    """A launch of a piece of Python."""
+    log = tmp_path / "logs" / "stage.log"
+    job = StageJob("push", "push", tmp_path / "spec.json", log, "brisk-otter", talks_to_hub=talks_to_hub)
+    return Watched(Scripted(code, grace), job)
 
 
 def pids(file: Path, count: int) -> list[int]:
@@ -79,14 +71,14 @@ print('@@stage {"event": "progress", "done": "x", "total": null}')
 print('@@stage {broken')
 print("to stderr", file=sys.stderr)
 """
-    push = Watched(tmp_path, code, stage="push")
+    push = scripted(tmp_path, code, talks_to_hub=True)
     push.run()
     assert push.lines == ["token [hidden] 1", "@@stage {broken", "to stderr"]
     assert push.job.log_file.read_text().splitlines() == push.lines
     assert push.progress == [Progress(1, 4, "going")]
-    train = Watched(tmp_path, code, stage="train")
-    train.run()
-    assert train.lines[0] == "token None 1"
+    dry = scripted(tmp_path, code)
+    dry.run()
+    assert dry.lines[0] == "token None 1"
 
 
 def test_failure_carries_the_stage_s_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +88,7 @@ import sys
 print('@@stage {"event": "error", "message": "gate failed at layer 14 with a-secret-token", "code": 3}')
 sys.exit(3)
 """
-    watched = Watched(tmp_path, code, stage="push")
+    watched = scripted(tmp_path, code)
     with pytest.raises(StageFailed) as caught:
         watched.run()
     assert str(caught.value) == "push: gate failed at layer 14 with [hidden]"
@@ -104,7 +96,7 @@ sys.exit(3)
 
 
 def test_killed_by_the_kernel(tmp_path: Path) -> None:
-    watched = Watched(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    watched = scripted(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(StageFailed, match="out of memory") as caught:
         watched.run()
     assert caught.value.reason == "killed"
@@ -113,7 +105,7 @@ def test_killed_by_the_kernel(tmp_path: Path) -> None:
 def test_children_left_by_a_stage_are_ended(tmp_path: Path) -> None:
     file = tmp_path / "pids"
     wait = f"while len(open({str(file)!r}).read().split()) < 3: time.sleep(0.01)"
-    Watched(tmp_path, family(file, then=wait)).run()
+    scripted(tmp_path, family(file, then=wait)).run()
     assert not any(map(lives, pids(file, 3)))
 
 
@@ -128,7 +120,7 @@ signal.signal(signal.SIGTERM, save)
 print("ready", flush=True)
 time.sleep(600)
 """
-    watched = Watched(tmp_path, code)
+    watched = scripted(tmp_path, code)
     watched.on_line = lambda line: watched.stop.set() if line == "ready" else watched.lines.append(line)
     with pytest.raises(StageFailed, match="stopped") as caught:
         watched.run()
@@ -141,7 +133,7 @@ time.sleep(600)
 
 def test_stop_kills_what_does_not_listen(tmp_path: Path) -> None:
     file = tmp_path / "pids"
-    watched = Watched(tmp_path, family(file), grace=0.3)
+    watched = scripted(tmp_path, family(file), grace=0.3)
     stopper = threading.Thread(target=lambda: (pids(file, 3), watched.stop.set()))
     stopper.start()
     with pytest.raises(StageFailed, match="stopped"):
@@ -154,7 +146,7 @@ def test_a_failing_handler_ends_the_stage(tmp_path: Path) -> None:
     def fail(line: str) -> None:
         raise RuntimeError(line)
 
-    watched = Watched(tmp_path, "import os, time; print(os.getpid(), flush=True); time.sleep(600)")
+    watched = scripted(tmp_path, "import os, time; print(os.getpid(), flush=True); time.sleep(600)")
     watched.on_line = fail
     with pytest.raises(RuntimeError) as caught:
         watched.run()
@@ -166,9 +158,9 @@ import sys, threading
 from pathlib import Path
 sys.path[:0] = {path!r}
 from test_launch_process import Scripted
-from flows.launch.protocol import StageJob
+from flows.launch.protocol import Caller, StageJob
 job = StageJob("train", "train", Path("spec.json"), Path({log!r}), "brisk-otter")
-Scripted({code!r}, grace=0.3).run(job, on_line=print, on_progress=print, stop=threading.Event())
+Scripted({code!r}, grace=0.3).run(job, Caller(print, print, threading.Event()))
 """
 
 

@@ -11,15 +11,18 @@ from pathlib import Path
 import pytest
 from processes import wait_until
 
+from flows.launch import choose
 from flows.launch.process import ProcessLauncher
-from flows.launch.protocol import StageFailed, StageJob
+from flows.launch.protocol import Caller, StageFailed, StageJob
 from flows.records import locks
-from flows.records.locks import Lock, Stopped, held, training_locks, wait_until_free
-from stages.contracts.launch_settings import Gpus
+from flows.records.flock import is_locked
+from flows.records.locks import Lock, Stopped, held, in_turn, locks_of, wait_until_free
+from stages.contracts.launch_settings import Gpus, LaunchSettings
 
 HOLD = """
 import sys, threading
 from pathlib import Path
+from flows.records.flock import is_locked
 from flows.records.locks import Lock, held
 with held([Lock(Path(sys.argv[1]), "it")], "run brisk-otter", stop=threading.Event(), on_wait=print) as descriptors:
     print("held", flush=True)
@@ -120,7 +123,23 @@ def test_a_stage_holds_the_locks_of_its_run(tmp_path: Path) -> None:
 
 def run_until_stopped(job: StageJob, stop: threading.Event) -> None:
     with contextlib.suppress(StageFailed):
-        Sleep(grace=5.0).run(job, on_line=print, on_progress=print, stop=stop)
+        Sleep(grace=5.0).run(job, Caller(print, print, stop))
+
+
+class Shows(ProcessLauncher):
+    """Its stages say which GPUs they see."""
+
+    def command(self, job: StageJob) -> list[str]:
+        return ["sh", "-c", 'echo "sees $CUDA_VISIBLE_DEVICES"']
+
+
+def test_a_stage_that_is_a_process_sees_its_gpus_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    job = StageJob("train", "train", tmp_path / "train.json", tmp_path / "train.log", "brisk-otter")
+    lines: list[str] = []
+    for launcher in (Shows(visible_gpus="1"), Shows(visible_gpus=""), Shows()):
+        launcher.run(job, Caller(lines.append, print, threading.Event()))
+    assert lines == ["sees 1", "sees ", "sees 0,1,2"]
 
 
 def test_who_waits_can_be_stopped(tmp_path: Path) -> None:
@@ -146,7 +165,7 @@ def test_who_waits_can_be_stopped(tmp_path: Path) -> None:
     ],
 )
 def test_who_waits_for_whom(tmp_path: Path, one: Gpus, other: Gpus, together: bool) -> None:
-    first, second = training_locks(tmp_path, one), training_locks(tmp_path, other)
+    first, second = locks_of("train", tmp_path, one), locks_of("train", tmp_path, other)
     with held(first, "first", stop=threading.Event(), on_wait=print):
         waiter = Waiter(*second)
         wait_until(lambda: waiter.has.is_set() or bool(waiter.told))
@@ -157,36 +176,118 @@ def test_who_waits_for_whom(tmp_path: Path, one: Gpus, other: Gpus, together: bo
 
 
 def test_other_workspaces_train_on_the_cpu_meanwhile(tmp_path: Path) -> None:
-    assert training_locks(tmp_path / "a", Gpus()) != training_locks(tmp_path / "b", Gpus())
-    assert training_locks(tmp_path / "a", Gpus(count=-1)) == training_locks(tmp_path / "b", Gpus(count=-1))
+    assert locks_of("train", tmp_path / "a", Gpus()) != locks_of("train", tmp_path / "b", Gpus())
+    assert locks_of("train", tmp_path / "a", Gpus(count=-1)) == locks_of("train", tmp_path / "b", Gpus(count=-1))
+
+
+def test_every_stage_that_computes_waits_for_the_gpus(tmp_path: Path) -> None:
+    for stage in ("verify", "export"):
+        assert locks_of(stage, tmp_path, Gpus(ids=("0",))) == locks_of("train", tmp_path, Gpus(ids=("0",)))
+        assert locks_of(stage, tmp_path, Gpus()) == []
+    assert locks_of("preprocess", tmp_path, Gpus(count=-1)) == []
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "seen", "locked"),
+    [
+        ("device=0", None, "0", ("0",)),
+        ("device=2,3", "0,1", "2,3", ("2", "3")),
+        ("none", "0,1", "", ()),
+        ("2", "4,5,6", "4,5", ("4", "5")),
+        ("2", None, "0,1", ("0", "1")),
+        ("all", "1", "1", ("1",)),
+        ("auto", None, None, ()),
+    ],
+)
+def test_the_gpus_that_processes_see_are_those_that_are_locked(
+    gpus: str, visible: str | None, seen: str | None, locked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose, "machine_has_gpus", lambda: True)
+    settings = LaunchSettings(by="process", gpus=gpus)
+    assert settings.visible_to_processes(visible) == seen
+    found = choose.gpus_in_use(settings, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    assert found == (Gpus(count=-1) if seen is None else Gpus(ids=locked))
 
 
 def test_the_machine_s_locks_are_everybody_s(tmp_path: Path, machine: Path) -> None:
-    with held(training_locks(tmp_path, Gpus(ids=("0",))), "me", stop=threading.Event(), on_wait=print):
+    with held(locks_of("train", tmp_path, Gpus(ids=("0",))), "me", stop=threading.Event(), on_wait=print):
         assert machine.stat().st_mode & 0o7777 == 0o1777
         assert {file.name: file.stat().st_mode & 0o777 for file in machine.iterdir()} == {"gpus": 0o666, "gpu-0": 0o666}
     (machine / "gpu-0").unlink()
     (machine / "gpu-0").symlink_to(tmp_path / "elsewhere")
     with (
         pytest.raises(OSError, match="symbolic links"),
-        held(training_locks(tmp_path, Gpus(ids=("0",))), "me", stop=threading.Event(), on_wait=print),
+        held(locks_of("train", tmp_path, Gpus(ids=("0",))), "me", stop=threading.Event(), on_wait=print),
     ):
         pass
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_waiting_without_taking(tmp_path: Path) -> None:
-    assert not wait_until_free(tmp_path / "lock", stop=threading.Event(), on_wait=print)
-    process = holder(tmp_path / "lock")
-    told = threading.Event()
-    result: list[bool] = []
+def test_the_folder_of_the_machine_s_locks_is_no_link(tmp_path: Path, machine: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    machine.symlink_to(elsewhere)
+    wanted = locks_of("train", tmp_path, Gpus(count=-1))
+    with pytest.raises(OSError, match="Not a directory"), held(wanted, "me", stop=threading.Event(), on_wait=print):
+        pass
+    assert (elsewhere.stat().st_mode & 0o7777, list(elsewhere.iterdir())) == (0o700, [])
+
+
+def test_of_those_who_share_nobody_is_told_nor_who_had_it_before(tmp_path: Path) -> None:
+    everything, one = Gpus(count=-1), Gpus(ids=("0",))
+    with held(locks_of("train", tmp_path, everything), "run long-gone", stop=threading.Event(), on_wait=print):
+        pass
+    with held(locks_of("train", tmp_path, one), "run brisk-otter", stop=threading.Event(), on_wait=print):
+        waiter = Waiter(*locks_of("train", tmp_path, everything))
+        wait_until(lambda: bool(waiter.told))
+        assert set(waiter.told) == {"waiting for the GPUs of this machine"}
+        waiter.stop.set()
+        waiter.thread.join(60)
+
+
+def test_who_waited_for_a_gpu_looks_again_who_makes_the_result(tmp_path: Path) -> None:
+    """Another run began the same work on another GPU meanwhile: its scratch is not touched, the GPU not kept from others."""
+    gpu, result = tmp_path / "gpu", tmp_path / "result"
+    said: list[str] = []
+    prepared, has, leave = threading.Event(), threading.Event(), threading.Event()
 
     def wait() -> None:
-        result.append(wait_until_free(tmp_path / "lock", stop=threading.Event(), on_wait=told.set))
+        with in_turn(
+            result, [Lock(gpu, "GPU 0")], "me", stop=threading.Event(), on_wait=said.append, maker=lambda: "run calm-heron",
+            prepare=prepared.set,
+        ):  # fmt: skip
+            has.set()
+            leave.wait(60)
 
-    thread = threading.Thread(target=wait)
+    trains = holder(gpu)
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    wait_until(lambda: bool(said))
+    other = holder(result)
+    trains.communicate()
+    wait_until(lambda: said[-1] == "waiting: run calm-heron is making this result")
+    assert not is_locked(gpu)
+    assert not prepared.is_set()
+    other.communicate()
+    assert has.wait(60)
+    assert prepared.is_set()
+    assert is_locked(gpu)
+    assert not is_locked(result), "it is the stage that holds it"
+    leave.set()
+    thread.join(60)
+
+
+def test_waiting_without_taking(tmp_path: Path) -> None:
+    told = threading.Event()
+    wait_until_free(tmp_path / "lock", stop=threading.Event(), on_wait=told.set)
+    assert not told.is_set()
+    process = holder(tmp_path / "lock")
+    thread = threading.Thread(
+        target=wait_until_free, args=[tmp_path / "lock"], kwargs={"stop": threading.Event(), "on_wait": told.set}, daemon=True
+    )
     thread.start()
     assert told.wait(60)
+    assert thread.is_alive()
     process.communicate()
     thread.join(60)
-    assert result == [True]
+    assert not thread.is_alive()

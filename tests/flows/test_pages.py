@@ -1,38 +1,25 @@
-"""Pages in Prefect's UI: what a stage did, how far it is, why it failed; and that nobody waits for them."""
+"""Pages in Prefect's UI: what a stage did, how far it is, why it failed."""
 
 import base64
 import json
-import logging
 import re
-import threading
-from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
-from uuid import uuid4
+from typing import Any
 
 import pytest
 from fake_stages import config, make_results
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
-from prefect.settings import PREFECT_API_URL, temporary_settings
-from processes import wait_until
 from stories import HOSTILE, done_run, metrics_lines, told, with_artifact, write_metrics
 
 from flows.launch.protocol import Progress, StageFailed
-from flows.records.run_record import NodeRecord, now
-from flows.server.local import Server
-from flows.show.pages import live
-from flows.show.pages.board import Board
-from flows.show.pages.failed import failed_page
-from flows.show.pages.live import Live, shown_on
+from flows.records.run_record import NodeRecord, RunFolder, RunRecord, now
+from flows.show.pages.failed import failed_page, how_to_go_on
 from flows.show.pages.markdown import block, code, table, text
 from flows.show.pages.stage import stage_page
 from flows.show.pages.summary import summary_page
 from flows.show.pages.training import training_page
 from stages.contracts import artifacts as a
-from stages.contracts.specs import TrainSpec
-from stages.contracts.training_curves import read_curves
+from stages.contracts.training_curves import curves_in
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +67,7 @@ def test_the_page_of_data(made: tuple[Path, dict[str, a.Artifact]], tmp_path: Pa
     dataset = made[1]["preprocess"]
     assert isinstance(dataset, a.DatasetArtifact)
     one = dataset.sets[0].model_copy(
-        update={"lengths": {"32": 663, "64": 1096, "1024": 3}, "malformed_lines": 2, "left_out": {"too long": 4}}
+        update={"lengths": {"1": 663, "64": 1096, "1048576": 3}, "malformed_lines": 2, "left_out": {"too long": 4}}
     )
     here = dataset.model_copy(update={"path": "preprocess/x", "sets": (one,)})
     (tmp_path / "preprocess" / "x").mkdir(parents=True)
@@ -89,8 +76,7 @@ def test_the_page_of_data(made: tuple[Path, dict[str, a.Artifact]], tmp_path: Pa
     page = stage_page("preprocess", here, tmp_path, cached=False)
     assert "| `data` | all | 64 | 4,096 | 64.0 | 64 | 2 malformed, 4 too long |" in page
     [histogram] = pictures(page)
-    assert "64 – 127" in histogram
-    assert "1,096" in histogram
+    assert {">1<", ">64 to 127<", ">1,048,576 to 2,097,151<", ">1,096<"} <= set(re.findall(">[^<>]*<", histogram))
     assert page.count("| `7` | `not JSON` |") == 5
 
 
@@ -105,11 +91,11 @@ def test_the_page_of_a_gate_has_its_table(made: tuple[Path, dict[str, a.Artifact
 
 def test_the_page_of_training_while_it_runs_and_after(made: tuple[Path, dict[str, a.Artifact]]) -> None:
     workspace, results = made
-    curves = read_curves(results["train"].folder(workspace))
+    curves = curves_in(results["train"].folder(workspace))
     page = training_page(Progress(40, 280, "step 40/280 · loss 6"), curves, moment=now())
     for line in (
         "## train, 14%", "| step | 40 of 280 |", "| loss | 7.5000 → 6.0000 |", "| held-out loss | 8.3700 → 4.8900 |",
-        "| throughput | 24,100 tokens/s |", "| memory | 2.3 GB at most, of the first process |", "| time left | 1m 38s |",
+        "| throughput | 24,100 tokens/s |", "| peak memory | 2.3 GB |", "| time left | 1m 38s |",
     ):  # fmt: skip
         assert line in page, line
     bar, chart = pictures(page)
@@ -117,9 +103,32 @@ def test_the_page_of_training_while_it_runs_and_after(made: tuple[Path, dict[str
     assert ">200<" in chart, "the axis goes on to the last step"
     assert len(page) < 12_000, "it is sent every few seconds"
     assert "| loss |" not in training_page(Progress(0, 280, "starting"), None, moment=now())
-    after = stage_page("train", results["train"], workspace, cached=False)
-    assert "| held-out loss | 8.3200 | 3.1100 |" in after
+    figures = {**results["train"].metrics, "loss_test": 3.2, "accuracy_after": 0.42}
+    after = stage_page("train", results["train"].model_copy(update={"metrics": figures}), workspace, cached=False)
+    for line in (
+        "|  | before | after | after, on test |", "| loss | 8.3200 | 3.1100 | 3.2000 |",
+        "| perplexity | 4,105 | 22.42 | 24.53 |",
+        "| next token right |  | 42.00\u00a0% |  |",
+    ):  # fmt: skip
+        assert line in after, line
     assert len(pictures(after)) == 1
+
+
+def test_metrics_that_cannot_be_read_leave_the_page_without_a_curve(tmp_path: Path) -> None:
+    write_metrics(tmp_path, [{"step": "one", "loss": "high"}])
+    assert curves_in(tmp_path) is None
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    assert curves_in(tmp_path) is None
+    assert "## train, 50%" in training_page(Progress(1, 2, ""), None, moment=now())
+
+
+def failed_run(workspace: Path, node: str, **state: Any) -> tuple[RunFolder, RunRecord]:
+    """A run whose node did not end well."""
+    folder = RunFolder(workspace, "brisk-otter")
+    record = RunRecord(name="brisk-otter", state="failed", config={}, cwd="/", pid=1, started=now(), has_deployment=True)
+    record.nodes[node] = NodeRecord(**{"state": "failed", **state})
+    return folder, record
 
 
 def test_the_page_of_a_failure(tmp_path: Path) -> None:
@@ -127,16 +136,38 @@ def test_the_page_of_a_failure(tmp_path: Path) -> None:
     log.write_text("".join(f"line {n} ```\n" for n in range(100)))
     (tmp_path / "verify").mkdir()
     (tmp_path / "verify" / ".k.failed.md").write_text("# t\n## Hidden states\n| model.layers.14 |\n")
-    error = StageFailed("verify", "gate failed", "gate failed at layer 14\n       First difference", log_file=log, code=3)
-    page = failed_page("verify", error, NodeRecord(path="verify/k", wall_seconds=12), tmp_path)
+    told = "gate failed at layer 14\n       First difference"
+    folder, record = failed_run(tmp_path, "verify", path="verify/k", wall_seconds=12, error=told)
+    page = failed_page("verify", folder, record, StageFailed("verify", "gate failed", told, log_file=log, code=3))
     for line in (
-        "## verify failed after 12s", "gate failed at layer 14\n       First difference", "| reason | gate failed |",
+        "## verify failed after 12s", told, "| reason | gate failed |",
         "| exit code | 3 |", "### Hidden states\n| model.layers.14 |", "````text\nline 60 ```", "line 99",
+        f"To go on, retry this run, or type:\n\n```text\nfinetune rerun brisk-otter --workspace {tmp_path}\n```",
     ):  # fmt: skip
         assert line in page, line
     assert "line 59" not in page
-    gone = StageFailed("train", "killed", "killed", log_file=tmp_path / "none.log", code=-9)
-    assert "last lines" not in failed_page("train", gone, NodeRecord(), tmp_path)
+    no_log = tmp_path / "none.log"
+    killed = failed_page("verify", folder, record, StageFailed("verify", "killed", "killed", log_file=no_log, code=-9))
+    assert "last lines" not in killed
+    assert "Hidden states" not in killed, "the table is of an attempt before"
+    defect = failed_page("verify", folder, record, RuntimeError("ours"))
+    assert "| reason |" not in defect
+    assert "To go on" in defect
+
+
+def test_how_to_go_on_is_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, record = failed_run(tmp_path / "workspace", "verify", error="no")
+    assert how_to_go_on(folder, record).endswith(f" --workspace {tmp_path}/workspace\n```"), "the reader is elsewhere"
+    of_terminal = record.model_copy(update={"has_deployment": False})
+    assert how_to_go_on(folder, of_terminal).startswith("To go on, type:"), "no runner does it when it is retried"
+    of_stage = record.model_copy(update={"stage": "verify", "flow_run_id": "1234"})
+    assert "prefect flow-run retry 1234" in how_to_go_on(folder, of_stage)
+    refused = f"inputs.dataset: {tmp_path}/preprocess/k: data.bin is damaged. Remove {tmp_path}/preprocess/k and run again"
+    folder, record = failed_run(tmp_path, "verify", error=refused)
+    told = how_to_go_on(folder, record)
+    assert told.startswith("To go on, type:"), "retried, it would refuse the same files again"
+    assert told.endswith(f"finetune rerun brisk-otter --workspace {tmp_path} --stage preprocess\n```")
 
 
 def test_the_summary(tmp_path: Path) -> None:
@@ -149,108 +180,9 @@ def test_the_summary(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert line in page, line
     assert "go on" not in page
+    story.record.nodes["verify"] = NodeRecord(state="failed", error="no: 99.9 % *")
     failed = replace(story, record=story.record.model_copy(update={"state": "failed", "error": "verify: no"}))
     page = summary_page(failed, code(folder.report))
     assert "```text\nverify: no\n```" in page
-    assert "`finetune rerun brisk-otter`" in page
-
-
-# ── In Prefect ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def settings(server: Server) -> Iterator[None]:
-    with temporary_settings({PREFECT_API_URL: server.api}):
-        yield
-
-
-def artifacts(key: str) -> list[tuple[object, str | None]]:
-    with get_client(sync_client=True) as client:
-        found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
-    return [(artifact.data, artifact.description) for artifact in found]
-
-
-def test_a_page_is_made_once_and_changed_in_place(settings: None) -> None:
-    key = f"page-{uuid4()}"
-    board = Board(None)
-    board.put(key, "markdown", "one", "first")
-    board.put(key, "markdown", "two", "second")
-    assert artifacts(key) == [("two", "second")]
-    board.put(key, "markdown", "three", "third", is_final=True)
-    board.put(key, "markdown", "late", "late")
-    assert artifacts(key) == [("three", "third")]
-    Board(None).put(key, "markdown", "another run", "its own")
-    assert len(artifacts(key)) == 2
-
-
-def test_training_is_shown_as_it_goes(
-    settings: None, made: tuple[Path, dict[str, a.Artifact]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(live, "FIRST_SECONDS", 0.0)
-    monkeypatch.setattr(live, "SECONDS", 0.01)
-    workspace, results = made
-    spec = TrainSpec.of(config(workspace), weights=results["shard"], dataset=results["preprocess"])
-    write_metrics(spec.scratch, metrics_lines(20))
-    board = Board(None)
-    shown = shown_on(board, spec, uuid4())
-    seen: list[str] = []
-    context = ContextVar("context", default="none")
-    context.set("the task's")  # as Prefect's settings are, and which task run it is
-
-    def show(progress: Progress) -> None:
-        shown(progress)
-        seen.append(context.get())
-
-    with Live(show, logging.getLogger("test")) as page:
-        page.update(Progress(10, 40, "step 10/40 · loss 7.5"))
-        wait_until(lambda: len(seen) == 1)
-        page.update(Progress(20, 40, "step 20/40 · loss 7.0"))
-    assert set(seen) == {"the task's"}
-    assert (50.0, "step 20/40 · loss 7.0") in artifacts("train-progress")
-    [data] = [data for data, words in artifacts("train") if words == "step 20/40 · loss 7.0"]
-    assert "## train, 50%" in str(data)
-    assert len(pictures(str(data))) == 2
-
-
-def test_nobody_waits_for_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "FIRST_SECONDS", 0.0)
-    monkeypatch.setattr(live, "SECONDS", 0.01)
-    monkeypatch.setattr(live, "LAST_SECONDS", 0.05)
-    hangs, answers, ended = threading.Event(), threading.Event(), threading.Event()
-
-    def show(progress: Progress) -> None:
-        hangs.set()
-        answers.wait(60)
-        ended.set()
-
-    with Live(show, logging.getLogger("test")) as page:
-        page.update(Progress(1, 4, ""))
-        assert hangs.wait(60)
-        for step in range(1000):
-            page.update(Progress(step, 1000, ""))
-    assert not ended.is_set(), "the stage did not wait for it"
-    answers.set()
-
-
-def test_a_server_that_is_gone_is_tried_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("FIRST_SECONDS", "SECONDS", "PATIENCE_SECONDS"):
-        monkeypatch.setattr(live, name, 0.01)
-    tries: list[Progress] = []
-
-    def show(progress: Progress) -> None:
-        tries.append(progress)
-        if len(tries) < 4:
-            raise ConnectionError("refused")
-
-    logger = logging.getLogger("test of a server that is gone")
-    with caplog.at_level(logging.WARNING, logger.name), Live(show, logger) as page:
-        page.update(Progress(1, 4, ""))
-        wait_until(lambda: len(tries) >= 4)
-    assert [record.message for record in caplog.records] == ["the page in the UI cannot be refreshed for now: refused"]
-
-
-def test_a_stage_that_is_soon_done_shows_no_progress() -> None:
-    tries: list[Progress] = []
-    with Live(tries.append, logging.getLogger("test")) as page:
-        page.update(Progress(1, 4, ""))
-    assert tries == []
+    assert f"finetune rerun brisk-otter --workspace {tmp_path}\n" in page
+    assert "| verify | ✗\u00a0failed |  | no: 99.9\u00a0% \\* |" in page

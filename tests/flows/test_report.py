@@ -2,17 +2,21 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from stories import GATES, HOSTILE, done_run, told, with_artifact, with_file
+from stories import GATES, HOSTILE, done_run, metrics_lines, told, with_artifact, with_file, write_metrics
 
 from flows.records.run_record import NodeRecord, RunFolder
+from flows.records.story import story_of
 from flows.show.ending import tell_end
+from flows.show.pages.board import Board
 from flows.show.report.lineage_graph import _edges, lineage_graph
 from flows.show.report.write import render, write_report
-from stages.contracts.specs import SPECS, scratch_of
+from stages.contracts import artifacts as a
+from stages.contracts.specs import SPECS, refused_of, scratch_of
 
 VOID = {"meta", "path", "rect", "circle", "br"}
 
@@ -61,7 +65,8 @@ def test_everything_of_a_run_is_in_it(folder: RunFolder) -> None:
         "learning rate", "gradient norm", "tokens per second", "8.37", "4.89",  # the curves
         "def read(", "self, size=-1):",  # samples
         *SPECS, "cached", story.artifacts["train"].fingerprint, story.artifacts["train"].files["content.txt"].blake3[:32],
-        "mean |Δlogit|", "100%", "not finite", "model.layers.29.mlp", "8.7e-06",  # gates
+        "mean |Δlogit|", "100 %", "not finite", "model.layers.29.mlp", "8.7e-06",  # gates
+        "|Δloss|, padding", "argmax agreement, padding98.76 %48 tokens, not judged",
         "4,096", "somebody/model", "sequence_length: 16", "global_batch_size",  # data, configuration
     ):  # fmt: skip
         assert wanted in text, wanted
@@ -127,6 +132,35 @@ def test_a_run_that_failed_says_why(folder: RunFolder) -> None:
     assert "line 1\n" not in page.text
     assert "learning rate" in page.text, "the curves of what there was"
     assert "not run" in page.text
+    assert {("href", "#train"), ("id", "train"), ("href", "#shard"), ("id", "shard")} <= set(page.attributes)
+    assert ("href", "#merge") not in page.attributes, "the page tells no more of it"
+
+
+def test_a_training_that_failed_has_its_own_curves(folder: RunFolder) -> None:
+    record = folder.read()
+    assert record is not None
+    result = folder.workspace / str(record.nodes["train"].path)
+    write_metrics(scratch_of(result), metrics_lines(10))  # done again: the old result stays until the new one is there
+    record.nodes["train"].state = "failed"
+    curves = story_of(folder, record).curves
+    assert curves is not None
+    assert [step for step, _ in curves.loss] == [10]
+    shutil.rmtree(scratch_of(result))
+    assert story_of(folder, record).curves is None, "of one that never began there are none"
+    record.nodes["train"].state = "cached"
+    curves = story_of(folder, record).curves
+    assert curves is not None
+    assert [step for step, _ in curves.loss] == [10, 20, 30, 40]
+
+
+def test_all_that_made_the_results_is_told(folder: RunFolder) -> None:
+    story = told(folder)
+    older = story.artifacts["convert"].versions.model_copy(update={"torch": "2.1.0", "libraries": {"safetensors": "0.4.0"}})
+    files = {f"{n}.bin": a.FileRecord(size=n, blake3="0" * 64) for n in range(300)}
+    text = Page(render(with_artifact(story, "convert", versions=older, files=files))).text
+    assert f" · torch 2.1.0, {story.artifacts['train'].versions.torch}" in text
+    assert "safetensors 0.4.0" in text
+    assert "300 files, 44.9 kB, the 100 smallest left out here" in text
 
 
 def test_a_gate_that_refused_shows_its_table(folder: RunFolder) -> None:
@@ -135,7 +169,7 @@ def test_a_gate_that_refused_shows_its_table(folder: RunFolder) -> None:
     path = folder.workspace / str(record.nodes["verify"].path)
     record.nodes["verify"] = NodeRecord(state="failed", error="gate failed at layer 14", path=record.nodes["verify"].path)
     folder.write(record)
-    path.with_name(f".{path.name}.failed.json").write_text(json.dumps(GATES))  # as the gate leaves it
+    refused_of(path).write_text(json.dumps(GATES))  # as the gate leaves it
     text = Page(render(told(folder))).text
     assert "gate failed at layer 14" in text
     assert "model.layers.29.mlp" in text
@@ -149,7 +183,7 @@ def test_a_run_of_which_next_to_nothing_is_known_has_a_report(tmp_path: Path) ->
     record.config, record.state, record.error = {}, "crashed", "its process is gone"
     folder.write(record)
     assert "its process is gone" in Page(render(told(folder))).text
-    tell_end(folder)
+    tell_end(folder, Board(None))
     assert folder.report.stat().st_size > 1000
 
 
@@ -157,7 +191,7 @@ def test_a_report_that_cannot_be_written_is_no_failure(folder: RunFolder) -> Non
     folder.report.mkdir()
     with pytest.raises(OSError, match="report"):
         write_report(told(folder))
-    tell_end(folder)
+    tell_end(folder, Board(None))
 
 
 def test_the_lineage_draws_every_node_and_what_follows_from_what() -> None:
@@ -166,7 +200,7 @@ def test_the_lineage_draws_every_node_and_what_follows_from_what() -> None:
         ("preprocess", "verify"), ("shard", "verify"), ("verify", "train"), ("train", "merge"), ("merge", "export"),
         ("export", "push"),
     ]  # fmt: skip
-    svg = lineage_graph({node: NodeRecord() for node in SPECS}, {})
+    svg = lineage_graph({node: NodeRecord() for node in SPECS}, {}, ())
     boxes = [tuple(map(float, box)) for box in re.findall(r'class="node" x="([\d.]+)" y="([\d.]+)"', svg)]
     assert len(set(boxes)) == len(SPECS)
     assert svg.count('class="edge gate"') == 1

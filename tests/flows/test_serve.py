@@ -87,12 +87,20 @@ def test_what_is_wrong_is_said(serving: Serving, seen: Seen) -> None:
     seen.wait_for(wrong.id, "Failed")
     assert "overrides: train.optimiser=sgd: unknown key. Did you mean train.optimizer?" in seen.message(wrong.id)
     assert not (serving.workspace / "runs" / wrong.name).exists()
+    nowhere = seen.start("finetune-llama2/served", overrides=["model.source=/nowhere"])
+    hosts = {"by": "docker", "hosts": ["unix:///nowhere.sock"]}
+    engine = seen.start("stage/train", start_from=results(serving), train={"steps": 2, "sequence_length": 16}, launch=hosts)
+    for run, told in ((nowhere, "config: model.source: /nowhere: no such file"), (engine, "launch: ")):
+        seen.wait_for(run.id, "Failed")
+        assert told in seen.message(run.id)
+    assert "no Docker engine answers at /nowhere.sock" in seen.message(engine.id)
+    assert "train" not in seen.tasks(engine.id)
 
 
 def test_one_stage_from_a_result(serving: Serving, seen: Seen) -> None:
     made = seen.start(
         "stage/train",
-        start_from=[f"{stage}/{folder.name}" for stage in ("shard", "preprocess") for folder in folders(serving, stage)],
+        start_from=results(serving),
         train={"steps": 2, "sequence_length": 16},
         overrides=["train.lr=7e-4"],
         run_name="just-training",
@@ -105,8 +113,10 @@ def test_one_stage_from_a_result(serving: Serving, seen: Seen) -> None:
     assert list(seen.tasks(made.id)) == ["train"]
 
 
-def folders(serving: Serving, stage: str) -> list[Path]:
-    return [folder for folder in (serving.workspace / stage).iterdir() if (folder / "artifact.json").exists()]
+def results(serving: Serving) -> list[str]:
+    """What a training starts from."""
+    found = [path for stage in ("shard", "preprocess") for path in (serving.workspace / stage).glob("*/artifact.json")]
+    return [str(path.parent.relative_to(serving.workspace)) for path in found]
 
 
 def test_cancelled(serving: Serving, seen: Seen) -> None:
@@ -126,12 +136,15 @@ def test_the_process_of_a_run_is_killed(serving: Serving, seen: Seen) -> None:
     serving.wish("train", "hang")
     run = seen.start("finetune-llama2/served", run_name="killed", overrides=["train.lr=4e-4"])
     stage = serving.wait_until_hangs("train")
+    wait_until(lambda: "## train, 50%" in seen.pages(run.id).get("train", ""))
     os.kill(serving.record("killed").pid, signal.SIGKILL)
     seen.wait_for(run.id, "Crashed")
     wait_until(lambda: not lives(stage))
     wait_until(lambda: seen.unfinished(run.id) == [])
     wait_until(lambda: serving.record("killed").finished is not None)
     assert serving.record("killed").nodes["train"].state == "stopped"
+    wait_until(lambda: "## killed: crashed" in seen.pages(run.id).get("summary", ""))
+    assert seen.pages(run.id)["train"].startswith("## train was stopped")
     (serving.workspace / "train.hangs").unlink(missing_ok=True)
 
 
@@ -169,16 +182,55 @@ def test_runner_and_run_are_killed(tmp_path: Path, server: Server, seen: Seen) -
 
 
 def test_the_runner_drains(serving: Serving, seen: Seen) -> None:
-    """Asked to stop, the runner waits; the laptop sleeps meanwhile; run and runner end well. It is the last test."""
+    """Asked to stop, the runner waits; run and runner end well. It is the last test of this runner."""
     serving.wish("train", "hang")
     run = seen.start("finetune-llama2/served", run_name="slow", overrides=["train.lr=5e-4"])
-    stage = serving.wait_until_hangs("train")
+    serving.wait_until_hangs("train")
     os.killpg(serving.process.pid, signal.SIGINT)  # as a terminal does: to all that it started
     serving.wait_until_said("takes no more runs, and waits for the run that goes on")
-    for number in (signal.SIGSTOP, signal.SIGCONT):
-        for pid in (serving.record("slow").pid, stage):
-            os.kill(pid, number)
     serving.wish("train", "")
     assert serving.process.wait(timeout=90) == 0
     assert seen.state(run.id) == "Completed"
     assert serving.record("slow").state == "done"
+
+
+def test_the_runner_is_asked_twice(tmp_path: Path, server: Server, seen: Seen) -> None:
+    """It stops what goes on, which saves its work first, however often it is asked. And the UI takes any text for a name."""
+    runner = Serving(tmp_path, server.api, "twice")
+    try:
+        runner.make(until="verify")
+        runner.wish("train", "hang and save")
+        runner.wait_until_said("stop         Ctrl-C")
+        run = seen.client.create_flow_run_from_deployment(
+            seen.client.read_deployment_by_name("finetune-llama2/twice").id, name="../../My 2nd try"
+        )
+        stage = runner.wait_until_hangs("train")
+        [folder] = (runner.workspace / "runs").iterdir()
+        assert seen.client.read_flow_run(run.id).name == folder.name
+        runner.process.send_signal(signal.SIGTERM)
+        runner.wait_until_said("takes no more runs, and waits for the run that goes on")
+        runner.process.send_signal(signal.SIGTERM)
+        wait_until((runner.workspace / "train.saves").exists)
+        process = runner.record(folder.name).pid
+        os.kill(process, signal.SIGTERM)  # as from a runner that is told twice, or from a person
+        seen.client.set_flow_run_state(run.id, Cancelling())  # once more, in the UI
+        wait_until(lambda: not is_pending(process, signal.SIGTERM))
+        assert lives(process)
+        assert lives(stage)
+        runner.wish("train", "")
+        assert runner.process.wait(timeout=90) == 0
+        assert "stops the run that goes on; trainings save a checkpoint first" in runner.said()
+        assert (runner.workspace / "train.saved").exists()
+        assert seen.state(run.id) == "Cancelled"
+        assert seen.unfinished(run.id) == []
+        record = runner.record(folder.name)
+        assert (record.state, record.nodes["train"].state) == ("stopped", "stopped")
+        assert "Traceback" not in runner.said()
+    finally:
+        runner.end()
+
+
+def is_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has not yet been told of a signal that was sent to it."""
+    [shared] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("ShdPnd:")]
+    return bool(int(shared.split()[1], 16) & 1 << (number - 1))

@@ -2,16 +2,23 @@
 
 import json
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from processes import wait_until
+from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
+from processes import free_port, wait_until
 
+from flows.records.flock import is_locked, locked
+from flows.server import asking
 from flows.server import local as servers
 from flows.server.local import NoServer, Server, serving
 
@@ -50,12 +57,6 @@ def wait_for_looks(home: Path) -> None:
     wait_until(lambda: sleeps() >= before + 3)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_shared_while_used_and_gone_with_the_last_user(
     tmp_path: Path, put_database: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,21 +65,23 @@ def test_shared_while_used_and_gone_with_the_last_user(
     put_database(tmp_path / "other")
     keeper = use(tmp_path, "keep")
     api = api_of(keeper)
-    assert servers.stays(tmp_path)
+    stays = servers.staying(tmp_path)
+    assert stays is not None
+    assert stays.api == api
     page = api.replace("/api", "/runs/flow-run/x")
-    assert servers.page_is_lost(page, "00000000-0000-0000-0000-000000000000")  # it answers, but knows nothing of that run
+    assert asking.page_is_lost(page, "00000000-0000-0000-0000-000000000000")  # it answers, but knows nothing of that run
     assert (home / "prefect.db-wal").exists()
     assert home.stat().st_mode & 0o777 == 0o700
     keeper.communicate()
     wait_for_looks(home)  # it was asked to stay
-    assert servers._answers(api)
+    assert asking.answers(api)
 
     first, second = use(tmp_path), use(tmp_path)
     assert api_of(first) == api_of(second) == api
     (home / "server.keep").unlink()
     first.communicate()
     wait_for_looks(home)  # there is a user left
-    assert servers._answers(api)
+    assert asking.answers(api)
 
     # Another workspace's server that chose the same port at the same moment loses it, and gets another.
     ports = [int(api.removesuffix("/api").rpartition(":")[2]), free_port()]
@@ -86,13 +89,13 @@ def test_shared_while_used_and_gone_with_the_last_user(
     told: list[Server] = []
     with serving(tmp_path / "other", say=lambda text: None, meanwhile=told.append) as other:
         assert [server.api for server in told] == [api, other.api]
-        assert servers._is_of(other.api, tmp_path / "other" / "prefect")
-    assert servers._answers(api)
+        assert asking.is_of(other.api, tmp_path / "other" / "prefect")
+    assert asking.answers(api)
 
     os.killpg(second.pid, signal.SIGKILL)
     second.wait()
-    wait_until(lambda: not servers._is_alive(home))
-    assert not servers._answers(api)
+    wait_until(lambda: not is_locked(home / "server.lock"))
+    assert not asking.answers(api)
 
 
 def test_a_server_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,3 +127,91 @@ def test_the_server_gets_no_secrets(tmp_path: Path) -> None:
     assert "x" not in environment.values()
     assert environment["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
     assert environment["PREFECT_HOME"] == str(tmp_path)
+
+
+class WithLogin(BaseHTTPRequestHandler):
+    """What a server with a password answers: whether it is there, to everybody; all else, to those who have it."""
+
+    def do_GET(self) -> None:
+        is_in = self.headers.get("Authorization") == "Basic " + b64encode(b"admin:right").decode()
+        self.send_response(200 if is_in or self.path == "/api/health" else 401)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def closed() -> Iterator[str]:
+    """The address of a server with a password."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), WithLogin)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/api"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_with_a_password(tmp_path: Path, closed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", closed)
+    refused = (
+        f"the Prefect server at PREFECT_API_URL={closed} refuses this login: set PREFECT_API_AUTH_STRING to its user:password"
+    )
+    for login in (None, "admin:wrong"):
+        with (
+            temporary_settings({PREFECT_API_AUTH_STRING: login}),
+            pytest.raises(NoServer, match=re.escape(refused)),
+            serving(tmp_path),
+        ):
+            pass
+    with temporary_settings({PREFECT_API_AUTH_STRING: "admin:right"}), serving(tmp_path) as server:
+        assert server.api == closed
+    assert not asking.page_is_lost(closed.replace("/api", "/runs/flow-run/x"), "x"), "nobody may look, it may well be there"
+
+
+def test_a_server_that_dies_and_does_not_start_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said once, and tried less and less often; it stays as asked for when it comes back."""
+    home = tmp_path / "prefect"
+    home.mkdir()
+    said: list[str] = []
+    starts: list[Path] = []
+    tried, back = threading.Event(), threading.Event()
+
+    def start(home: Path, say: Callable[[str], None], port: int | None) -> None:
+        say("starting")
+        starts.append(home)
+        if len(starts) < 4:
+            raise PermissionError("no more processes")
+        tried.set()
+
+    monkeypatch.setattr(servers, "_start", start)
+    monkeypatch.setattr(servers, "_wait_for", lambda server, home, ended: back.set() or True)
+    monkeypatch.setattr(servers, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(servers, "MOST_SECONDS", 0.02)
+    with servers._revived(Server("http://127.0.0.1:9/api", 1), home, True, said.append):
+        assert tried.wait(60)
+        assert back.wait(60)
+    assert said[:3] == ["the Prefect server died", "starting", "no more processes. It is tried again from time to time"]
+    assert said[3:4] in ([], ["the Prefect server died"]), "nothing more is said until it died anew"
+    assert (home / "server.keep").exists()
+
+
+def test_a_run_of_a_runner_starts_its_server_again_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its runner may have been killed: nobody else would."""
+    api = "http://127.0.0.1:9/api"
+    (tmp_path / "server.json").write_text(json.dumps({"api": api, "pid": 1}))
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.setenv("PREFECT_API_URL", api)
+    monkeypatch.setattr(servers, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(servers, "_wait_for", lambda server, home, ended: True)
+    started = threading.Event()
+    monkeypatch.setattr(servers, "_start", lambda home, say, port: started.set())
+    with ExitStack() as server:
+        server.enter_context(locked(tmp_path / "server.lock"))
+        with servers.kept_alive(revives=True) as holds:
+            assert len(holds) == 1
+            assert is_locked(tmp_path / "server.lock")
+            server.close()
+            assert started.wait(60)
+    with servers.kept_alive(revives=True) as holds:
+        assert holds == (), "there is none to keep"

@@ -7,110 +7,23 @@ import re
 import signal
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
+from preprocess_runs import TEXTS, execute, lines_of, malformed
 from sentencepiece import sentencepiece_model_pb2
-from tiny_tokenizers import CODE, train_huggingface, train_sentencepiece
 from workers_of_preprocessing import workers
 
-from megatron_core_impl.config import ModelConfig
 from megatron_core_impl.data import preprocessing
 from megatron_core_impl.data.indexed_dataset import IndexedDataset
-from megatron_core_impl.data.preprocessing import Job
 from megatron_core_impl.data.tokenizer import load_tokenizer
-from stages import preprocess, runtime
+from stages import preprocess
 from stages.context import Context
 from stages.contracts import artifacts as a
-from stages.contracts.config import ModelSettings, PreprocessSettings
-from stages.contracts.data_settings import DataSettings
 from stages.contracts.process import ExitCode
-from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec, PreprocessSpec, Ref
+from stages.contracts.specs import PreprocessSpec
 from stages.outcomes import BadInput, Interrupted
-
-_CONFIG = ModelConfig(
-    family="llama", vocab_size=320, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=4, max_position_embeddings=64,
-)  # fmt: skip
-FACTS = a.ModelFacts(**vars(_CONFIG), dtype="float32", parameters=1000)
-TEXTS = [*CODE, "", "</s> is text\u2028"] * 20
-
-
-def lines_of(texts: list[str]) -> str:
-    return "".join(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts))
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both kinds of tokenizer."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    train_sentencepiece(folder)
-    train_huggingface(folder)
-    return folder
-
-
-@pytest.fixture
-def prepare(tmp_path: Path, tokenizers: Path) -> Callable[..., PreprocessSpec]:
-    """Makes the results of download and gives the spec of preprocess."""
-
-    def prepare(
-        *raw: str | bytes,
-        vocab_size: int = 320,
-        files: tuple[str, ...] = ("tokenizer.model",),
-        names: tuple[str, ...] = ("data.jsonl",),
-        form: str = "text",
-        columns: tuple[str, ...] = ("text",),
-        added_tokens: tuple[str, ...] = (),
-        replaced: dict[str, bytes] | None = None,
-        **settings: object,
-    ) -> PreprocessSpec:
-        contents = [content if isinstance(content, bytes) else content.encode() for content in raw]
-
-        def make_data(spec: DownloadDataSpec, ctx: Context) -> a.RawDataArtifact:
-            sets = []
-            for number, (name, content) in enumerate(zip(names, contents, strict=True)):
-                (ctx.scratch / name).write_bytes(content)
-                sets.append(a.RawSet(
-                    name=name.split(".")[0], key=f"data[{number}]" if len(names) > 1 else "data", role="all", files=(name,),
-                    origins=(f"my/{name}",), format=form, text_columns=columns, columns={}, source=name, documents=None,
-                    text_bytes=len(content),
-                ))  # fmt: skip
-            return ctx.artifact(
-                a.RawDataArtifact, figure="", source="texts", revision=None, documents=None, text_bytes=1, sets=tuple(sets)
-            )
-
-        def make_model(spec: DownloadModelSpec, ctx: Context) -> a.ModelArtifact:
-            (ctx.scratch / "files").mkdir()
-            for name in files:
-                content = (replaced or {}).get(name) or (tokenizers / name).read_bytes()
-                (ctx.scratch / "files" / name).write_bytes(content)
-            facts = FACTS.model_copy(update={"vocab_size": vocab_size})
-            return ctx.artifact(a.ModelArtifact, figure="", model=facts, tokenizer_files=files, source="m", revision=None)
-
-        ws = str(tmp_path / "ws")
-        data = runtime.execute(
-            DownloadDataSpec(workspace=ws, data=DataSettings(source=f"d{zlib.crc32(repr((raw, names, columns)).encode())}")),
-            make_data,
-        )
-        model = runtime.execute(DownloadModelSpec(workspace=ws, model=ModelSettings(source="m")), make_model)
-        inputs = {name: Ref(path=i.path, fingerprint=i.fingerprint) for name, i in (("data", data), ("model", model))}
-        return PreprocessSpec(
-            workspace=ws,
-            inputs=inputs,
-            settings=PreprocessSettings(**settings),
-            added_tokens=added_tokens,  # type: ignore[arg-type]
-        )
-
-    return prepare
-
-
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few lines per part, so that a small text has many."""
-    monkeypatch.setattr(preprocess, "Job", partial(Job, part_bytes=300))
 
 
 def execute_with_killed_workers(spec: PreprocessSpec, monkeypatch: pytest.MonkeyPatch) -> pytest.ExceptionInfo[Interrupted]:
@@ -121,12 +34,6 @@ def execute_with_killed_workers(spec: PreprocessSpec, monkeypatch: pytest.Monkey
         with pytest.raises(Interrupted) as error:
             execute(spec)
     return error
-
-
-def execute(spec: PreprocessSpec) -> a.DatasetArtifact:
-    artifact = runtime.execute(spec, preprocess.run, resumable=True)
-    assert isinstance(artifact, a.DatasetArtifact)
-    return artifact
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
@@ -176,119 +83,6 @@ def test_no_end_of_text(prepare: Callable[..., PreprocessSpec]) -> None:
     assert IndexedDataset(spec.folder / "data")[0].tolist() == load_tokenizer(
         spec.folder.parents[1] / spec.inputs["model"].path / "files"
     ).encode(TEXTS[0])
-
-
-def malformed(texts: list[str]) -> bytes:
-    """Lines of which numbers 3, 50 and 51 are malformed."""
-    lines = lines_of(texts).encode().splitlines(keepends=True)
-    lines[2], lines[49], lines[50] = b'{"text": "\xff"}\n', b'{"id": 1}\n', b"no json\n"
-    return b"".join(lines)
-
-
-LISTED = [
-    {"source": "data", "file": "my/data.jsonl", "line": line, "reason": reason}
-    for line, reason in (
-        (3, "not UTF-8: byte 0xff at column 11"),
-        (50, 'no key "text"; it has: id'),
-        (51, "not JSON: Expecting value at column 1"),
-    )
-]  # of `malformed`
-
-
-def test_malformed_lines_fail_the_stage(prepare: Callable[..., PreprocessSpec]) -> None:
-    spec = prepare(malformed(TEXTS))
-    with pytest.raises(BadInput) as error:
-        execute(spec)
-    kept = spec.folder.parent / f".{spec.key}.malformed.jsonl"
-    assert str(error.value) == (
-        f"data.source: 3 of the 120 lines of data.jsonl are malformed, more than preprocess.max_malformed=0 allows:\n"
-        f"  my/data.jsonl:3: not UTF-8: byte 0xff at column 11\n"
-        f'  my/data.jsonl:50: no key "text"; it has: id\n'
-        f"  my/data.jsonl:51: not JSON: Expecting value at column 1\n"
-        f"All are listed in {kept}. Mend them, or set preprocess.max_malformed to the share of lines that may be left out"
-    )
-    assert [json.loads(line) for line in kept.read_text().splitlines()] == LISTED
-    assert list(spec.folder.parent.glob("[!.]*")) == list(spec.folder.parent.glob(".*.partial")) == []
-
-
-def test_above_the_share_all_is_read_and_listed(prepare: Callable[..., PreprocessSpec], small_parts: None) -> None:
-    spec = prepare(malformed(TEXTS), max_malformed=0.024)
-    with pytest.raises(BadInput, match=r"3 of the 120 lines of data.jsonl are malformed, more than .*max_malformed=0.024"):
-        execute(spec)
-    kept = spec.folder.parent / f".{spec.key}.malformed.jsonl"
-    assert [json.loads(line) for line in kept.read_text().splitlines()] == LISTED
-
-
-def test_first_malformed_line_ends_the_stage_where_none_is_allowed(
-    prepare: Callable[..., PreprocessSpec], small_parts: None
-) -> None:
-    spec = prepare(malformed(TEXTS))
-    with pytest.raises(BadInput, match=r"1 of the first \d lines of data.jsonl are malformed"):
-        execute(spec)
-    assert not workers()
-    kept = spec.folder.parent / f".{spec.key}.malformed.jsonl"
-    assert [json.loads(line) for line in kept.read_text().splitlines()] == LISTED[:1]
-
-
-def test_share_of_malformed_lines_is_that_of_each_set(prepare: Callable[..., PreprocessSpec]) -> None:
-    good, bad = lines_of(TEXTS * 10), '{"text": 1}\n' * 9
-    message = r"data\[1\]\.source: 9 of the 9 lines of bad\.jsonl are malformed, .*max_malformed=0.5 .*\n  my/bad\.jsonl:1: "
-    with pytest.raises(BadInput, match=f"(?s){message}"):
-        execute(prepare(good, bad, names=("good.jsonl", "bad.jsonl"), max_malformed=0.5))
-    with pytest.raises(BadInput, match=r"data\[0\]\.source: 9 of the 9 lines of bad\.jsonl are malformed"):
-        execute(prepare(bad, good, names=("bad.jsonl", "good.jsonl")))  # not "the first": all its lines were read
-
-
-def test_a_set_without_a_document_is_an_error(prepare: Callable[..., PreprocessSpec]) -> None:
-    names, counts = ("good.jsonl", "bad.jsonl"), r"\(0 empty, 0 malformed, 2 blank\)"
-    message = rf"data\[1\]\.source: no document with text in 2 lines of bad\.jsonl {counts}\. Check data\[1\]\.source, "
-    with pytest.raises(BadInput, match=message):
-        execute(prepare(lines_of(TEXTS), "\n \n", names=names))
-    with pytest.raises(BadInput, match=r"(?s)\(0 empty, 1 malformed, 0 blank\)\n  my/bad.jsonl:1: an array, .*All are listed"):
-        execute(prepare(lines_of(TEXTS), "[]", names=names, max_malformed=1.0))
-
-
-def test_blank_lines_are_told(prepare: Callable[..., PreprocessSpec]) -> None:
-    assert execute(prepare(lines_of(TEXTS) + "\n\n")).figure.endswith("120 documents, 20 empty, 2 blank lines")
-
-
-def test_each_key_is_a_document(prepare: Callable[..., PreprocessSpec]) -> None:
-    """The reference's --json_keys, whose datasets are here one: their documents in turn."""
-    records = [{"title": text, "text": text[::-1]} for text in TEXTS]
-    spec = prepare("".join(json.dumps(record) + "\n" for record in records), columns=("title", "text"), bos_eos="none")
-    artifact = execute(spec)
-    data = IndexedDataset(spec.folder / "data")
-    tokenizer = load_tokenizer(spec.folder.parents[1] / spec.inputs["model"].path / "files")
-    texts = [text for record in records for text in (record["title"], record["text"]) if text]
-    assert [data[i].tolist() for i in range(len(data))] == [tokenizer.encode(text) for text in texts]
-    assert (artifact.documents, artifact.empty_documents) == (200, 40)
-    with pytest.raises(BadInput, match=r'my/data.jsonl:1: no key "title"; it has: id, text'):
-        execute(prepare(lines_of(TEXTS), columns=("text", "title")))
-
-
-def test_malformed_lines_within_the_share_are_left_out(
-    prepare: Callable[..., PreprocessSpec], small_parts: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    spec = prepare(malformed(TEXTS), max_malformed=0.025)
-    artifact = execute(spec)
-    assert artifact.malformed_lines == 3
-    assert artifact.figure.endswith(
-        f"{artifact.documents + artifact.empty_documents} documents, 20 empty, 3 malformed lines left out"
-    )
-    assert [json.loads(line) for line in (spec.folder / "malformed.jsonl").read_text().splitlines()] == LISTED
-    assert (
-        "warning: 3 malformed lines left out, listed in malformed.jsonl; data: my/data.jsonl:3: not UTF-8: "
-        in capsys.readouterr().out
-    )
-    data = IndexedDataset(spec.folder / "data")
-    tokenizer = load_tokenizer(Path(spec.workspace) / spec.inputs["model"].path / "files")
-    kept = [text for number, text in enumerate(TEXTS, 1) if text and number not in (3, 50, 51)]
-    assert [data[i].tolist() for i in range(len(data))] == [[*tokenizer.encode(text), 2] for text in kept]
-
-
-def test_many_malformed_lines_are_not_all_named(prepare: Callable[..., PreprocessSpec]) -> None:
-    with pytest.raises(BadInput, match=r"(?s)7 of the 7 lines.*data.jsonl:5: an array.*\n  and 2 more\nAll are listed"):
-        execute(prepare("[]\n" * 7))
 
 
 @pytest.mark.parametrize("raw", ["", lines_of(["", ""]), lines_of([""]) + " \n\n"])

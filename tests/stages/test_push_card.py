@@ -58,7 +58,7 @@ def test_card(tmp_path: Path) -> None:
         "| batch | 8 samples of 1,024 tokens |",
         "| lr | `0.0003` |",
         "| hidden_size | `8` |",
-        "| base model, the data | 2.2e-07 | 1.0e-06 | 0.0001 | 1.0e-08 | 100.00 % | 1,024 |",
+        "| base model, the data | 2.2e-07 | 1.0e-06 | 0.0001 | 1.0e-08 | 100 % | 1,024 |",
         "| `model.layers.0` | 1.0e-09 | 3.0e-08 | 2.0e-07 |",
         "| torch | 2.13.0 |",
         "| transformers | 5.3.0 |",
@@ -157,8 +157,8 @@ def test_probes_and_topology(tmp_path: Path) -> None:
         ],
     }  # fmt: skip
     lines = model_card(lineage(tmp_path, base_report=report), "ada/fine").splitlines()
-    assert "| base model, the data | 2.2e-07 | 1.0e-06 | 0.0001 | 1.0e-08 | 100.00 % | 1,024 |" in lines
-    assert "| base model, long positions | 3.0e-07 |  | 0.0002 |  | 100.00 % | 96 |" in lines
+    assert "| base model, the data | 2.2e-07 | 1.0e-06 | 0.0001 | 1.0e-08 | 100 % | 1,024 |" in lines
+    assert "| base model, long positions | 3.0e-07 |  | 0.0002 |  | 100 % | 96 |" in lines
     assert (
         "Base model: in fp32, on the ranks of tp 2 · pp 1, 39 tensors, all of them the source's bit for bit. "
         "This model: in fp32."

@@ -17,7 +17,7 @@ from stages.contracts import artifacts as a
 from stages.contracts import intact
 from stages.contracts.data_settings import DataSettings
 from stages.contracts.process import EVENT_PREFIX
-from stages.contracts.specs import DownloadDataSpec, PreprocessSpec, Ref
+from stages.contracts.specs import DownloadDataSpec, PreprocessSpec, Ref, refused_of
 from stages.outcomes import BadInput
 from stages.spec_file import read_spec
 
@@ -347,6 +347,21 @@ def test_facts_of_an_input_of_which_no_file_is_read(altered: Altered) -> None:
 
     artifact = runtime.execute(altered.spec, run)
     assert set(artifact.inputs) == {"data"}
+
+
+def test_the_report_of_a_gate_that_refused_before_goes(spec: DownloadDataSpec) -> None:
+    """The next attempt may fail for another reason, and the report would be shown beside that."""
+    left = [refused_of(spec.folder), refused_of(spec.folder).with_suffix(".md")]
+    spec.folder.parent.mkdir(parents=True)
+    for file in left:
+        file.write_text("of an attempt before")
+
+    def refuse(spec: DownloadDataSpec, ctx: Context) -> a.Artifact:
+        raise BadInput("data.source: is wrong")
+
+    with pytest.raises(BadInput):
+        runtime.execute(spec, refuse)
+    assert [file.exists() for file in left] == [False, False]
 
 
 def test_a_digest_that_is_known_is_not_taken_again(spec: DownloadDataSpec, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from megatron_core_impl import metrics, trainer
 from megatron_core_impl.checkpoint.training import finished_steps
 from megatron_core_impl.mesh import Mesh
 from stages import runtime, torchrun, train
+from stages.context import Context
 from stages.contracts import artifacts as a
 from stages.contracts import intact
 from stages.contracts.process import ExitCode
@@ -210,6 +211,21 @@ def test_a_full_disk(small_disk: Path, start: Callable[[TrainSpec], Stage]) -> N
     assert "make room or choose another workspace, then run again" in err
     assert not spec.folder.exists()
     assert not list(scratch_of(spec).glob("checkpoints/*.tmp"))
+
+
+def test_a_worker_of_a_further_machine_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 is elsewhere, and the last pp rank may be here: what it warns of is told by nobody else."""
+
+    def run_workers(*given: Any, on_event: Callable[[torchrun.Event], None], **named: Any) -> torchrun.Outcome:
+        on_event({"event": "warn", "rank": 1, "text": "rank 1 needs about 90 GB, and its GPU has 80 GB"})
+        return torchrun.Outcome()
+
+    monkeypatch.setattr(torchrun, "run_workers", run_workers)  # a real one would need a GPU that is too small
+    spec = spec_of(tmp_path)
+    train.take_part(spec, Context(spec, tmp_path))
+    assert capsys.readouterr().out == "warning: rank 1 needs about 90 GB, and its GPU has 80 GB\n"
 
 
 # Inputs that do not fit: refused before anything is started

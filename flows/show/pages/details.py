@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.records.story import Sample, perplexity, right_answers, samples_of
-from flows.show.charts import Bar, Series, bars, curves
+from flows.records.story import Sample, right_answers, samples_of, told_memory
 from flows.show.pages.markdown import block, code, facts, picture, table, text
+from flows.show.pictures import histogram, loss_chart
 from stages.contracts import artifacts as a
-from stages.contracts.training_curves import Curves, read_curves
-from stages.contracts.words import count, seconds, short, size
+from stages.contracts.figures import EVALUATION, evaluation_rows, filled
+from stages.contracts.training_curves import curves_in
+from stages.contracts.words import count, seconds, short
 
 MOST_MALFORMED = 5  # lines that are named
-LONGEST_SAMPLE = 2_000  # characters
 LONGEST_CARD = 60_000  # characters of a table of errors: a model of 80 layers has 20,000
 
 
@@ -63,16 +63,6 @@ def _left_out(each: a.DatasetSet) -> str:
     return text(", ".join(f"{number:,} {reason}" for reason, number in reasons.items() if number) or "nothing")
 
 
-def histogram(artifact: a.DatasetArtifact, width: int = 640) -> str | None:
-    """Documents by their number of tokens, of all sets."""
-    lengths: dict[int, int] = {}
-    for each in artifact.sets:
-        for begin, number in each.lengths.items():
-            lengths[int(begin)] = lengths.get(int(begin), 0) + number
-    rows = [Bar(f"{n:,} – {2 * n - 1:,}", 0, lengths[n], count(lengths[n])) for n in sorted(lengths)]
-    return bars(rows, title="documents by tokens", width=width)
-
-
 def _malformed(file: Path) -> str:
     """The first lines that could not be read, where there were some."""
     rows = []
@@ -109,45 +99,20 @@ def unbroken(markdown: str) -> str:
 
 def of_training(artifact: a.CheckpointArtifact, folder: Path) -> list[str]:
     """What it did for the loss, its curve, its pace."""
-    try:
-        told: Curves | None = read_curves(folder)
-    except (OSError, ValueError, KeyError, TypeError):
-        told = None
-    figures = artifact.metrics
-    before, after = artifact.loss_before, artifact.loss_after
-    rows = [("held-out loss", f"{before:.4f}", f"{after:.4f}"), ("perplexity", perplexity(before), perplexity(after))]
-    for name, words in (("accuracy", "next token right"), ("instruct_accuracy", "of answers' tokens")):
-        if figures.get(f"{name}_after") is not None:
-            rows.append((words, _percent(figures.get(f"{name}_before")), _percent(figures[f"{name}_after"])))
+    told, figures = curves_in(folder), artifact.metrics
     return [
-        picture(loss_chart(told) if told is not None else None, "the loss by step"),
-        table(("", "before", "after"), rows),
+        picture(loss_chart(told), "the loss by step"),
+        unbroken(table(*filled(EVALUATION, evaluation_rows(artifact)))),
         facts([
             ("steps", f"{count(artifact.step)}, {short(artifact.consumed_tokens)} tokens that count"),
             ("processes", f"dp {artifact.dp} × tp {artifact.tp} × pp {artifact.pp}"),
             ("throughput", _number(figures.get("tokens_per_second"), "{:,.0f} tokens/s")),
-            ("memory", memory_of(told)),
+            ("peak memory", told_memory(told)),
             ("training", _seconds(figures.get("training_seconds"))),
             ("evaluations", _seconds(figures.get("evaluation_seconds"))),
             ("skipped steps", _number(figures.get("skipped_steps"), "{:,.0f}")),
-            ("loss on the test split", _number(figures.get("loss_test"), "{:.4f}")),
         ]),
     ]  # fmt: skip
-
-
-def loss_chart(told: Curves, *, last_step: int | None = None, width: int = 640, height: int = 300) -> str | None:
-    """The loss of the steps, and on held-out data."""
-    series = [Series("training", told.loss, "a"), Series("held-out data", told.held_out, "b", is_marked=True)]
-    return curves(series, title="loss by step", last_x=last_step, width=width, height=height)
-
-
-def memory_of(told: Curves | None) -> str:
-    """What the first process of a training has held."""
-    return "" if told is None or told.memory is None else f"{size(told.memory)} at most, of the first process"
-
-
-def _percent(value: Any) -> str:
-    return f"{value:.1%}" if isinstance(value, int | float) else ""
 
 
 def _number(value: Any, form: str) -> str:
@@ -163,8 +128,5 @@ def _seconds(value: Any) -> str:
 
 def of_samples(samples: Sequence[Sample]) -> str:
     """What the model says now, and said before."""
-    blocks = []
-    for sample in samples:
-        told = (("prompt", sample.prompt), ("wanted", sample.wanted), ("before", sample.before), ("after", sample.after))
-        blocks += [f"{word}\n\n{block(text_[:LONGEST_SAMPLE])}" for word, text_ in told if text_ is not None]
+    blocks = [f"{word}\n\n{block(said)}" for sample in samples for word, said in sample.told()]
     return "\n\n".join(["### Samples", *blocks]) if blocks else ""

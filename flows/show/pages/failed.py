@@ -1,42 +1,45 @@
 """The page of a stage that failed: why, what it said last, and how to go on."""
 
-from pathlib import Path
-
 from flows.launch.protocol import StageFailed
-from flows.records.run_record import NodeRecord
+from flows.records.go_on import damaged_sources, go_on, workspace_option
+from flows.records.run_record import RunFolder, RunRecord
+from flows.records.story import last_lines
 from flows.show.pages.details import of_card
 from flows.show.pages.markdown import block, code, facts, page
+from stages.contracts.specs import refused_of
 from stages.contracts.words import seconds
 
-LAST_LINES = 40  # of its log
-LONGEST_TAIL = 200_000  # bytes of the log that are looked at
 
+def failed_page(node: str, folder: RunFolder, record: RunRecord, error: BaseException | None) -> str:
+    """Markdown about a node that did not end well.
 
-def failed_page(node: str, error: StageFailed, record: NodeRecord, workspace: Path) -> str:
-    """Markdown about a stage that did not end well."""
-    ended = "was stopped" if error.reason == "interrupted" else "failed"
-    took = f" after {seconds(record.wall_seconds)}" if record.wall_seconds is not None else ""
-    told = record.path and (workspace / record.path)
+    Args:
+        error: what its task failed with; None: nobody saw it, its process is gone.
+    """
+    state = record.nodes[node]
+    ended = "was stopped" if state.state == "stopped" else "failed"
+    took = f" after {seconds(state.wall_seconds)}" if state.wall_seconds is not None else ""
+    failed = error if isinstance(error, StageFailed) else None
+    log = failed.log_file if failed is not None else folder.log(node)
+    was_refused = failed is not None and failed.reason == "gate failed" and state.path is not None
     return page(
         f"## {node} {ended}{took}",
-        block(error.message),
+        block(state.error or ""),
         facts([
-            ("reason", error.reason),
-            ("exit code", str(error.code)),
-            ("log", code(error.log_file)),
-            ("go on", "Retry this run, or type " + code("finetune rerun RUN")),
+            *([("reason", failed.reason), ("exit code", str(failed.code))] if failed is not None else []),
+            ("log", code(log)),
         ]),
-        of_card(told.parent / f".{told.name}.failed.md") if told else "",
-        f"### The last lines of its log\n\n{block(tail)}" if (tail := last_lines(error.log_file)) else "",
+        how_to_go_on(folder, record),
+        of_card(refused_of(folder.workspace / str(state.path)).with_suffix(".md")) if was_refused else "",
+        f"### The last lines of its log\n\n{block(tail)}" if (tail := last_lines(log)) else "",
     )  # fmt: skip
 
 
-def last_lines(log: Path) -> str:
-    """The end of a log, empty where there is none."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - LONGEST_TAIL))
-            text = file.read().decode("utf-8", errors="replace")
-    except OSError:
-        return ""
-    return "\n".join(text.splitlines()[-LAST_LINES:])
+def how_to_go_on(folder: RunFolder, record: RunRecord) -> str:
+    """What to do, wherever the reader is: a page is read in any folder, and on any machine.
+
+    Retrying is a runner's, so nobody does it for a run of a terminal; and it meets a damaged input again.
+    """
+    retry = "retry this run, or " if record.has_deployment and not damaged_sources(record) else ""
+    command = go_on(folder.workspace, record, workspace_option(folder.workspace, anywhere=True))
+    return f"To go on, {retry}type:\n\n{block(command)}"

@@ -6,8 +6,9 @@ from typing import Any
 from flows.show.pages import details
 from flows.show.pages.markdown import code, digest, facts, page, table, text
 from stages.contracts import artifacts as a
+from stages.contracts.figures import file_rows, told_versions
 from stages.contracts.specs import SOURCES
-from stages.contracts.words import count, counted, seconds, size
+from stages.contracts.words import count, seconds
 
 MOST_FILES = 12  # rows of the table of files; the rest is one line
 
@@ -30,7 +31,7 @@ def stage_page(node: str, artifact: a.Artifact, workspace: Path, *, cached: bool
             ("fingerprint", digest(artifact.fingerprint)),
             ("key", code(artifact.key)),
             ("made", text(f"{artifact.created}, in {took}")),
-            ("by", text(_versions(artifact.versions))),
+            ("by", text(told_versions([artifact]))),
         ]),
     )  # fmt: skip
 
@@ -45,12 +46,9 @@ def _inputs(node: str, artifact: a.Artifact) -> str:
 
 
 def _files(artifact: a.Artifact) -> str:
-    """The largest files with their sizes and digests, and all of them in one line."""
-    files = sorted(artifact.files.items(), key=lambda item: -item[1].size)
-    rows = [(code(name), size(record.size), digest(record.blake3)) for name, record in files[:MOST_FILES]]
-    total = f"{counted(len(files), 'file')}, {size(sum(record.size for _, record in files))}"
-    smaller = f", {count(len(files) - MOST_FILES)} smaller ones left out here" if len(files) > MOST_FILES else ""
-    return f"{total}{smaller}. Digests are BLAKE3.\n\n" + table(("file", "size", "digest"), rows)
+    total, rows = file_rows(artifact, MOST_FILES)
+    shown = [(code(name), size, digest(blake3)) for name, size, blake3 in rows]
+    return f"{total}. Digests are BLAKE3.\n\n" + table(("file", "size", "digest"), shown)
 
 
 def _settings(artifact: a.Artifact) -> str:
@@ -78,10 +76,3 @@ def _plain_values(values: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _value(value: str | float) -> str:
     return code(value) if isinstance(value, str) else count(value) if isinstance(value, int) else f"{value:.4g}"
-
-
-def _versions(versions: a.Versions) -> str:
-    parts = [f"megatron-flows {versions.package}", f"Python {versions.python}"]
-    libraries = {"torch": versions.torch, **versions.libraries}
-    image = [f"in the image {versions.image}"] if versions.image else []
-    return ", ".join(parts + [f"{name} {version}" for name, version in libraries.items() if version] + image)

@@ -3,9 +3,10 @@
 from datetime import datetime
 
 from flows.launch.protocol import Progress
+from flows.records.story import told_memory
 from flows.show.charts import progress_bar
-from flows.show.pages.details import loss_chart, memory_of
 from flows.show.pages.markdown import facts, page, picture
+from flows.show.pictures import loss_chart
 from stages.contracts.training_curves import Curves, Points
 from stages.contracts.words import count, seconds
 
@@ -21,14 +22,13 @@ def training_page(progress: Progress, told: Curves | None, *, moment: datetime) 
             ("learning rate", _last(told.lr, "{:.3g}")),
             ("gradient norm", _last(told.grad_norm, "{:.3g}")),
             ("throughput", _last(told.tokens_per_second, "{:,.0f} tokens/s")),
-            ("memory", memory_of(told)),
+            ("peak memory", told_memory(told)),
             ("time left", seconds(told.seconds_left) if told.seconds_left is not None else ""),
         ]
-    chart = loss_chart(told, last_step=steps) if told is not None else None
     return page(
         f"## train, {progress.share:.0%}",
         picture(progress_bar(progress.share), f"{progress.share:.0%}"),
-        picture(chart, "the loss by step, so far"),
+        picture(loss_chart(told, last_step=steps), "the loss by step, so far"),
         facts(rows),
         f"As of {moment:%H:%M:%S} UTC. Changes every few seconds while training goes on: reload to see it.",
     )

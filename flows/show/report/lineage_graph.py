@@ -3,6 +3,7 @@
 Drawn are the edges that no path of others implies; the words of each node name all its inputs.
 """
 
+from collections.abc import Collection
 from html import escape
 
 from flows.records.run_record import NodeRecord
@@ -15,18 +16,21 @@ GATE = ("verify", "train")  # no result passes here: training waits for the verd
 MARKS = {"ran": "ok", "cached": "cached", "failed": "bad", "stopped": "stopped"}
 
 
-def lineage_graph(nodes: dict[str, NodeRecord], fingerprints: dict[str, str]) -> str:
+def lineage_graph(nodes: dict[str, NodeRecord], fingerprints: dict[str, str], targets: Collection[str]) -> str:
     """The graph of a run.
 
     Args:
         fingerprints: of the results, by node.
+        targets: the nodes of which the page tells more, each at #node.
     """
     edges = _edges()
     levels = _levels(edges)
     places = _places(edges, levels)
     height = (max(levels.values()) + 1) * (HEIGHT + GAP_Y) - GAP_Y + 2
     parts = [_edge(places[source], places[target], is_gate=(source, target) == GATE) for source, target in edges]
-    parts += [_node(node, places[node], state, fingerprints.get(node)) for node, state in nodes.items()]
+    for node, state in nodes.items():
+        drawn = _node(node, places[node], state, fingerprints.get(node))
+        parts.append(f'<a href="#{escape(node)}">{drawn}</a>' if node in targets else drawn)
     return (
         f'<svg viewBox="0 0 {PAGE} {height}" width="{PAGE}" height="{height}" role="img" aria-label="lineage">'
         '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
@@ -85,9 +89,9 @@ def _node(node: str, place: tuple[float, float], record: NodeRecord, fingerprint
     below = fingerprint[:12] if fingerprint else "no result"
     colour = MARKS.get(record.state, "none")
     return (
-        f'<a href="#{escape(node)}"><rect class="node" x="{x:g}" y="{y:g}" width="{WIDTH}" height="{HEIGHT}" rx="6"/>'
+        f'<rect class="node" x="{x:g}" y="{y:g}" width="{WIDTH}" height="{HEIGHT}" rx="6"/>'
         f'<rect class="mark {colour}" x="{x:g}" y="{y + 8:g}" width="4" height="{HEIGHT - 16}" rx="2"/>'
         f'<text class="name" x="{x + 14:g}" y="{y + 20:g}">{escape(node)}</text>'
         f'<text x="{x + WIDTH - 10:g}" y="{y + 20:g}" text-anchor="end">{escape(took)}</text>'
-        f'<text class="digest" x="{x + 14:g}" y="{y + 37:g}">{escape(below)}</text></a>'
+        f'<text class="digest" x="{x + 14:g}" y="{y + 37:g}">{escape(below)}</text>'
     )

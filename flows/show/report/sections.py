@@ -10,14 +10,25 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from flows.records.story import Story, perplexity, right_answers
+from flows.records.story import Story, last_lines, right_answers, told_memory
 from flows.show.charts import Bar, Series, bars, curves
-from flows.show.pages.details import histogram, loss_chart
-from flows.show.pages.failed import last_lines
+from flows.show.pictures import histogram, loss_chart
 from stages.contracts import artifacts as a
 from stages.contracts.config import PipelineConfig
-from stages.contracts.specs import SOURCES
-from stages.contracts.words import count, counted, seconds, short, size
+from stages.contracts.figures import (
+    EVALUATION,
+    GATES,
+    MODULES,
+    evaluation_rows,
+    file_rows,
+    filled,
+    gate_rows,
+    module_rows,
+    perplexity,
+    told_versions,
+)
+from stages.contracts.specs import SOURCES, refused_of
+from stages.contracts.words import count, seconds, short
 
 CHART = {"width": 400, "height": 230}  # small enough for a phone to show its words, and two beside each other elsewhere
 MOST_FILES = 200  # of a result
@@ -58,8 +69,7 @@ def tiles(story: Story) -> list[tuple[str, str]]:
         found.append(("trained on", f"{short(checkpoint.consumed_tokens)} tokens"))
         speed = checkpoint.metrics.get("tokens_per_second")
         found.append(("tokens/s", f"{speed:,.0f}" if isinstance(speed, int | float) else None))
-    if story.curves is not None and story.curves.memory is not None:
-        found.append(("memory", size(story.curves.memory)))
+    found.append(("peak memory", told_memory(story.curves)))
     if (model := story.of("download-model", a.ModelArtifact)) is not None:
         found.append(("parameters", short(model.model.parameters)))
     return [(name, value) for name, value in found if value]
@@ -94,19 +104,7 @@ def evaluation(story: Story) -> Table | None:
     checkpoint = story.of("train", a.CheckpointArtifact)
     if checkpoint is None:
         return None
-    figures, (before, after) = checkpoint.metrics, (checkpoint.loss_before, checkpoint.loss_after)
-    test = figures.get("loss_test")
-    rows = [
-        ("loss", f"{before:.4f}", f"{after:.4f}", f"{test:.4f}" if test is not None else ""),
-        ("perplexity", perplexity(before), perplexity(after), perplexity(test) if test is not None else ""),
-    ]
-    for name, words in (("accuracy", "next token right"), ("instruct_accuracy", "of answers' tokens")):
-        shares = [figures.get(f"{name}_{when}") for when in ("before", "after", "test")]
-        if any(share is not None for share in shares):
-            rows.append((words, *(f"{share:.1%}" if share is not None else "" for share in shares)))  # type: ignore[arg-type]
-    if test is None:
-        return Table(("held-out data", "before", "after"), [row[:3] for row in rows])
-    return Table(("held-out data", "before", "after", "after, on test"), list(rows))
+    return Table(*filled(EVALUATION, evaluation_rows(checkpoint, story.of("export", a.ExportArtifact))))
 
 
 # ── Gates ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -122,11 +120,8 @@ def gates(story: Story) -> list[Table]:
         report = _json(_report(story, node, name))
         if not report:
             continue
-        rows = [_gate(gate) for gate in report.get("gates", []) if isinstance(gate, dict)]
-        tables.append(Table(("", "value", "allowed", ""), rows, title=words))
-        modules = [module for module in report.get("modules", []) if isinstance(module, dict)]
-        errors = [(str(m.get("module", "")), *(_error(m.get(key)) for key in ("mean", "max", "relative"))) for m in modules]
-        tables.append(Table(("output of", "mean |Δ|", "largest", "relative"), errors, note="Errors by module"))
+        tables.append(Table(GATES, gate_rows(report), title=words))
+        tables.append(Table(MODULES, module_rows(report), note="Errors by module"))
     return [table for table in tables if table.rows]
 
 
@@ -135,26 +130,7 @@ def _report(story: Story, node: str, name: str) -> Path | None:
     path = story.record.nodes[node].path
     if (file := story.file(node, name)) is not None or path is None:
         return file
-    return (story.folder.workspace / path).with_name(f".{Path(path).name}.failed.json")
-
-
-def _gate(gate: dict[str, Any]) -> tuple[str, str, str, str]:
-    probe = f", {gate['probe']}" if gate.get("probe") else ""
-    at_least, value, allowed = bool(gate.get("at_least")), gate.get("value"), gate.get("allowed")
-    return (
-        f"{gate.get('name', '')}{probe}",
-        _share(value) if at_least else _error(value),
-        f"at least {_share(allowed)}" if at_least else _error(allowed),
-        "passed" if gate.get("passed") else "failed",
-    )
-
-
-def _error(value: Any) -> str:
-    return f"{value:.2g}" if isinstance(value, int | float) else "not finite"
-
-
-def _share(value: Any) -> str:
-    return f"{100 * value:.6g}%" if isinstance(value, int | float) else "not finite"
+    return refused_of(story.folder.workspace / path)
 
 
 # ── Data ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -186,7 +162,7 @@ def timeline(story: Story) -> str | None:
         begin = (state.started - story.record.started).total_seconds()
         took = state.wall_seconds
         rows.append(Bar(node, begin, begin + took, seconds(took), COLOURS.get(state.state, "a")))  # type: ignore[arg-type]
-    return bars(rows, title="when each stage ran", labels=112, width=CHART["width"])
+    return bars(rows, title="when each stage ran", width=CHART["width"])
 
 
 def stages(story: Story) -> Table:
@@ -207,17 +183,15 @@ def results(story: Story) -> list[Table]:
     for node, artifact in story.artifacts.items():
         sources = SOURCES[node]
         made_from = ", ".join(f"{sources.get(name, name)} {digest[:12]}" for name, digest in artifact.inputs.items())
-        files = sorted(artifact.files.items(), key=lambda item: -item[1].size)
-        rows = [(name, size(record.size), record.blake3[:32]) for name, record in files]
-        left_out = f" The {count(len(rows) - MOST_FILES)} smallest files are left out here." if len(rows) > MOST_FILES else ""
-        total = f"{counted(len(rows), 'file')}, {size(sum(record.size for _, record in files))}"
+        total, files = file_rows(artifact, MOST_FILES)
+        rows = [(name, size, blake3[:32]) for name, size, blake3 in files]
         image = f" in the image {artifact.versions.image}" if artifact.versions.image else ""
         note = (
             f"{artifact.path}, fingerprint {artifact.fingerprint}. Made {artifact.created} in {seconds(artifact.wall_seconds)}"
-            f"{image}{f', from {made_from}' if made_from else ''}.{left_out}"
+            f"{image}{f', from {made_from}' if made_from else ''}."
         )
         words = f"{total}, fingerprint {artifact.fingerprint[:12]}"
-        tables.append(Table(("file", "size", "BLAKE3"), rows[:MOST_FILES], title=node, note=note, words=words, anchor=node))
+        tables.append(Table(("file", "size", "BLAKE3"), rows, title=node, note=note, words=words, anchor=node))
     return tables
 
 
@@ -237,14 +211,7 @@ def configuration(story: Story) -> tuple[str, str]:
 
 def versions(story: Story) -> str:
     """What made the results."""
-    found = dict.fromkeys(_version(artifact.versions) for artifact in story.artifacts.values())
-    return max(found, key=len, default="")
-
-
-def _version(made_by: a.Versions) -> str:
-    libraries = {"torch": made_by.torch, **made_by.libraries}
-    parts = [f"megatron-flows {made_by.package}", f"Python {made_by.python}"]
-    return " · ".join(parts + [f"{name} {version}" for name, version in libraries.items() if version])
+    return told_versions(story.artifacts.values())
 
 
 def _yaml(value: Any) -> str:

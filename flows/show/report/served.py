@@ -10,6 +10,7 @@ from pathlib import Path
 
 from prefect.settings import PREFECT_API_URL
 
+from flows.records.server_home import server_home
 from flows.server.local import UI_FILES
 
 FOLDER = "reports"  # beside the files of the UI: the first part of the address
@@ -21,7 +22,7 @@ def serve_report(report: Path, workspace: Path, flow_run_id: str | None) -> str 
     Returns:
         Its address there; None where the run is not shown on that server.
     """
-    home = workspace / "prefect"
+    home = server_home(workspace)
     ui = home / UI_FILES / "v1"  # its files are at the root of the address, those of v2 below it
     if flow_run_id is None or not ui.is_dir() or not _is_used(home):
         return None

@@ -6,13 +6,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from flows.records.story import Sample, Story
+from flows.records.story import Story
 from flows.show.report import sections
 from flows.show.report.lineage_graph import lineage_graph
-from stages.contracts.words import lines, seconds
+from stages.contracts.words import lines
 
 HERE = Path(__file__).parent
-LONGEST_SAMPLE = 4_000  # characters
 
 
 def write_report(story: Story) -> Path:
@@ -35,36 +34,31 @@ def render(story: Story) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     record = story.record
-    took = seconds(((record.finished or record.started) - record.started).total_seconds())
     asked, whole = sections.configuration(story)
-    data = sections.data(story)
+    data, failures, results = sections.data(story), sections.failures(story), sections.results(story)
+    told_of = {node for node, *_ in failures} | {result.anchor for result in results}
     fingerprints = {node: artifact.fingerprint for node, artifact in story.artifacts.items()}
     return templates.get_template("report.html.jinja").render(
         css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
         record=record,
-        took=took,
+        took=story.took,
         tiles=sections.tiles(story),
-        failures=sections.failures(story),
+        failures=failures,
         charts=list(map(Markup, sections.charts(story))),
         evaluation=sections.evaluation(story),
-        samples=list(map(_sample, story.samples())),
-        lineage=Markup(lineage_graph(record.nodes, fingerprints)),
+        samples=[sample.told() for sample in story.samples()],
+        lineage=Markup(lineage_graph(record.nodes, fingerprints, told_of)),
         timeline=Markup(sections.timeline(story) or ""),
         stages=sections.stages(story),
         gates=sections.gates(story),
         data=data[0] if data is not None else None,
         histogram=Markup(data[1] or "") if data is not None else "",
-        results=sections.results(story),
+        results=results,
         asked=asked,
         whole=whole,
         versions=sections.versions(story),
         published=story.published(),
     )
-
-
-def _sample(sample: Sample) -> list[tuple[str, str]]:
-    told = (("prompt", sample.prompt), ("wanted", sample.wanted), ("before", sample.before), ("after", sample.after))
-    return [(word, text[:LONGEST_SAMPLE]) for word, text in told if text is not None]
 
 
 def _printable(value: Any) -> Any:

@@ -1,0 +1,232 @@
+"""What is in the way of containers: found before anything runs, and told with what mends it. Without an engine."""
+
+import contextlib
+import re
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from docker.errors import APIError, ImageNotFound
+from requests import ConnectionError as RequestsError
+from test_launch_docker import config
+
+from flows.launch import choose, docker_checks, docker_engine
+from flows.launch.docker import DockerLauncher
+from flows.launch.docker import Engine as DockerEngine
+from flows.launch.docker_checks import check_engine, check_settings, look_around, processes_on
+from flows.launch.docker_container import Container
+from flows.launch.docker_engine import NotReady, connected
+from flows.launch.docker_leftovers import remove_leftovers
+from flows.launch.docker_refusals import problem_of, refusals_told
+from flows.launch.protocol import StageJob
+from stages.contracts.launch_settings import LaunchSettings
+from stages.contracts.specs import TrainSpec
+
+
+def refused(host: str) -> str:
+    with pytest.raises(NotReady) as caught, connected(host):
+        pass
+    return str(caught.value)
+
+
+def test_an_engine_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(docker_engine.shutil, "which", lambda name: None)
+    told = refused(f"unix://{tmp_path}/docker.sock")
+    assert told.startswith(
+        f"no Docker engine answers at {tmp_path}/docker.sock (No such file or directory). To mend it: install"
+    )
+    (tmp_path / "docker.sock").touch()
+    assert "To mend it: sudo systemctl start docker" in refused(f"unix://{tmp_path}/docker.sock")
+
+    def refuse(self: object, path: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(docker_engine.socket.socket, "connect", refuse)
+    told = refused(f"unix://{tmp_path}/docker.sock")
+    assert told.startswith(
+        f"the Docker socket {tmp_path}/docker.sock refuses this user. To mend it: sudo usermod -aG docker $USER"
+    )
+
+
+def test_an_engine_without_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_CERT_PATH", str(tmp_path))
+    (tmp_path / "ca.pem").touch()
+    assert refused("tcp://gpu2:2376") == (
+        "tcp://gpu2:2376 needs TLS, else everybody who reaches that port is root there; "
+        f"{tmp_path}/cert.pem, {tmp_path}/key.pem not found. To mend it: put the certificates of that engine there, or name "
+        "their folder: export DOCKER_CERT_PATH=FOLDER"
+    )
+
+
+def test_ssh_that_does_not_get_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "ssh"
+    program.write_text("#!/bin/sh\necho 'me@gpu2: Permission denied (publickey).' >&2\nexit 255\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert refused("ssh://me@gpu2:2222") == (
+        "ssh://me@gpu2:2222: me@gpu2: Permission denied (publickey).. To mend it: ssh -p 2222 me@gpu2 docker version must work "
+        "without asking for a password"
+    )
+
+
+class Engine:
+    """What a client is asked before anything runs."""
+
+    def __init__(self, *images: str, **info: Any) -> None:
+        self.images, self._images, self._info = self, images, info
+
+    def get(self, name: str) -> Any:
+        if name not in self._images:
+            raise ImageNotFound(name)
+        return SimpleNamespace(id="sha256:1", attrs={})
+
+    def info(self) -> dict[str, Any]:
+        return self._info
+
+
+@pytest.mark.parametrize(
+    ("launch", "host", "told"),
+    [
+        ({}, "unix:///var/run/docker.sock", "has no image megatron-flows:cpu. To mend it: make image-cpu"),
+        ({"gpus": "all"}, "unix:///var/run/docker.sock", "has no image megatron-flows:gpu. To mend it: make image-gpu"),
+        ({"image": "me/mine:1"}, "unix:///var/run/docker.sock", "To mend it: docker pull me/mine:1"),
+        ({"image": "me/mine:1"}, "ssh://gpu2", "To mend it: docker -H ssh://gpu2 pull me/mine:1"),
+        (
+            {"gpus": "all"},
+            "ssh://gpu2",
+            "docker save megatron-flows:gpu | docker -H ssh://gpu2 load (after make image-gpu here)",
+        ),
+    ],
+)
+def test_a_missing_image(launch: dict[str, Any], host: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "machine_has_gpus", lambda: False)
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
+    with pytest.raises(NotReady) as caught:
+        check_engine(Engine(Runtimes={"nvidia": {}}), host, LaunchSettings.model_validate(launch), {})
+    assert told in str(caught.value)
+
+
+def test_no_nvidia_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(docker_checks.shutil, "which", lambda name: None)
+    wanted = LaunchSettings(gpus="all", image="mine")
+    with pytest.raises(
+        NotReady, match=r"NVIDIA's runtime is missing. To mend it: sudo apt-get install nvidia-container-toolkit"
+    ):
+        check_engine(Engine("mine", Runtimes={"runc": {}}), "unix:///x", wanted, {})
+    check_engine(Engine("mine", Runtimes={"runc": {}, "nvidia": {}}), "unix:///x", wanted, {})
+    check_engine(Engine("mine", Runtimes={"runc": {}}), "unix:///x", LaunchSettings(gpus="none", image="mine"), {})
+
+
+def test_too_little_for_the_processes(tmp_path: Path) -> None:
+    few = config(tmp_path, {"by": "docker", "gpus": 2}, layout={"tp": 4})
+    with pytest.raises(NotReady, match=r"layout has 4 processes on one machine .*, and launch.gpus=2 gives them 2 GPUs"):
+        check_settings(few, {})
+    little = config(tmp_path, {"by": "docker", "gpus": 4, "shm_size": "64MB"}, layout={"tp": 4})
+    with pytest.raises(
+        NotReady, match=r"launch.shm_size=64.0 MB is too little shared memory for NCCL.* set launch.shm_size: 8GB"
+    ):
+        check_settings(little, {})
+    check_settings(config(tmp_path, {"by": "docker", "gpus": 4, "shm_size": "64MB", "ipc": "host"}, layout={"tp": 4}), {})
+
+
+def test_verify_has_all_ranks_on_the_first_machine(tmp_path: Path) -> None:
+    """Two machines with two GPUs are enough to train with tp=4, and not to verify."""
+    hosts = ["ssh://gpu1", "ssh://gpu2"]
+    asked = config(tmp_path, {"hosts": hosts, "gpus": 2}, layout={"tp": 4})
+    assert asked.processes_per_machine == 2
+    assert [processes_on(asked, host) for host in hosts] == [4, 2]
+    with pytest.raises(NotReady, match=r"\(on the first, verify's tp × pp\), and launch.gpus=2 gives them 2 GPUs"):
+        check_settings(asked, {})
+    check_settings(
+        config(tmp_path, {"hosts": hosts, "gpus": 2}, layout={"tp": 2}, train={"steps": 2, "sequence_length": 16}), {}
+    )
+
+
+@pytest.mark.parametrize(("gpus", "told"), [(1, "has 2 processes on one machine .* that of here has 1 GPUs"), (None, "")])
+def test_fewer_gpus_than_processes_where_all_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int | None, told: str
+) -> None:
+    """How many that are is what a container sees; WSL does not show it."""
+    seen = {"is_visible": True, "is_writable": True, "shm_size": 8 << 30, "code": docker_checks.code_digest(), "gpus": gpus}
+    monkeypatch.setattr(docker_checks, "_seen", lambda *asked: seen)
+    image = docker_checks.Image("mine", "sha256:1", "sha256:1")
+    with pytest.raises(NotReady, match=told) if told else contextlib.nullcontext():
+        look_around(None, "here", LaunchSettings(gpus="all"), image, [], {}, workspace=tmp_path, processes=2)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (APIError('could not select device driver "" with capabilities: [[gpu]]'), "nvidia-container-toolkit"),
+        (APIError("error setting rlimit type 8: operation not permitted"), "set launch.ulimits: {}"),
+        (
+            APIError('invalid mount config for type "bind": bind source path does not exist: /data/my hub'),
+            "ssh://me@gpu1:22 lacks the folder /data/my hub. To mend it: ssh -p 22 me@gpu1 mkdir -p '/data/my hub'; or, where",
+        ),
+        (APIError('exec: "python": executable file not found in $PATH'), "the image is none of ours"),
+        (
+            APIError("could not find an available, non-overlapping IPv4 address pool"),
+            "docker -H ssh://me@gpu1:22 network pru",
+        ),
+        (
+            APIError("no space left on device"),
+            "refuses: no space left on device. To mend it: docker info",
+        ),
+        (
+            ConnectionError("Connection aborted"),
+            "not answer any more: Connection aborted. To mend it: docker -H ssh://",
+        ),
+        (BrokenPipeError("Broken pipe"), "does not answer any more: Broken pipe"),
+    ],
+)
+def test_what_an_engine_refuses(error: Exception, told: str) -> None:
+    assert told in str(problem_of(error, "ssh://me@gpu1:22"))
+    with pytest.raises(NotReady, match=re.escape(told)), refusals_told("ssh://me@gpu1:22"):
+        raise error
+
+
+def gone(*args: Any, **kwargs: Any) -> Any:
+    """A call of an engine that went away after it had answered."""
+    raise RequestsError("Connection aborted")
+
+
+def test_an_engine_that_goes_away_while_it_is_looked_at(tmp_path: Path) -> None:
+    """Each of these ends as a refusal that says so, and not as a defect of ours."""
+    here, wanted, stop = "unix:///x", LaunchSettings(gpus="all"), threading.Event()
+    launcher = DockerLauncher(config(tmp_path, {"hosts": [here, here]}, layout={"tp": 2}))
+    job = StageJob("train", "train", tmp_path / "spec.json", tmp_path / "log", "brisk-otter")
+    spec = TrainSpec.model_validate({"workspace": str(tmp_path), "settings": {"steps": 1}})
+    image = docker_checks.Image("mine", "sha256:1", "sha256:1")
+
+    def places(client: Any) -> None:
+        with launcher._places(job, spec, [DockerEngine(here, client, image)] * 2):
+            pass
+
+    networks = SimpleNamespace(create=gone)
+    for look in (
+        lambda: check_engine(SimpleNamespace(info=gone), here, wanted, {}),
+        lambda: check_engine(SimpleNamespace(images=SimpleNamespace(get=gone)), here, LaunchSettings(gpus="none"), {}),
+        lambda: remove_leftovers(
+            SimpleNamespace(containers=SimpleNamespace(list=gone)), here, tmp_path, attempt="", run="", stop=stop, say=print
+        ),
+        lambda: places(SimpleNamespace(info=gone)),
+        lambda: places(SimpleNamespace(info=lambda: {"ID": "1"}, networks=networks)),
+        lambda: look_around(
+            SimpleNamespace(containers=SimpleNamespace(create=gone), api=None), here, wanted, image, [], {},
+            workspace=tmp_path, processes=1,
+        ),
+    ):  # fmt: skip
+        with pytest.raises(NotReady, match=f"the Docker engine at {here} does not answer any more"):
+            look()
+
+
+def test_a_container_whose_engine_is_gone() -> None:
+    """All members of a group are asked to stop, whatever becomes of the first one's engine; what is lost is told at the end."""
+    container = Container.__new__(Container)  # one that runs: creating it needs an engine
+    container._api, container._id = SimpleNamespace(kill=gone, wait=gone, inspect_container=gone), "1"
+    container.ask_to_stop()
+    container.kill()
+    container.hold((0,))
+    assert container.ended(0.0).lost == "the Docker engine is gone: Connection aborted"

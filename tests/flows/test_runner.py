@@ -1,0 +1,144 @@
+"""How the runner ends runs, and itself, whatever the server and those who ask do. `test_serve.py` has it with real runs.
+
+And what the command around it tells of.
+"""
+
+import asyncio
+import fcntl
+import os
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+from prefect.runner import Runner
+from prefect.states import Failed
+
+from flows import cli
+from flows.commands import serve as command
+from flows.records.flock import is_locked, locked
+from flows.runner.patient import PatientRunner
+from flows.runner.requests import Requests
+from flows.runner.serve import _Serving
+from flows.server.local import Server
+
+
+def test_a_run_is_cancelled_once_and_a_server_that_hangs_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[UUID] = []
+
+    async def cancel(self: Runner, flow_run: UUID, state_msg: str | None = None) -> None:
+        asked.append(flow_run)
+        await asyncio.sleep(0)  # the other one's turn
+        raise httpx.ReadTimeout("no answer")
+
+    async def ask_twice(runner: PatientRunner, flow_run: UUID) -> None:
+        await asyncio.gather(runner._cancel_run(flow_run), runner._cancel_run(flow_run))
+        await runner._cancel_run(flow_run)
+
+    monkeypatch.setattr(Runner, "_cancel_run", cancel)
+    run = uuid4()
+    asyncio.run(ask_twice(PatientRunner(), run))
+    assert asked == [run, run], "at once it is one, afterwards it is asked for again"
+
+
+class Left(Exception):
+    """The runner's process has ended."""
+
+
+class Going:
+    """A runner with a run that goes on."""
+
+    def __init__(self) -> None:
+        self.going_on = {uuid4()}
+        self.cancelled: set[UUID] = set()
+        self._client = self
+
+    def cancel(self, flow_run_ids: Iterable[UUID], why: str) -> None:
+        self.cancelled |= set(flow_run_ids)
+
+    async def see_cancellations(self) -> None:
+        pass
+
+    async def read_flow_run(self, flow_run_id: UUID) -> Any:
+        state = Failed(message="no\x1b]0;title\x07 luck\nat all")
+        return SimpleNamespace(state=state, name="my\x1b[2Jrun", parameters={})
+
+
+def serving(said: list[str]) -> tuple[_Serving, Going]:
+    served, runner = _Serving([], said.append), Going()
+    served.runner = runner  # type: ignore[assignment]
+    served._next_settling = float("inf")
+    return served, runner
+
+
+def test_every_request_counts_however_fast_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    served, runner = serving(said)
+
+    def leave(code: int) -> None:
+        assert code == 130
+        raise Left
+
+    async def drain() -> None:
+        requests = Requests()
+        for _ in range(3):
+            requests.add()
+        await served._drain(requests)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Left):
+        asyncio.run(drain())
+    assert [line.partition(",")[0].partition(";")[0] for line in said if "started" not in line] == [
+        "takes no more runs", "stops the run that goes on",
+    ]  # fmt: skip
+    assert runner.cancelled == runner.going_on
+
+
+def test_what_is_shown_of_runs_cannot_steer_a_terminal() -> None:
+    said: list[str] = []
+    served, runner = serving(said)
+    asyncio.run(served._show())
+    runner.going_on = set()
+    asyncio.run(served._show())
+    assert said == ["my [2Jrun  started", "my [2Jrun  Failed  no ]0;title  luck"]
+
+
+def test_what_breaks_while_the_runner_serves_is_not_the_workspace_s_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: Any) -> int:
+        raise ConnectionResetError("of the runner")
+
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "")  # to be put back
+    monkeypatch.setattr(command, "serving", lambda *arguments, **options: nullcontext(Server("http://127.0.0.1:9/api")))
+    monkeypatch.setattr(command, "_run", fail)
+    with pytest.raises(ConnectionResetError, match="of the runner"):
+        cli.main(["serve", "--workspace", str(tmp_path / "here")])
+    (tmp_path / "file").touch()
+    assert cli.main(["serve", "--workspace", str(tmp_path / "file")]) == 2
+    assert f"error: workspace: {tmp_path}/file cannot be used: " in capsys.readouterr().err
+
+
+def test_who_asks_whether_it_serves_does_not_stop_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the healthcheck of the container does: it holds the lock for a moment."""
+    served: list[bool] = []
+    file = tmp_path / "prefect" / "runner.ready"
+
+    def serve(*arguments: Any, on_ready: Callable[[], None], **options: Any) -> None:
+        on_ready()
+        served.append(is_locked(file))
+
+    monkeypatch.setattr("flows.runner.serve.serve", serve)
+    monkeypatch.setattr("flows.running.quiet.logs_to_file", lambda file: None)
+    asks = threading.Timer(0.2, lambda: healthcheck.close())  # by then the other waits for it, or has given up
+    with ExitStack() as healthcheck:
+        healthcheck.enter_context(locked(file, fcntl.LOCK_SH))
+        asks.start()
+        assert command._run([], None, Server("http://127.0.0.1:9/api"), tmp_path) == 0
+    assert served == [True]

@@ -1,0 +1,21 @@
+"""A launch in this thread, and what was heard of it."""
+
+import threading
+from collections.abc import Callable
+
+from flows.launch.protocol import Caller, Launcher, Progress, StageJob
+
+
+class Watched:
+    """A job for a launcher. What is done with a line, `on_line`, can be replaced."""
+
+    def __init__(self, launcher: Launcher, job: StageJob) -> None:
+        self.launcher = launcher
+        self.job = job
+        self.lines: list[str] = []
+        self.progress: list[Progress] = []
+        self.stop = threading.Event()
+        self.on_line: Callable[[str], object] = self.lines.append
+
+    def run(self) -> None:
+        self.launcher.run(self.job, Caller(self.on_line, self.progress.append, self.stop))
