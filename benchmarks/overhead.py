@@ -69,7 +69,9 @@ def measure(rounds: int) -> dict[str, float]:
 
             from flows.finetune import finetune
             from flows.launch import choose
+            from flows.running.quiet import logs_to_file
 
+            logs_to_file(Path(scratch) / "prefect.log")  # as `finetune run` does
             choose.launcher_for = lambda config: Script(grace=5.0)
             one_at_a_time = finetune.with_options(task_runner=ThreadPoolTaskRunner(max_workers=1))
             for number in range(rounds):
