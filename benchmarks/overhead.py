@@ -64,7 +64,7 @@ def measure(rounds: int) -> dict[str, float]:
         server_workspace = Path(scratch) / "server"
         server_workspace.mkdir()
         with serving(server_workspace) as server:
-            os.environ.update(client_environment(server_workspace, server))
+            os.environ.update(client_environment(server_workspace, server, os.environ))
             from prefect.task_runners import ThreadPoolTaskRunner
 
             from flows.finetune import finetune

@@ -10,7 +10,7 @@ from flows.asked.lineage import NoResult, find_result, lineage
 from flows.asked.load_config import BadConfig, given_config
 from flows.asked.told import refuse_untold_weights, told_by
 from stages.contracts import artifacts as a
-from stages.contracts.config import PipelineConfig
+from stages.contracts.config import PipelineConfig, workspace_folder
 from stages.contracts.specs import SOURCES
 
 
@@ -82,12 +82,15 @@ def workspace_of(parameters: Mapping[str, Any]) -> Path | None:
         if "config" in parameters:
             return given_config(parameters["config"], parameters.get("overrides", ())).workspace_path
         return _place(parameters.get("workspace", "workspace"))
-    except (BadConfig, TypeError):
+    except Exception:  # anybody's, of a server that others use: what is no parameter of ours may do anything to what reads it
         return None
 
 
 def _place(workspace: str) -> Path:
-    return Path(workspace).expanduser().resolve()
+    try:
+        return workspace_folder(workspace)
+    except ValueError as error:
+        raise BadConfig([f"workspace: {error}"]) from None
 
 
 def _results(workspace: Path, start_from: Sequence[str]) -> tuple[list[a.Artifact], dict[str, a.Artifact]]:

@@ -9,7 +9,7 @@ from flows.asked.load_config import load_config
 from flows.commands.outcome import Wrong
 from flows.records.go_on import workspace_option
 from flows.records.run_record import RunFolder, RunRecord
-from stages.contracts.config import PipelineConfig
+from stages.contracts.config import PipelineConfig, workspace_folder
 
 Command = Callable[[argparse.Namespace], int]  # returns the exit code
 
@@ -24,7 +24,9 @@ def takes_config(parser: argparse.ArgumentParser) -> None:
     """CONFIG.yaml, what overrides it, and where to work."""
     parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="the configuration; see configs/")
     takes_overrides(parser)
-    parser.add_argument("--workspace", metavar="FOLDER", help="where everything is kept; default: the configuration's")
+    parser.add_argument(
+        "--workspace", metavar="FOLDER", type=workspace, help="where everything is kept; default: the configuration's"
+    )
 
 
 def takes_overrides(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +39,11 @@ def takes_overrides(parser: argparse.ArgumentParser) -> None:
 def has_workspace(parser: argparse.ArgumentParser) -> None:
     """The workspace of a run that is there."""
     parser.add_argument(
-        "--workspace", metavar="FOLDER", default="workspace", help="the workspace of the run (default: %(default)s)"
+        "--workspace",
+        metavar="FOLDER",
+        type=workspace,
+        default="workspace",
+        help="the workspace of the run (default: %(default)s)",
     )
 
 
@@ -52,6 +58,15 @@ def run_name(text: str) -> str:
         return RunFolder(Path(), text).name
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def workspace(text: str) -> str:
+    """A workspace, as an argument: the text itself, which a configuration keeps."""
+    try:
+        workspace_folder(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def configuration(arguments: argparse.Namespace) -> PipelineConfig:
@@ -70,11 +85,11 @@ def find_run(arguments: argparse.Namespace) -> tuple[RunFolder, RunRecord]:
     Raises:
         Wrong: it is not there.
     """
-    workspace = existing_workspace(arguments)
-    folder = RunFolder(workspace, arguments.run)
+    place = existing_workspace(arguments)
+    folder = RunFolder(place, arguments.run)
     record = folder.read()
     if record is None:
-        raise Wrong(f"there is no run {arguments.run} in {workspace}; see: finetune status{workspace_option(workspace)}")
+        raise Wrong(f"there is no run {arguments.run} in {place}; see: finetune status{workspace_option(place)}")
     return folder, record
 
 
@@ -84,7 +99,7 @@ def existing_workspace(arguments: argparse.Namespace) -> Path:
     Raises:
         Wrong: it is not there.
     """
-    workspace = Path(arguments.workspace).expanduser().resolve()
-    if not workspace.is_dir():
-        raise Wrong(f"there is no workspace {workspace}; name the one of the configuration: --workspace FOLDER")
-    return workspace
+    place = workspace_folder(arguments.workspace)
+    if not place.is_dir():
+        raise Wrong(f"there is no workspace {place}; name the one of the configuration: --workspace FOLDER")
+    return place

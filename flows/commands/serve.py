@@ -8,12 +8,13 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from flows.commands.arguments import Add
+from flows.commands.arguments import Add, workspace
 from flows.commands.outcome import Wrong, say
 from flows.records.flock import locked
 from flows.records.locks import Lock, Stopped, held
 from flows.records.server_home import server_home
 from flows.server.local import NoServer, Server, connect, serving
+from stages.contracts.config import workspace_folder
 from stages.contracts.process import ExitCode
 
 SERVE_HELP = """\
@@ -41,8 +42,8 @@ def add_to(add: Add) -> None:
             "configs", metavar="CONFIG.yaml", nargs="*", type=Path, help="deploy these configurations instead of the usual two"
         )
         parser.add_argument(
-            "--workspace", metavar="FOLDER", help="where everything is kept; default: each configuration's, and ./workspace "
-            "for the server",
+            "--workspace", metavar="FOLDER", type=workspace,
+            help="where everything is kept; default: each configuration's, and ./workspace for the server",
         )  # fmt: skip
 
 
@@ -56,45 +57,45 @@ def _ui(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    workspace = Path(arguments.workspace or "workspace").expanduser().resolve()
-    asked_for = str(workspace) if arguments.workspace is not None else None
+    home = workspace_folder(arguments.workspace or "workspace")
+    asked_for = str(home) if arguments.workspace is not None else None
     os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"  # of the runs' processes: their logs are in files
-    prepare = partial(connect, workspace, module="flows.runner.serve")
+    prepare = partial(connect, home, module="flows.runner.serve")
     with ExitStack() as stack:
         try:
-            server_home(workspace).mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_only_one(workspace))
-            server = stack.enter_context(serving(workspace, say=say, meanwhile=prepare))
+            server_home(home).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_only_one(home))
+            server = stack.enter_context(serving(home, say=say, meanwhile=prepare))
         except NoServer as error:
             raise Wrong(str(error)) from None
         except OSError as error:
-            raise Wrong(f"workspace: {workspace} cannot be used: {error}") from None
-        return _run(arguments.configs, asked_for, server, workspace)
+            raise Wrong(f"workspace: {home} cannot be used: {error}") from None
+        return _run(arguments.configs, asked_for, server, home)
 
 
 @contextmanager
-def _only_one(workspace: Path) -> Iterator[None]:
+def _only_one(home: Path) -> Iterator[None]:
     """One runner per workspace: two would share out the runs between them, and settle each other's."""
     impatient = threading.Event()
     impatient.set()
-    lock = Lock(server_home(workspace) / "runner.lock", "the runner's")
+    lock = Lock(server_home(home) / "runner.lock", "the runner's")
     with ExitStack() as stack:
         try:
             who = f"finetune serve (process {os.getpid()})"
             stack.enter_context(held([lock], who, stop=impatient, on_wait=lambda told: None))
         except Stopped:
-            raise Wrong(f"{lock.file.read_text() or 'another runner'} serves the workspace {workspace} already") from None
+            raise Wrong(f"{lock.file.read_text() or 'another runner'} serves the workspace {home} already") from None
         yield
 
 
-def _run(configs: list[Path], workspace: str | None, server: Server, home: Path) -> int:
+def _run(configs: list[Path], asked_for: str | None, server: Server, home: Path) -> int:
     from flows.runner.deployments import deployments
     from flows.runner.serve import serve
     from flows.running.quiet import logs_to_file
 
-    asked = deployments(configs, workspace)
-    places = {Path(each.parameters["config"]["workspace"]) for each in asked if "config" in each.parameters}
-    workspaces = sorted({home, *(place.expanduser().resolve() for place in places)})
+    asked = deployments(configs, asked_for)
+    places = {workspace_folder(each.parameters["config"]["workspace"]) for each in asked if "config" in each.parameters}
+    workspaces = sorted({home, *places})
     logs_to_file(server_home(home) / "runner.log")
 
     def on_ready() -> None:

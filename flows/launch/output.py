@@ -7,7 +7,7 @@ from typing import Any
 
 from stages.contracts.process import EVENT_PREFIX
 
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING")
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")
 HIDDEN = "[hidden]"
 
 _BREAK = re.compile(rb"\r\n|\n|\r")

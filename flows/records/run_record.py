@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flows.records.flock import is_locked, locked
 from stages.contracts.specs import SPECS
 
-RUN_NAME = r"^[A-Za-z0-9][\w.-]*$"
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # of a folder, too: file systems take no name of any length
 
 NodeState = Literal["waiting", "running", "ran", "cached", "failed", "stopped"]
 FINISHED: tuple[NodeState, ...] = ("ran", "cached")  # the states of nodes whose results are there
@@ -89,7 +89,10 @@ class RunFolder:
 
     def __init__(self, workspace: Path, name: str) -> None:
         if not re.fullmatch(RUN_NAME, name):
-            raise ValueError(f"{name!r} is no name of a run: letters, digits, - _ . only")
+            raise ValueError(
+                f"{name!r} is no name of a run: ASCII letters (a to z, A to Z), digits and - _ . only, 64 at most, "
+                "the first a letter or a digit"
+            )
         self.workspace = workspace
         self.name = name
         self.path = workspace / "runs" / name

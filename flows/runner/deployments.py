@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from prefect import Flow
+from prefect.types import BANNED_CHARACTERS
 
 from flows.asked.load_config import BadConfig, load_config
 from flows.finetune import finetune
 from flows.stage_flows import STAGES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-USUAL = {"demo": ("demo.yaml", "process"), "gpu": ("llama2-7b.yaml", "docker")}  # name -> configuration, launch.by
+# Name -> configuration, and how it is launched. Without GPUs `auto` would download for hours before anything is wrong.
+USUAL = {
+    "demo": ("demo.yaml", ["launch.by=process"]),
+    "gpu": ("llama2-7b.yaml", ["launch.by=docker", "launch.gpus=all"]),
+}
 
 
 @dataclass(frozen=True)
@@ -40,15 +45,18 @@ def deployments(files: Sequence[Path], workspace: str | None) -> list[Deployment
         workspace: of all of them; None: each configuration's own.
 
     Raises:
-        BadConfig: a configuration that cannot be read, or two of one name.
+        BadConfig: a configuration that cannot be read, two of one name, or a name that Prefect does not take.
     """
     change = [] if workspace is None else [f"workspace={workspace}"]
     if files:
         asked = [(file.stem, file, change) for file in files]
     else:
-        asked = [(name, CONFIGS / file, [f"launch.by={by}", *change]) for name, (file, by) in USUAL.items()]
+        asked = [(name, CONFIGS / file, [*launch, *change]) for name, (file, launch) in USUAL.items()]
     found: dict[str, Deployment] = {}
     for name, file, overrides in asked:
+        if banned := [each for each in BANNED_CHARACTERS if each in name]:
+            told = f"its deployment would be called {name}, and Prefect takes no {' '.join(banned)} in a name: rename the file"
+            raise BadConfig([f"{file}: {told}"])
         if name in found:
             raise BadConfig([f"{file}: its deployment would be called {name}, as another is: rename the file"])
         found[name] = Deployment(finetune, name, parameters_of(str(file), overrides), file.name)

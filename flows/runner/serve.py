@@ -43,6 +43,7 @@ class _Serving:
         self.say = say
         self.runner = PatientRunner()
         self._shown: set[UUID] = set()
+        self._troubles: set[str] = set()
         self._is_away = False
         self._next_settling = 0.0
 
@@ -99,9 +100,15 @@ class _Serving:
             self._is_away = False
 
     async def _settle(self) -> None:
-        for name in await asyncio.to_thread(reconcile, self.workspaces):
+        for name in await asyncio.to_thread(reconcile, self.workspaces, self._tell_once):
             self.say(f"{name}  crashed: its process is gone")
         self._next_settling = asyncio.get_running_loop().time() + SETTLE_SECONDS
+
+    def _tell_once(self, trouble: str) -> None:
+        """It is met at every settling, and tells nothing new."""
+        if trouble not in self._troubles:
+            self.say(plain(trouble))
+        self._troubles.add(trouble)
 
     async def _show(self) -> None:
         """A line for every run that began, and that ended."""

@@ -1,9 +1,6 @@
 """The one way in which every task does its work: take the result that is there, or launch the stage and read its artifact."""
 
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -14,6 +11,7 @@ from prefect.states import Completed
 
 from flows.launch.protocol import Caller, Progress, StageFailed, StageJob
 from flows.records.run_record import now
+from flows.running.replaced import set_aside
 from flows.running.run import Run
 from flows.running.turns import in_turn
 from flows.show.pages.live import shown_on
@@ -50,8 +48,9 @@ def run_stage(run: Run, kind: type[A], spec_type: type[Spec], **inputs: a.Artifa
     try:
         with in_turn(run, spec) as holds:
             if node not in run.refresh and (made := intact.find_reusable(spec.folder)) is not None:
-                return cast(A, _taken(made, "another run made it meanwhile"))
-            with _set_aside(spec.folder, wanted=node in run.refresh):
+                # Another run made it meanwhile, or one that was killed had set it aside.
+                return cast(A, _taken(made, "it is there after all"))
+            with set_aside(spec.folder, wanted=node in run.refresh):
                 artifact = _launch(run, kind, spec, holds)
     except BaseException as error:
         if isinstance(error, StageFailed):
@@ -111,24 +110,6 @@ def _launch(run: Run, kind: type[A], spec: Spec, holds: tuple[int, ...]) -> A:
         message = f"said it was done, but left no intact {kind.__name__} in {spec.folder}. This is a defect of ours"
         raise StageFailed(job.node, "crash", message, log_file=job.log_file, code=ExitCode.CRASH)
     return artifact
-
-
-@contextmanager
-def _set_aside(folder: Path, *, wanted: bool) -> Iterator[None]:
-    """Move a result out of the way, and back if what replaces it fails. Unfinished work stays where it can be resumed."""
-    aside = folder.parent / f".{folder.name}.replaced"
-    if not wanted or not folder.exists():
-        yield
-        return
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
-    try:
-        yield
-    except BaseException:
-        if not folder.exists():
-            aside.rename(folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 class PrefectLog:

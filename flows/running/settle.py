@@ -9,7 +9,7 @@ process died, or the server was away when the run ended.
 import sys
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,18 +51,36 @@ def settle(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
         _end_tasks(client, flow_run, next((each for each in records if each.flow_run_id == str(flow_run.id)), None))
 
 
-def reconcile(workspaces: Collection[Path]) -> list[str]:
+def reconcile(workspaces: Collection[Path], on_trouble: Callable[[str], None] = lambda told: None) -> list[str]:
     """Mark the runs whose process is gone, here and in Prefect, of these workspaces and of all that Prefect believes to go on.
 
     Returns their names. Runs that somebody takes up at this moment are left alone, and so are retries that are scheduled.
+
+    Args:
+        on_trouble: is told, in a line, what could not be read or marked, such as the run of another person.
     """
+
+    def runs_of(place: Path) -> list[RunRecord]:
+        try:
+            return all_runs(place)
+        except OSError as error:
+            on_trouble(f"the runs of {place} cannot be read, and are left as they are: {error}")
+            return []
+
+    def is_marked(folder: RunFolder) -> bool:
+        try:
+            return _mark(folder)
+        except OSError as error:  # of its folder: it says nothing of the server, nor of the other runs
+            on_trouble(f"the run {folder.path} seems to have crashed; only who may write there can mark it: {error}")
+            return False
+
     with get_client(sync_client=True) as client:
         going_on = _going_on(client)
         places = {*workspaces, *filter(None, (workspace_of(flow_run.parameters) for flow_run in going_on))}
-        runs = [(workspace, record) for workspace in sorted(places) for record in all_runs(workspace)]
+        runs = [(workspace, record) for workspace in sorted(places) for record in runs_of(workspace)]
         lost = [RunFolder(workspace, record.name) for workspace, record in runs if record.state == "crashed"]
-        marked = [folder.name for folder in lost if _mark(folder)]
-        ended = {record.flow_run_id: record for place in places for record in all_runs(place) if _is_over(record)}
+        marked = [folder.name for folder in lost if is_marked(folder)]
+        ended = {record.flow_run_id: record for place in places for record in runs_of(place) if _is_over(record)}
         for flow_run in going_on:
             record = ended.get(str(flow_run.id))
             if record is not None and flow_run.run_count <= record.attempt:
@@ -128,7 +146,8 @@ def _end_tasks(client: SyncPrefectClient, flow_run: FlowRun, record: RunRecord |
 def main(workspace: Path, name: str) -> None:
     """What the watcher of a run does. It ends when nothing of the run is left."""
     folder = RunFolder(workspace, name)
-    _mark(folder)
+    with suppress(OSError):  # a full disk, say: what else is to do does not need it
+        _mark(folder)
     record = folder.read()
     if record is None or record.state == "running":  # taken up again
         return

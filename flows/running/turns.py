@@ -14,6 +14,7 @@ from flows.launch.choose import gpus_in_use
 from flows.launch.protocol import StageFailed
 from flows.records import locks
 from flows.records.run_record import all_runs
+from flows.running.replaced import put_back
 from flows.running.run import Run
 from stages.contracts.process import ExitCode
 from stages.contracts.specs import Spec
@@ -35,7 +36,9 @@ def in_turn(run: Run, spec: Spec) -> Iterator[tuple[int, ...]]:
             logger.info("%s", text)
             run.record.node(spec.NODE, doing=text)
 
-    def begin_anew() -> None:
+    def prepare() -> None:
+        if _maker(run, spec) is None:  # else it has set the result aside, and its stage is about to begin
+            put_back(spec.folder)
         if run.fresh and spec.NODE in run.refresh:
             shutil.rmtree(spec.scratch, ignore_errors=True)
 
@@ -47,8 +50,8 @@ def in_turn(run: Run, spec: Spec) -> Iterator[tuple[int, ...]]:
             f"run {run.folder.name} of {run.workspace}",
             stop=run.stop,
             on_wait=say,
-            maker=lambda: _maker(run, spec),
-            prepare=begin_anew,
+            maker=lambda: _maker(run, spec) or "another process",
+            prepare=prepare,
         ) as descriptors:
             if said:
                 run.record.node(spec.NODE, doing=None)
@@ -60,10 +63,10 @@ def in_turn(run: Run, spec: Spec) -> Iterator[tuple[int, ...]]:
         ) from None
 
 
-def _maker(run: Run, spec: Spec) -> str:
-    """The run that makes a result, as far as the workspace knows."""
+def _maker(run: Run, spec: Spec) -> str | None:
+    """The other run that makes a result, as far as the workspace knows."""
     for record in all_runs(run.workspace):
         node = record.nodes.get(spec.NODE)
         if record.name != run.folder.name and record.state == "running" and node is not None and node.key == spec.key:
             return f"run {record.name}"
-    return "another process"
+    return None

@@ -4,7 +4,9 @@ import contextlib
 import json
 import re
 import urllib.error
+import urllib.parse
 import urllib.request
+from base64 import b64encode
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +24,18 @@ def answers(api: str) -> bool:
     return _has(_ask(api, "health"))
 
 
-def is_of(api: str, home: Path) -> bool:
-    """Whether the server that answers is the one with this folder: two that start at once may have chosen the same port."""
-    settings = _ask(api, "admin/settings")
+def is_here(api: str) -> bool:
+    """Whether an address is this machine's own, where no proxy leads."""
+    return urllib.parse.urlsplit(api).hostname in ("127.0.0.1", "localhost")
+
+
+def is_of(api: str, home: Path, login: str | None = None) -> bool:
+    """Whether the server that answers is the one with this folder: two that start at once may have chosen the same port.
+
+    Args:
+        login: its user:password, where it has one.
+    """
+    settings = _ask(api, "admin/settings", login)
     return settings is not None and _has(settings) and json.loads(settings.body)["home"] == str(home)
 
 
@@ -60,12 +71,12 @@ def _is_closed(answer: Answer | None) -> bool:
     return answer is not None and answer.status in (401, 403)
 
 
-def _ask(api: str, path: str) -> Answer | None:
-    """What a server answers to a request without a login, or None where nobody does."""
-    is_here = "127.0.0.1" in api or "localhost" in api
-    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_here else []))
+def _ask(api: str, path: str, login: str | None = None) -> Answer | None:
+    """What a server answers, or None where nobody does."""
+    headers = {"Authorization": f"Basic {b64encode(login.encode()).decode()}"} if login else {}
     try:
-        with opener.open(f"{api.rstrip('/')}/{path}", timeout=5) as response:
+        opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_here(api) else []))
+        with opener.open(urllib.request.Request(f"{api.rstrip('/')}/{path}", headers=headers), timeout=5) as response:
             return Answer(response.status, bytes(response.read()))
     except urllib.error.HTTPError as error:
         return Answer(error.code)

@@ -23,7 +23,7 @@ from pathlib import Path
 from flows.launch.process import shim_command
 from flows.records.flock import is_locked, locked
 from flows.records.server_home import server_home
-from flows.server.asking import answers, is_of, lets_us_in
+from flows.server.asking import answers, is_here, is_of, lets_us_in
 
 START_SECONDS = 180.0  # a fresh database takes 12 s to set up, three times that on a busy machine
 LOOK_SECONDS, MOST_SECONDS = 1.0, 60.0  # between two looks whether it lives, and at most where it does not start again
@@ -32,6 +32,7 @@ UI_FILES = "ui"  # in the server's home: what browsers get; by default Prefect w
 
 # Of our environment, what the server needs. No token in particular: what it has, its API can be asked for.
 ALLOWED = ("PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH")
+SERVER_LOGIN = "PREFECT_SERVER_API_AUTH_STRING"  # whom a server lets in; PREFECT_API_AUTH_STRING is its clients'
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,18 @@ class NoServer(RuntimeError):
     """There is no server, and none could be started. The message says what to do."""
 
 
-def client_environment(workspace: Path, server: Server) -> dict[str, str]:
-    """Settings of Prefect for the process that runs the flow; to be set before Prefect is imported."""
+def own_login(ours: Mapping[str, str]) -> str | None:
+    """The user:password of the workspace's own server, where the person wants one: by either of Prefect's names for it, in the
+    environment, or in the current folder's `.env`, which Prefect reads as well.
+    """
+    from dotenv import dotenv_values  # Prefect's own reader of it
+
+    said = {**dotenv_values(".env"), **ours}
+    return said.get(SERVER_LOGIN) or said.get("PREFECT_API_AUTH_STRING") or None
+
+
+def client_environment(workspace: Path, server: Server, ours: Mapping[str, str]) -> dict[str, str]:
+    """Settings for the process that runs the flow; to be set before Prefect is imported."""
     settings = {
         "PREFECT_API_URL": server.api,
         "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(server_home(workspace) / "results"),
@@ -61,19 +72,38 @@ def client_environment(workspace: Path, server: Server) -> dict[str, str]:
     }
     if server.pid is not None:  # with a server of somebody else, the person's own profile holds, its login in particular
         settings["PREFECT_HOME"] = str(server_home(workspace))
-    return settings
+        if login := own_login(ours):
+            settings["PREFECT_API_AUTH_STRING"] = login
+    return settings | (_past_proxies(ours) if is_here(server.api) else {})
+
+
+def _past_proxies(ours: Mapping[str, str]) -> dict[str, str]:
+    """What keeps a network's proxy out of the way to this machine's own ports, beside the hosts that the person has there.
+
+    Both spellings: programs differ in which one they read, and in whether the other then still counts.
+    """
+
+    def told(*names: str) -> str:
+        given = next((ours[name] for name in names if ours.get(name)), "")
+        hosts = [host.strip() for host in given.split(",") if host.strip()]
+        return given if "*" in hosts else ",".join(dict.fromkeys([*hosts, "127.0.0.1", "localhost"]))  # * is all, if alone
+
+    return {"NO_PROXY": told("NO_PROXY", "no_proxy"), "no_proxy": told("no_proxy", "NO_PROXY")}
 
 
 def connect(workspace: Path, server: Server, *, module: str) -> None:
     """Have this process talk to a server, and load a module of ours with Prefect, while the server starts: both take long."""
-    os.environ.update(client_environment(workspace, server))
+    os.environ.update(client_environment(workspace, server, os.environ))
     import_module(module)
     import_module("prefect.context").refresh_global_settings_context()  # the second time, the address is another
 
 
 def server_environment(home: Path, port: int, ours: Mapping[str, str]) -> dict[str, str]:
     """The whole environment of the local server."""
-    return {name: value for name, value in ours.items() if name in ALLOWED or name.startswith("LC_")} | {
+    settings = {name: value for name, value in ours.items() if name in ALLOWED or name.startswith("LC_")}
+    if login := own_login(ours):
+        settings[SERVER_LOGIN] = login
+    return settings | {
         "PREFECT_HOME": str(home),
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
@@ -230,8 +260,20 @@ def _own(home: Path, keep: bool, say: Callable[[str], None]) -> Server:
         if server is None:
             (home / "server.keep").unlink(missing_ok=True)  # of one that was killed
             server = _start(home, say)
+        elif _login_of(server) != own_login(os.environ):  # nobody may believe an open one protected, or wait for a closed one
+            raise NoServer(
+                f"the workspace's Prefect server was started with another login than this environment has, or with none: make "
+                f"PREFECT_API_AUTH_STRING the same, or stop the server (kill {server.pid}) to have it started with yours"
+            )
         _keep(home, keep)
     return server
+
+
+def _login_of(server: Server) -> str | None:
+    """What our server was started with: its shim has it in its environment, which only this account can read."""
+    environment = Path(f"/proc/{server.pid}/environ").read_bytes().split(b"\0")
+    said = [os.fsdecode(entry.partition(b"=")[2]) for entry in environment if entry.startswith(SERVER_LOGIN.encode() + b"=")]
+    return said[0] if said else None
 
 
 def _keep(home: Path, keep: bool) -> None:
@@ -247,7 +289,8 @@ def _wait_for(server: Server, home: Path, ended: threading.Event) -> bool:
         NoServer: it ended for another reason, or does not answer.
     """
     deadline = time.monotonic() + START_SECONDS
-    while not is_of(server.api, home):
+    login = own_login(os.environ)
+    while not is_of(server.api, home, login):
         is_gone = not is_locked(home / "server.lock")
         if is_gone and answers(server.api):
             return False

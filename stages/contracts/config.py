@@ -187,6 +187,18 @@ ONLY_FOR = {  # settings, by section, that decide something for one kind of data
 }  # fmt: skip
 
 
+def workspace_folder(workspace: str) -> Path:
+    """A workspace as an absolute path.
+
+    Raises:
+        ValueError: it is none, in words for people.
+    """
+    try:
+        return Path(workspace).expanduser().resolve()
+    except (RuntimeError, ValueError) as error:  # no such user, links that go round in a circle, a NUL byte
+        raise ValueError(f"{workspace!r} cannot be a folder ({error}): give a path such as ~/workspace") from None
+
+
 class PipelineConfig(Frozen):
     """One run of the whole workflow, from a base model and text to a published model."""
 
@@ -203,10 +215,16 @@ class PipelineConfig(Frozen):
     push: PushSettings = PushSettings()
     launch: LaunchSettings = LaunchSettings()
 
+    @field_validator("workspace")
+    @classmethod
+    def _is_a_folder(cls, workspace: str) -> str:
+        workspace_folder(workspace)
+        return workspace
+
     @property
     def workspace_path(self) -> Path:
         """The workspace as an absolute path."""
-        return Path(self.workspace).expanduser().resolve()
+        return workspace_folder(self.workspace)
 
     @property
     def processes_per_machine(self) -> int:

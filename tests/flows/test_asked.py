@@ -8,7 +8,7 @@ import pytest
 from fake_stages import config, make_results
 
 from flows.asked.load_config import BadConfig
-from flows.asked.parameters import Asked, what_is_asked, what_stage_is_asked
+from flows.asked.parameters import Asked, what_is_asked, what_stage_is_asked, workspace_of
 from stages.contracts import artifacts as a
 
 
@@ -32,6 +32,29 @@ def test_overrides_are_as_after_set(tmp_path: Path) -> None:
     with pytest.raises(BadConfig) as caught:
         what_is_asked({"model": {"source": "a/b"}, "data": {"source": "c/d"}, "train": {"steps": 2, "lr": -1}})
     assert caught.value.problems == ["config: train.lr: -1 must be greater than 0.0"]
+
+
+NO_FOLDERS = {"~nobodyx/w": "Could not determine home directory", "a\0b": "null byte"}  # and what is told of them
+
+
+@pytest.mark.parametrize("workspace", NO_FOLDERS)
+def test_a_workspace_that_cannot_be_a_folder(tmp_path: Path, workspace: str) -> None:
+    [told] = refused(tmp_path, overrides=[f"workspace={workspace}"])
+    assert told.startswith(f"overrides: workspace={workspace}: {workspace!r} cannot be a folder (")
+    assert NO_FOLDERS[workspace] in told
+    with pytest.raises(BadConfig, match=r"^workspace: .* cannot be a folder .*: give a path such as ~/workspace$"):
+        what_stage_is_asked("train", {}, workspace, overrides=[], start_from=["train/k"], again=False)
+
+
+def test_the_workspace_of_a_flow_run(tmp_path: Path) -> None:
+    given = config(tmp_path).model_dump(mode="json")
+    assert workspace_of({"config": given, "overrides": [f"workspace={tmp_path}/other"]}) == tmp_path / "other"
+    assert workspace_of({"workspace": str(tmp_path)}) == tmp_path
+    strange: list[Any] = [*NO_FOLDERS, 5, None, ["w"]]
+    for each in strange:  # on a server, parameters are whatever somebody wrote there
+        assert workspace_of({"workspace": each}) is None
+        assert workspace_of({"config": {**given, "workspace": each}}) is None
+    assert workspace_of({"config": given, "overrides": [5]}) is None
 
 
 def test_what_is_done_again_takes_what_depends_on_it_along(tmp_path: Path) -> None:

@@ -163,6 +163,14 @@ def test_a_workspace_that_is_not_there_is_named(
         assert capsys.readouterr().err == told
 
 
+@pytest.mark.parametrize("arguments", [["status"], ["plan", str(ROOT / "configs" / "demo.yaml")], ["rerun", "a"], ["ui"]])
+def test_a_workspace_that_cannot_be_a_folder_is_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*arguments, "--workspace", "~nobodyx/w"])
+    assert ended.value.code == 2
+    assert "error: argument --workspace: '~nobodyx/w' cannot be a folder (Could not " in capsys.readouterr().err
+
+
 def test_a_page_whose_server_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = RunFolder(tmp_path, "calm-heron")
     folder.path.mkdir(parents=True)

@@ -34,6 +34,13 @@ def test_names_and_defaults(tmp_path: Path) -> None:
         deployments([ROOT / "configs" / "demo-chat.yaml", tmp_path / "demo-chat.yaml"], None)
 
 
+def test_a_name_that_prefect_does_not_take() -> None:
+    with pytest.raises(
+        BadConfig, match=r"^a&b%\.yaml: .* would be called a&b%, and Prefect takes no % & in a name: rename the file$"
+    ):
+        deployments([Path("a&b%.yaml")], None)
+
+
 def fields(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Everything that a person can fill in, or a section of such."""
     yield from schema["properties"].items()

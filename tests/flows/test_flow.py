@@ -1,7 +1,8 @@
 """The flow against a real Prefect server, with stand-in stages: what runs, what is reused, what is seen."""
 
+import asyncio
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from flows.finetune import Node, finetune
 from flows.launch import choose
 from flows.launch.protocol import StageFailed
 from flows.records.run_record import LiveRecord, RunFolder, RunRecord, now
+from flows.runner import serve as runner
 from flows.running import settle
 from flows.running.settle import reconcile
 from flows.server.local import Server
@@ -235,8 +237,11 @@ def test_refresh_does_it_again_and_keeps_the_old_result_until_then(world: World)
     assert states(again)["shard"] == "cached"
     assert (folder / "content.txt").stat().st_mtime_ns > written
     assert not list(folder.parent.glob(".*.replaced"))
+    folder.rename(folder.parent / f".{folder.name}.replaced")  # as kill -9 of a run leaves it that makes the result again
     world.run("run")
     assert world.launcher.ran == []
+    assert intact.find_intact(folder) is not None
+    assert not list(folder.parent.glob(".*.replaced"))
 
 
 def test_training_goes_on_or_begins_anew(world: World) -> None:
@@ -329,6 +334,43 @@ def test_what_a_watcher_does_while_the_server_is_away(world: World, monkeypatch:
         settle.main(world.workspace, "dead")
     assert (world.record("dead").state, cleaned) == ("crashed", [world.workspace])
     assert "its process is gone" in folder.report.read_text()
+
+
+def test_runs_that_cannot_be_settled_keep_no_other_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of another person, which may be read and not written. Whoever tests may write everywhere."""
+    monkeypatch.setattr(settle, "_going_on", lambda client: [])
+    theirs, ours = RunFolder(tmp_path, "theirs"), RunFolder(tmp_path, "ours")
+    for folder in (ours, theirs):  # the newest one is looked at first
+        folder.path.mkdir(parents=True)
+        folder.write(RunRecord(name=folder.name, config={}, cwd="/", pid=1, started=now()))
+    (theirs.path / ".lock").mkdir()
+    unreadable = tmp_path / ("x" * 300)
+    troubles: list[str] = []
+    assert reconcile([unreadable, tmp_path], troubles.append) == ["ours"]
+    assert (ours.read() or RunRecord(name="", config={}, cwd="/", pid=1, started=now())).finished is not None
+    assert sum(str(theirs.path) in told for told in troubles) == 1
+    assert {told.partition(": ")[0] for told in troubles} == {
+        f"the runs of {unreadable} cannot be read, and are left as they are",
+        f"the run {theirs.path} seems to have crashed; only who may write there can mark it",
+    }
+    settle.main(tmp_path, "theirs")  # its watcher: it does what is left to do
+
+
+def test_a_runner_names_a_trouble_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_another(workspaces: Sequence[Path], on_trouble: Callable[[str], None]) -> list[str]:
+        on_trouble("a run of another person")
+        return []
+
+    monkeypatch.setattr(runner, "reconcile", of_another)
+    said: list[str] = []
+
+    async def settle_twice() -> None:
+        serving = runner._Serving([tmp_path], said.append)
+        await serving._settle()
+        await serving._settle()
+
+    asyncio.run(settle_twice())
+    assert said == ["a run of another person"]
 
 
 class EndsMeanwhile(RunFolder):

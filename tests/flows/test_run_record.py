@@ -7,8 +7,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from flows.asked.graph import nodes_of, with_dependents
+from flows.finetune import RunName
 from flows.records.run_record import LiveRecord, RunFolder, RunIsLive, RunRecord, all_runs, new_name, now
 from stages.contracts import words
 
@@ -30,6 +32,17 @@ def test_a_live_run_and_a_dead_one(tmp_path: Path) -> None:
     read = folder.read()
     assert read is not None
     assert (read.state, read.error) == ("crashed", "its process is gone")
+
+
+def test_names_of_runs(tmp_path: Path) -> None:
+    form = TypeAdapter(RunName)  # as the flow's, and with it the browser's form and the server
+    for name in ("a", "7b.lr_1e-4", "x" * 64):
+        assert form.validate_python(name) == RunFolder(tmp_path, name).name
+    for name in ("", ".", "-a", "été", "café", "a b", "a/b", "a\n", "x" * 65):
+        with pytest.raises(ValidationError):
+            form.validate_python(name)
+        with pytest.raises(ValueError, match=r"is no name of a run: ASCII letters \(a to z, A to Z\), .* 64 at most"):
+            RunFolder(tmp_path, name)
 
 
 def test_the_lock_goes_with_its_process(tmp_path: Path) -> None:

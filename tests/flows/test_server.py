@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
-from processes import free_port, wait_until
+from processes import children, free_port, wait_until
 
+from flows.launch.environment import hub_environment, stage_environment
 from flows.records.flock import is_locked, locked
 from flows.server import asking
 from flows.server import local as servers
@@ -112,7 +113,7 @@ def test_the_server_that_is_named(tmp_path: Path, server: Server, monkeypatch: p
     with serving(tmp_path) as named:
         assert named == Server(api=server.api)
     assert not (tmp_path / "prefect").exists()
-    assert "PREFECT_HOME" not in servers.client_environment(tmp_path, named)
+    assert "PREFECT_HOME" not in servers.client_environment(tmp_path, named, {})
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     with (
         pytest.raises(NoServer, match=r"no Prefect server answers at PREFECT_API_URL=http://127\.0\.0\.1:9/api"),
@@ -127,6 +128,32 @@ def test_the_server_gets_no_secrets(tmp_path: Path) -> None:
     assert "x" not in environment.values()
     assert environment["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
     assert environment["PREFECT_HOME"] == str(tmp_path)
+
+
+def test_a_network_s_proxy_is_not_asked_for_this_machine(tmp_path: Path, server: Server) -> None:
+    proxies = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    client = "from prefect.client.orchestration import get_client; get_client(sync_client=True).hello().raise_for_status()"
+    for named in (server, Server(server.api)):
+        ours = {"PATH": os.environ["PATH"], **proxies} | servers.client_environment(tmp_path, named, proxies)
+        subprocess.run([sys.executable, "-P", "-c", client], env=ours, cwd=tmp_path, check=True, timeout=120)
+    assert "no_proxy" not in servers.client_environment(tmp_path, Server("http://prefect.corp/api"), proxies)
+
+
+@pytest.mark.parametrize(
+    ("ours", "upper", "lower"),
+    [
+        ({}, "127.0.0.1,localhost", "127.0.0.1,localhost"),
+        ({"NO_PROXY": "corp, .lan"}, "corp,.lan,127.0.0.1,localhost", "corp,.lan,127.0.0.1,localhost"),
+        ({"NO_PROXY": "corp", "no_proxy": "localhost,lan"}, "corp,127.0.0.1,localhost", "localhost,lan,127.0.0.1"),
+        ({"no_proxy": "*"}, "*", "*"),
+    ],
+)
+def test_what_goes_past_a_proxy_already_still_does(tmp_path: Path, ours: dict[str, str], upper: str, lower: str) -> None:
+    """In the stages that talk to the Hub, too; and asked twice, it is the same."""
+    here = Server("http://127.0.0.1:4200/api", 1)
+    ours = ours | servers.client_environment(tmp_path, here, ours)
+    assert ours == ours | servers.client_environment(tmp_path, here, ours)
+    assert hub_environment(ours) == {"NO_PROXY": upper, "no_proxy": lower}
 
 
 class WithLogin(BaseHTTPRequestHandler):
@@ -167,6 +194,38 @@ def test_a_server_with_a_password(tmp_path: Path, closed: str, monkeypatch: pyte
     with temporary_settings({PREFECT_API_AUTH_STRING: "admin:right"}), serving(tmp_path) as server:
         assert server.api == closed
     assert not asking.page_is_lost(closed.replace("/api", "/runs/flow-run/x"), "x"), "nobody may look, it may well be there"
+
+
+def test_the_workspace_s_own_server_with_a_password(
+    tmp_path: Path, put_database: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said in `.env`, as for docker-compose.yml, or in the environment: it is the same."""
+    put_database(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / ".env").write_text("PREFECT_API_AUTH_STRING=me:from-a-file\n")
+    with serving(tmp_path, say=lambda text: None) as server:
+        assert server.pid is not None
+        for pid in (server.pid, *children(server.pid)):
+            assert b"from-a-file" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        assert not asking.is_of(server.api, tmp_path / "prefect"), "nobody else may ask it"
+        environment = servers.client_environment(tmp_path, server, {})
+        assert environment["PREFECT_API_AUTH_STRING"] == "me:from-a-file"
+        assert "me:from-a-file" not in stage_environment(environment, talks_to_hub=True).values()
+        for login, is_let_in in ((environment["PREFECT_API_AUTH_STRING"], True), (None, False)):
+            with temporary_settings({PREFECT_API_AUTH_STRING: login}):
+                assert asking.lets_us_in(server.api) is is_let_in
+
+        monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "me:from-a-file")
+        with serving(tmp_path) as again:
+            assert again == server
+        monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "me:another")
+        with (
+            pytest.raises(NoServer, match=rf"with another login .* PREFECT_API_AUTH_STRING .*kill {server.pid}"),
+            serving(tmp_path),
+        ):
+            pass
 
 
 def test_a_server_that_dies_and_does_not_start_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

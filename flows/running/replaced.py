@@ -1,0 +1,37 @@
+"""A result that is being made again: the old one stands aside until the new one is there."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def _aside(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.replaced"
+
+
+@contextmanager
+def set_aside(folder: Path, *, wanted: bool) -> Iterator[None]:
+    """Move a result out of the way, and back if what replaces it fails. Unfinished work stays where it can be resumed."""
+    if not wanted or not folder.exists():
+        yield
+        return
+    folder.rename(_aside(folder))
+    try:
+        yield
+    except BaseException:
+        put_back(folder)
+        raise
+    shutil.rmtree(_aside(folder), ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Put an old result back where nothing has replaced it: the process that set it aside was killed, or its stage failed.
+
+    Nobody may be making the result.
+    """
+    aside = _aside(folder)
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    elif aside.exists():
+        aside.rename(folder)
