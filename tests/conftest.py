@@ -32,6 +32,18 @@ def pool() -> Iterator[GlooPool]:
 
 
 @pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both kinds of tokenizer, which nobody changes."""
+    # Here, for torch must not come before OMP_NUM_THREADS is set.
+    from tiny_tokenizers import train_huggingface, train_sentencepiece
+
+    folder = tmp_path_factory.mktemp("tokenizers")
+    train_sentencepiece(folder)
+    train_huggingface(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A local server as `finetune run` starts it, in a workspace of its own; one for all who test side by side."""
     with serving(_shared(tmp_path_factory), say=lambda text: None) as server:

@@ -26,7 +26,7 @@ class PatientRunner(Runner):
 
     async def __aenter__(self) -> Self:
         await super().__aenter__()
-        self._process_manager.kill = self._end  # type: ignore[method-assign]
+        self._process_manager.kill = self._end  # type: ignore[method-assign]  # Prefect has no hook for it
         observer = self._cancelling_observer
         if observer is not None and observer._consumer_task is not None:
             # It listens; where the server goes away it would poll, give up, and print a traceback. We look, too (below).

@@ -31,7 +31,7 @@ def tell_end(folder: RunFolder, board: Board) -> None:
         address = serve_report(report, folder.workspace, record.flow_run_id)
         link = f"[open it]({address}), or {code(report)}" if address is not None else code(report)
         board.put(SUMMARY, "markdown", summary_page(story, link), words, is_final=True)
-    except Exception as error:
+    except Exception as error:  # whatever is wrong with a report, the run has ended as it has
         logger.warning("no report, or no summary in the UI: %s: %s", type(error).__name__, error)
     finally:
         board.end()

@@ -23,10 +23,10 @@ asked = []
 signal.signal(signal.SIGTERM, lambda *arguments: asked.append(True))
 open("WORKSPACE/trains", "w").close()
 while not asked:
-    time.sleep(0.05)
+    time.sleep(0.05)  # a training takes its time
 open("WORKSPACE/saves", "w").close()
 while not os.path.exists("WORKSPACE/saved"):
-    time.sleep(0.05)
+    time.sleep(0.05)  # a file tells nobody that it is there
 """
 FINETUNE = """
 import sys

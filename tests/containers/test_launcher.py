@@ -52,7 +52,7 @@ print("the token is", os.environ.get("HF_TOKEN"), flush=True)
 print('@@stage {"event": "progress", "done": 1, "total": 4, "text": "going"}', flush=True)
 print("to stderr", file=sys.stderr, flush=True)
 while not os.path.exists(WORKSPACE + "/seen"):
-    time.sleep(0.01)
+    time.sleep(0.01)  # a file tells nobody that it is there
 """
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
-from tiny_tokenizers import AWKWARD, CODE, fuzz, sentencepiece_model, train_huggingface, train_sentencepiece, write
+from tiny_tokenizers import AWKWARD, CODE, fuzz, sentencepiece_model, write
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from megatron_core_impl.data import segments
@@ -15,13 +15,9 @@ from megatron_core_impl.data.segments import AT_SPACES, byte_level_cuts, merge_c
 from megatron_core_impl.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both kinds."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    train_sentencepiece(folder)
-    train_huggingface(folder)
-    return folder
+@pytest.fixture
+def folder(tokenizers: Path) -> Path:
+    return tokenizers
 
 
 @pytest.mark.parametrize(

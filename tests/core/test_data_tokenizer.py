@@ -8,18 +8,14 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
-from tiny_tokenizers import AWKWARD, CODE, fuzz, sentencepiece_model, train_huggingface, train_sentencepiece, write
+from tiny_tokenizers import AWKWARD, CODE, fuzz, sentencepiece_model, train_huggingface, write
 
 from megatron_core_impl.data.tokenizer import load_tokenizer
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both kinds."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    train_sentencepiece(folder)
-    train_huggingface(folder)
-    return folder
+@pytest.fixture
+def folder(tokenizers: Path) -> Path:
+    return tokenizers
 
 
 def test_sentencepiece_encodes_as_its_library_does(folder: Path) -> None:

@@ -12,7 +12,7 @@ def wait_until(true: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "took too long"
-        time.sleep(0.01)
+        time.sleep(0.01)  # for conditions that nothing tells of
 
 
 def lives(pid: int) -> bool:

@@ -67,7 +67,7 @@ def test_server_and_runner(tmp_path: Path, put_database: Callable[[Path], None])
             assert shim is not None
             assert shim.pid is not None
             with stopped([runner.process.pid, *runner.flow_processes(), stage, shim.pid, *children(shim.pid)]):
-                time.sleep(ASLEEP_SECONDS)
+                time.sleep(ASLEEP_SECONDS)  # what is tested is that time passes
             for pid in children(shim.pid):
                 os.kill(pid, signal.SIGKILL)
             # The runner starts it again, or the run does, which may have no runner any more.

@@ -8,7 +8,6 @@ import pytest
 from download_runs import TOKEN
 from hub_server import HubServer
 from preprocess_runs import prepared
-from tiny_tokenizers import train_huggingface, train_sentencepiece
 
 from megatron_core_impl.data.preprocessing import Job
 from stages import preprocess
@@ -20,15 +19,6 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
     with HubServer(tmp_path / "hub").running() as server:
         server.users[TOKEN] = "ada"
         yield server
-
-
-@pytest.fixture(scope="session")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both kinds of tokenizer."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    train_sentencepiece(folder)
-    train_huggingface(folder)
-    return folder
 
 
 @pytest.fixture
