@@ -7,7 +7,7 @@ PYTHON := $(firstword $(foreach name,python3.12 python3.11 python3 python,$(shel
 	'import sys; (3, 11) <= sys.version_info[:2] <= (3, 12) and print("$(name)")' 2>/dev/null)))
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo demo-chat test test-containers test-browser image-cpu image-gpu image-runner wheels check clean
+.PHONY: help demo demo-chat test test-gpu test-containers test-browser image-cpu image-gpu image-runner wheels check clean
 
 help: ## show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -23,6 +23,9 @@ demo-chat: $(INSTALLED) ## the same for instruction tuning: a small model learns
 # Two files at a time: much of a test's time is waiting for processes to start.
 test: $(INSTALLED) ## run the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-gpu: $(INSTALLED) ## run the tests that need an NVIDIA GPU; all others compute on the CPU
+	@$(BIN)/python -m pytest -m gpu tests/core/test_on_gpu.py $(ARGS)
 
 # An engine and images where there are none: tests/containers/prepare.sh. Two files at a time, as above.
 test-containers: $(INSTALLED) ## run the tests that need a Docker engine and the image megatron-flows:cpu

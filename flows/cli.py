@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 the configuration or an input is wrong, 3 a gate
 """
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -36,6 +37,9 @@ exit codes: 0 done, 1 failed, 2 the configuration or an input is wrong, 3 a gate
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `finetune`; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):  # one of a narrower encoding shows ? for what it lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     arguments = parser().parse_args(argv)
     command: Command = arguments.command
     try:

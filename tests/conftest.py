@@ -19,6 +19,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 LONG = ("test_end_to_end", "test_parallel", "test_trainer_golden", "test_train", "test_command", "test_serve", "test_ui")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs, before anything asks for one, from all tests but those of `make test-gpu`.
+
+    They start more processes than there are GPUs, and want the same bits each time.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 

@@ -40,7 +40,7 @@ class Job:
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         self.environment |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp")}
         (folder / "tmp").mkdir()
-        (folder / "job.yaml").write_text(job_text(STEPS, 64, samples=8, batch=8, push="hub"))
+        (folder / "job.yaml").write_text(job_text(STEPS, 64, samples=8, batch=8, push="hub", rest="launch: {by: process}"))
         write_model(folder / "base", num_hidden_layers=2)
         write_text(folder / "text")
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
+from flows.asked.load_config import load_config
 from flows.commands.arguments import Add, workspace
 from flows.commands.outcome import Wrong, say
 from flows.records.flock import locked
@@ -57,6 +58,8 @@ def _ui(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    for file in arguments.configs:
+        load_config(file)  # what is wrong with one is said before a server is started
     home = workspace_folder(arguments.workspace or "workspace")
     asked_for = str(home) if arguments.workspace is not None else None
     os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"  # of the runs' processes: their logs are in files

@@ -63,7 +63,8 @@ def _check_number(gpus: int, processes: int, why: str) -> None:
     if gpus < processes:
         raise NotReady(
             Problem(
-                f"layout has {processes} processes on one machine (on the first, verify's tp × pp), and {why} {gpus} GPUs",
+                f"layout has {processes} processes on one machine (on the first, verify's tp × pp), and {why} "
+                f"{gpus} GPU{'s' * (gpus != 1)}",
                 "set launch.gpus to all or to a larger number, or lower layout.dp, tp or pp",
             )
         )
@@ -163,17 +164,16 @@ def look_around(
             )
         )
     if seen["code"] != code_digest():
-        raise NotReady(_other_code(image, host))
+        raise NotReady(_other_code(image, host, "another version of megatron-flows than this one"))
     if gpus.known != 0 and seen["gpus"] is not None:
         _check_number(seen["gpus"], processes, f"that of {host} has")
     if gpus.known != 0 and processes > 1 and seen["shm_size"] < NCCL_SHM:
         raise NotReady(_too_little_shm(f"{words.size(seen['shm_size'])} at {host}"))
 
 
-def _other_code(image: Image, host: str) -> Problem:
-    rebuild = f"build it anew from this version of megatron-flows: docker build -t {shlex.quote(image.name)} …"
-    mend = _build(image.name, host) or rebuild
-    return Problem(f"image {image.name} (at {host}) holds another version of megatron-flows than this one", mend)
+def _other_code(image: Image, host: str, holds: str) -> Problem:
+    own = "leave launch.image out for the usual one, or name one that was built from this version's containers/*.Dockerfile"
+    return Problem(f"image {image.name} (at {host}) holds {holds}", _build(image.name, host) or own)
 
 
 @contextlib.contextmanager
@@ -203,7 +203,7 @@ def _seen(client: Any, host: str, image: Image, asked: dict[str, Any]) -> dict[s
         container.remove()
     if ending.code or not said:
         if any("No module named" in line for line in said):
-            raise NotReady(_other_code(image, host))
+            raise NotReady(_other_code(image, host, "no megatron-flows"))
         told = ending.lost or " ".join(said[-1:]) or f"it printed nothing, and its exit code is {ending.code}"
         raise NotReady(Problem(f"a container of {image.name} at {host} fails: {told}", "look at launch.image"))
     seen: dict[str, Any] = json.loads(said[-1])

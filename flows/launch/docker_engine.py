@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.launch.process import shim_command
+from stages.contracts.launch_settings import HOST, HOST_FORMS
 
 HERE = "unix:///var/run/docker.sock"
 TIMEOUT = 60  # seconds for one answer of an engine
@@ -56,6 +57,10 @@ def connected(host: str) -> Iterator[Any]:
     Raises:
         NotReady: none answers there, or it refuses us, or it is too old.
     """
+    if not HOST.fullmatch(host):  # launch.hosts has none of that kind
+        raise NotReady(
+            Problem(f"DOCKER_HOST={host} is no address of an engine", f"unset DOCKER_HOST for {HERE}, or set it: {HOST_FORMS}")
+        )
     with contextlib.ExitStack() as stack:
         if host.startswith("ssh://"):
             client = _client(host, f"unix://{stack.enter_context(_forwarded(host))}")
@@ -117,14 +122,16 @@ def _knock(host: str) -> None:
             )
         ) from None
     except OSError as error:
-        is_installed = shutil.which("dockerd") is not None or Path(path).exists()
-        start = "sudo systemctl start docker (or sudo service docker start)"
-        install = (
-            "install Docker (docs.docker.com/engine/install, or: sudo apt-get install docker.io); or set launch.by: process"
-        )
-        raise NotReady(
-            Problem(f"no Docker engine answers at {path} ({error.strerror})", start if is_installed else install)
-        ) from None
+        is_there = Path(path).exists()
+        if host != HERE and not is_there:
+            mend = f"start the engine of that socket, or name another's in launch.hosts or DOCKER_HOST (usually {HERE})"
+        elif is_there or shutil.which("dockerd") is not None:
+            mend = "sudo systemctl start docker (or sudo service docker start)"
+        else:
+            mend = (
+                "install Docker (docs.docker.com/engine/install, or: sudo apt-get install docker.io); or set launch.by: process"
+            )
+        raise NotReady(Problem(f"no Docker engine answers at {path} ({error.strerror})", mend)) from None
 
 
 def _certificates(host: str) -> Any:

@@ -79,7 +79,7 @@ class _Serving:
             await self._round(takes_runs=False)
             await _sleep(0.2, requests)
         with suppress(*AWAY):
-            await self._show()
+            await self._show(is_last=True)
 
     async def _round(self, *, takes_runs: bool) -> None:
         """One look at the server, which may be away for a while."""
@@ -110,20 +110,24 @@ class _Serving:
             self.say(plain(trouble))
         self._troubles.add(trouble)
 
-    async def _show(self) -> None:
-        """A line for every run that began, and that ended."""
+    async def _show(self, *, is_last: bool = False) -> None:
+        """A line for every run that began, and that ended: once Prefect knows how."""
         going_on = self.runner.going_on
+        shown = set(going_on)
         for flow_run_id in going_on ^ self._shown:
             with suppress(ObjectNotFound):
                 flow_run = await self.runner._client.read_flow_run(flow_run_id)
                 state: Any = flow_run.state
-                words = "started" if flow_run_id in going_on else state.name if state is not None else "ended"
-                message = (
-                    state.message if flow_run_id not in going_on and state is not None and not state.is_completed() else None
-                )
+                is_here = flow_run_id in going_on
+                is_told = state is not None and not state.is_running() and not state.is_cancelling()
+                if not is_here and not is_told and not is_last:
+                    shown.add(flow_run_id)
+                    continue
+                words = "started" if is_here else state.name if is_told else "ended"
+                message = None if is_here or not is_told or state.is_completed() else state.message
                 name = flow_run.parameters.get("run_name") or flow_run.name  # it is called so once it begins
                 self.say(plain("  ".join(filter(None, [name, words, (message or "").partition("\n")[0][:160]]))))
-        self._shown = going_on
+        self._shown = shown
 
 
 async def _sleep(seconds: float, requests: Requests) -> None:

@@ -39,6 +39,11 @@ def is_of(api: str, home: Path, login: str | None = None) -> bool:
     return settings is not None and _has(settings) and json.loads(settings.body)["home"] == str(home)
 
 
+def keeps_out(api: str, login: str | None) -> bool:
+    """Whether a server is there and wants another login."""
+    return _is_closed(_ask(api, "admin/settings", login))
+
+
 def page_is_lost(page: str | None, flow_run_id: str | None) -> bool:
     """Whether a run's page was on a server of this machine that does not show it any more.
 

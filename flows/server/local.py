@@ -23,7 +23,7 @@ from pathlib import Path
 from flows.launch.process import shim_command
 from flows.records.flock import is_locked, locked
 from flows.records.server_home import server_home
-from flows.server.asking import answers, is_here, is_of, lets_us_in
+from flows.server.asking import answers, is_here, is_of, keeps_out, lets_us_in
 
 START_SECONDS = 180.0  # a fresh database takes 12 s to set up, three times that on a busy machine
 LOOK_SECONDS, MOST_SECONDS = 1.0, 60.0  # between two looks whether it lives, and at most where it does not start again
@@ -297,6 +297,11 @@ def _wait_for(server: Server, home: Path, ended: threading.Event) -> bool:
         if is_gone or time.monotonic() > deadline:
             what = "ended" if is_gone else f"did not answer within {START_SECONDS:.0f} s"
             raise NoServer(f"the local Prefect server {what}: {_last_line(_log(home))}. Its log: {_log(home)}")
+        if keeps_out(server.api, login):  # Prefect's server reads files that we do not, such as prefect.toml
+            raise NoServer(
+                "the local Prefect server wants another login than this environment has, one that a file "
+                "of Prefect's settings names: export PREFECT_API_AUTH_STRING=user:password, the same"
+            )
         if ended.wait(0.1):
             break
     return True

@@ -32,6 +32,7 @@ from tokenizers import Tokenizer
 
 from megatron_core_impl.data.found_first import Piece, found_first
 from megatron_core_impl.data.indexed_dataset import Tokens
+from megatron_core_impl.data.library_words import library_words, steps_of
 from megatron_core_impl.data.normalizing import normalizing
 from megatron_core_impl.data.words import words_of
 
@@ -268,7 +269,7 @@ def huggingface_memory(library: Tokenizer, encode: Callable[[str], list[int]], v
     definition = json.loads(library.to_str())
     way, normalizer = _way(definition, library), definition.get("normalizer")
     # Whether a mark is put before a piece then depends on its place in the text, and on what was removed before it.
-    is_first = (definition.get("pre_tokenizer") or {}).get("prepend_scheme") == "first"
+    is_first = any(step.get("prepend_scheme") == "first" for step in steps_of(definition["pre_tokenizer"]))
     if way is None or (is_first and normalizer is not None and normalizer["type"] not in NOTHING_REMOVED):
         return None
     cut, encode_segment = way
@@ -313,7 +314,7 @@ def _way(
     if (cut := merge_cuts(definition)) is not None:
         return cut, ids_of
     if (words := words_of(definition)) is None:
-        return None
+        return library_words(definition, library)
 
     def encode_words(segment: str) -> list[int]:
         return list(chain.from_iterable(map(ids_of, words.words(segment)))) if segment.isascii() else encode(segment)

@@ -129,9 +129,10 @@ def choose_kernel(
 def flash_attn_package() -> ModuleType | None:
     """The flash-attn package, imported when first asked for; None where it is not installed."""
     try:
-        return importlib.import_module("flash_attn")
+        package = importlib.import_module("flash_attn")
     except ModuleNotFoundError:
         return None
+    return package if hasattr(package, "flash_attn_func") else None  # flash-attn-4 leaves a folder of this name, without any
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window: int | None, dropout: float) -> Tensor:

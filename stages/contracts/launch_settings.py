@@ -15,6 +15,7 @@ CPU_IMAGE, GPU_IMAGE = "megatron-flows:cpu", "megatron-flows:gpu"
 GPU_STAGES = frozenset({"verify", "train", "export"})  # the others do not compute
 PORT = 29400  # of the rendezvous, where launch.rendezvous names none
 HOST = re.compile(r"unix:///\S+|ssh://([^\s/@-][^\s/@]*@)?[^\s/@:-][^\s/@:]*(:\d+)?(/\S*)?|tcp://[^\s/@:]+:\d+")
+HOST_FORMS = "unix:///PATH, ssh://USER@MACHINE or tcp://MACHINE:PORT"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(:\d+)?")
 
 
@@ -91,9 +92,7 @@ class LaunchSettings(Frozen):
     def _settings_fit_together(self) -> Self:
         for host in self.hosts:
             if not HOST.fullmatch(host):
-                raise ValueError(
-                    f"hosts: {host} must be unix:///PATH, ssh://USER@MACHINE or tcp://MACHINE:PORT, the address of an engine"
-                )
+                raise ValueError(f"hosts: {host} must be {HOST_FORMS}, the address of an engine")
         if self.hosts and self.by == "process":
             raise ValueError("hosts are Docker engines, and by=process uses none: set by to docker, or leave hosts out")
         if self.rendezvous is not None and len(self.hosts) < 2:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from flows.launch import docker, docker_checks, docker_container, doctor
 from flows.launch.docker_container import Container
 from flows.launch.docker_engine import NotReady, connected, default_host
 from flows.launch.protocol import StageFailed
+
+BASE = f"python:{sys.version_info[0]}.{sys.version_info[1]}-slim"
 
 
 def refusal(watched: Watched) -> str:
@@ -39,9 +42,10 @@ def test_doctor_says_that_all_is_well(client: Any, workspace: Path, capsys: pyte
     ("launch", "what", "mend"),
     [
         ({"image": "megatron-flows:none"}, "has no image megatron-flows:none", "docker pull megatron-flows:none"),
+        ({"image": BASE}, f"image {BASE} (at {default_host()}) holds no megatron-flows", "leave launch.image out"),
         ({"gpus": "all", "image": "megatron-flows:cpu"}, "NVIDIA's runtime is missing", "nvidia-container-toolkit"),
         ({"ulimits": {"nofile": 1 << 40}}, "may not set launch.ulimits", "set launch.ulimits: {}"),
-        ({"hosts": ["unix:///nowhere.sock"]}, "no Docker engine answers at /nowhere.sock", "sudo"),
+        ({"hosts": ["unix:///nowhere.sock"]}, "no Docker engine answers at /nowhere.sock", "start the engine of that"),
     ],
 )
 def test_what_is_in_the_way_is_told_by_doctor_and_before_a_run(

@@ -173,7 +173,9 @@ def test_the_fastest_kernel_that_fits_is_chosen(monkeypatch: pytest.MonkeyPatch)
     assert chosen(CUDA, torch.bfloat16) == "sdpa"
     assert chosen(CUDA, torch.float16, is_plain=False) == "varlen"
     assert chosen(CUDA, torch.bfloat16, is_plain=False, has_dropout=True) == "sdpa"
-    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))  # all that flash-attn-4 has of that name
+    assert chosen(CUDA, torch.bfloat16) == "sdpa"
+    monkeypatch.setitem(sys.modules, "flash_attn", PretendFlashAttention())
     assert chosen(CUDA, torch.bfloat16) == chosen(CUDA, torch.float16, is_plain=False, has_dropout=True) == "flash-attn"
     assert chosen(CPU, torch.bfloat16) == chosen(CUDA, torch.float64) == "sdpa"
 

@@ -1,6 +1,6 @@
 """What only a GPU can show: its attention kernels, training in half precision, batches that arrive while it computes.
 
-Skipped where there is none. The oracles are the plain formula of attention and the same training on the CPU, both in float64.
+Run by `make test-gpu`; skipped where there is none. The oracles are the plain formula of attention and the same training on the CPU, both in float64.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from megatron_core_impl.train_config import Job
 from megatron_core_impl.trainer import train
 from megatron_core_impl.training_data import open_data, prepare
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 GPU = torch.device("cuda")
 

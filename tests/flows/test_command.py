@@ -1,5 +1,6 @@
 """The `finetune` command as a process, with stand-in stages that are processes too."""
 
+import io
 import itertools
 import os
 import re
@@ -187,6 +188,16 @@ def test_a_page_whose_server_ended(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "https://prefect.example/runs/1\n" in capsys.readouterr().out
 
 
+def test_a_terminal_without_the_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path, "calm-heron")
+    folder.path.mkdir(parents=True)
+    folder.write(RunRecord(name="calm-heron", config={}, cwd="/", pid=1, started=now(), state="done"))
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii", write_through=True))
+    assert cli.main(["status", "calm-heron", "--workspace", str(tmp_path)]) == 0
+    assert out.getvalue().startswith(b"finetune-llama2 ? run calm-heron\ndone ? started ")
+
+
 def test_a_run_of_a_version_with_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = RunFolder(tmp_path, "calm-heron")
     folder.path.mkdir(parents=True)
@@ -212,6 +223,9 @@ def test_a_wrong_configuration_starts_nothing(finetune: Command) -> None:
     assert not (finetune.workspace / "runs").exists()
     code, _, err = finetune("run", "nothing.yaml")
     assert (code, err) == (2, "error: nothing.yaml: no such file\n")
+    code, _, err = finetune("serve", "nothing.yaml")
+    assert (code, err) == (2, "error: nothing.yaml: no such file\n")
+    assert not (finetune.workspace / "prefect" / "runner.lock").exists()
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,9 +33,19 @@ def refused(host: str) -> str:
 
 def test_an_engine_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(docker_engine.shutil, "which", lambda name: None)
-    told = refused(f"unix://{tmp_path}/docker.sock")
-    assert told.startswith(
-        f"no Docker engine answers at {tmp_path}/docker.sock (No such file or directory). To mend it: install"
+    host = f"unix://{tmp_path}/docker.sock"
+    nobody = f"no Docker engine answers at {tmp_path}/docker.sock (No such file or directory). To mend it: "
+    assert refused(host).startswith(
+        nobody + "start the engine of that socket, or name another's in launch.hosts or DOCKER_HOST"
+    )
+    with monkeypatch.context() as usual:
+        usual.setattr(docker_engine, "HERE", host)
+        assert refused(host).startswith(nobody + "install")
+        usual.setattr(docker_engine.shutil, "which", lambda name: "/usr/bin/dockerd")
+        assert refused(host).startswith(nobody + "sudo systemctl start docker")
+    assert refused("junk") == (
+        "DOCKER_HOST=junk is no address of an engine. To mend it: unset DOCKER_HOST for unix:///var/run/docker.sock, or set "
+        "it: unix:///PATH, ssh://USER@MACHINE or tcp://MACHINE:PORT"
     )
     (tmp_path / "docker.sock").touch()
     assert "To mend it: sudo systemctl start docker" in refused(f"unix://{tmp_path}/docker.sock")
@@ -144,13 +154,14 @@ def test_verify_has_all_ranks_on_the_first_machine(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("gpus", "told"), [(1, "has 2 processes on one machine .* that of here has 1 GPUs"), (None, "")])
+@pytest.mark.parametrize(("gpus", "told"), [(1, "has 2 processes on one machine .* that of here has 1 GPU[.]"), (None, "")])
 def test_fewer_gpus_than_processes_where_all_are_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int | None, told: str
 ) -> None:
     """How many that are is what a container sees; WSL does not show it."""
     seen = {"is_visible": True, "is_writable": True, "shm_size": 8 << 30, "code": docker_checks.code_digest(), "gpus": gpus}
     monkeypatch.setattr(docker_checks, "_seen", lambda *asked: seen)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     image = docker_checks.Image("mine", "sha256:1", "sha256:1")
     with pytest.raises(NotReady, match=told) if told else contextlib.nullcontext():
         look_around(None, "here", LaunchSettings(gpus="all"), image, [], {}, workspace=tmp_path, processes=2)

@@ -196,6 +196,20 @@ def test_a_server_with_a_password(tmp_path: Path, closed: str, monkeypatch: pyte
     assert not asking.page_is_lost(closed.replace("/api", "/runs/flow-run/x"), "x"), "nobody may look, it may well be there"
 
 
+def test_a_password_that_only_the_server_knows(tmp_path: Path, closed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where prefect.toml names it, which Prefect's server reads."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("PREFECT_API_AUTH_STRING", servers.SERVER_LOGIN):
+        monkeypatch.delenv(name, raising=False)
+    with (
+        locked(tmp_path / "server.lock"),
+        pytest.raises(
+            NoServer, match=r"wants another login than this .*: export PREFECT_API_AUTH_STRING=user:password, the same$"
+        ),
+    ):
+        servers._wait_for(Server(closed), tmp_path, threading.Event())
+
+
 def test_the_workspace_s_own_server_with_a_password(
     tmp_path: Path, put_database: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
