@@ -1,5 +1,6 @@
 """The images' files: what both have in common is the same, and a base's own packages stay."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,14 @@ def common(name: str) -> list[str]:
 def test_both_images_are_made_alike() -> None:
     assert common("cpu") == common("gpu")
     assert "USER 1000:1000" in common("cpu")
+    assert any(line.startswith("RUN ") and line.endswith(" ./containers/install.sh") for line in common("gpu"))
+
+
+def test_the_image_for_gpus_is_on_nvidia_s_pytorch() -> None:
+    lines = (ROOT / "containers" / "gpu.Dockerfile").read_text().splitlines()
+    base = lines.index("FROM ${BASE}")
+    assert re.fullmatch(r"ARG BASE=nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3", lines[base - 1])
+    assert f"`{lines[base - 1].removeprefix('ARG BASE=')}`" in (ROOT / "docs" / "containers.md").read_text()
 
 
 def test_an_image_can_be_built_of_the_wheels_that_are_fetched() -> None:

@@ -47,10 +47,10 @@ def explain(problem: ErrorDetails) -> str:
         "tuple_type": "a list",
         "string_too_short": "text that is not empty",
         "too_short": "a list that is not empty",
-        "greater_than": f"greater than {context.get('gt', 0):,}",
-        "greater_than_equal": f"at least {context.get('ge', 0):,}",
-        "less_than": f"less than {context.get('lt', 0):,}",
-        "less_than_equal": f"at most {context.get('le', 0):,}",
+        "greater_than": f"greater than {context.get('gt', 0):,.12g}",
+        "greater_than_equal": f"at least {context.get('ge', 0):,.12g}",
+        "less_than": f"less than {context.get('lt', 0):,.12g}",
+        "less_than_equal": f"at most {context.get('le', 0):,.12g}",
     }.get(kind)
     if needs is None:
         return f"{got} is not legal. {_about(section, field)}"

@@ -1,6 +1,7 @@
 """A configuration from YAML and `--set`, or from a flow's parameters; or every problem of it as one line that says where, what,
 and what is legal."""
 
+import contextlib
 import copy
 import json
 import math
@@ -38,7 +39,8 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     Raises:
         BadConfig: with every problem that could be found at once.
     """
-    return _checked(_read(file), overrides, where=str(file), option="--set ")
+    with _ends(str(file)):
+        return _checked(_read(file), overrides, where=str(file), option="--set ")
 
 
 def given_config(
@@ -53,7 +55,17 @@ def given_config(
         if not overrides:
             return config
         config = config.model_dump(mode="json")
-    return _checked(copy.deepcopy(config), overrides, where=where, option="overrides: ")
+    with _ends(where):
+        return _checked(copy.deepcopy(config), overrides, where=where, option="overrides: ")
+
+
+@contextlib.contextmanager
+def _ends(where: str) -> Iterator[None]:
+    """YAML can say what has no end: `a: &a [*a]`."""
+    try:
+        yield
+    except RecursionError:
+        raise BadConfig([f"{where}: a list or section holds itself, or is nested too deeply: write it out"]) from None
 
 
 def _checked(data: dict[str, Any], overrides: Sequence[str], *, where: str, option: str) -> PipelineConfig:
@@ -61,7 +73,7 @@ def _checked(data: dict[str, Any], overrides: Sequence[str], *, where: str, opti
     sources: dict[KeyPath, str] = {}  # path -> the override it came from, which may have made the section, too
     for text in overrides:
         sources |= dict.fromkeys(_override(data, text, option), option + text)
-    problems = [f"{_where(where, sources, path)}: {told}" for path, told in _impossible_numbers(data)]
+    problems = [_line(_where(where, sources, path), told) for path, told in _impossible(data)]
     if not problems:
         try:
             # Strict, but as JSON: a list is a tuple, a whole number is a float, and nothing else is what it is not.
@@ -209,10 +221,17 @@ def _path(key: str) -> KeyPath:
     return tuple(path)
 
 
-def _impossible_numbers(data: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
-    if isinstance(data, dict | list):
-        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
-            yield from _impossible_numbers(value, (*path, key if isinstance(key, int) else str(key)))
+def _impossible(data: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    """What YAML can say and a configuration cannot be."""
+    if isinstance(data, dict):
+        for key, value in data.items():
+            if isinstance(key, str):
+                yield from _impossible(value, (*path, key))
+            else:
+                yield (*path, str(key)), f"a key must be text, and this is a {type(key).__name__}: put it in quotes"
+    elif isinstance(data, list):
+        for place, value in enumerate(data):
+            yield from _impossible(value, (*path, place))
     elif isinstance(data, float) and not math.isfinite(data):
         yield path, f"{data} is not a number that can be used"
 

@@ -60,9 +60,8 @@ def _why(spec: Spec) -> str:
         except a.DamagedArtifact as error:
             return f"its result is damaged: {str(error).split('. Remove')[0]}"
         return "what it published is not where it was"
-    partial = spec.scratch / "checkpoints"
-    if any(partial.glob("step-*/state.json")):
-        newest = max(p.parent.name for p in partial.glob("step-*/state.json"))
+    if saved := [state.parent.name for state in spec.scratch.glob("checkpoints/step-*[0-9]/state.json")]:
+        newest = max(saved, key=lambda name: (len(name), name))  # step-1000000 is after step-999999
         return f"goes on from checkpoint {newest}"
     differences = _nearest(spec)
     if differences is None:

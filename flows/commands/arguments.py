@@ -88,6 +88,8 @@ def find_run(arguments: argparse.Namespace) -> tuple[RunFolder, RunRecord]:
     place = existing_workspace(arguments)
     folder = RunFolder(place, arguments.run)
     record = folder.read()
+    if record is None and (folder.path / "run.json").exists():
+        raise Wrong(f"{folder.path / 'run.json'} cannot be read: it is of another version of megatron-flows, or damaged")
     if record is None:
         raise Wrong(f"there is no run {arguments.run} in {place}; see: finetune status{workspace_option(place)}")
     return folder, record

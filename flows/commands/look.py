@@ -17,6 +17,7 @@ from flows.commands.arguments import (
     takes_overrides,
 )
 from flows.commands.outcome import FAILED, Wrong
+from stages.contracts import words
 from stages.contracts.process import ExitCode
 
 STATUS_HELP = """\
@@ -48,7 +49,7 @@ def add_to(add: Add) -> None:
 def _status(arguments: argparse.Namespace) -> int:
     from flows.show import status
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # a path is what it is: /x/[draft], :smile:
     if arguments.run is None:
         status.print_runs(existing_workspace(arguments), console)
     else:
@@ -62,7 +63,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     config = configuration(arguments)
     check_ready(config, str(arguments.config))
-    print(plan.report(config))
+    print(words.lines(plan.report(config)))
     return ExitCode.OK
 
 

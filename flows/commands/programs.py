@@ -6,6 +6,7 @@ import sys
 from typing import NoReturn
 
 from flows.commands.arguments import Add
+from flows.launch.environment import python_path
 
 DATASET_HELP = """\
 finetune dataset inspect RESULT|PREFIX [--document N]     its documents, tokens and lengths; or the text of a document
@@ -39,5 +40,7 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
 
 
 def _become(module: str, rest: list[str]) -> NoReturn:
+    """`-P`: a folder `stages` in the person's current folder is not ours."""
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *(rest or ["--help"])])
+    environment = {**os.environ, "PYTHONPATH": python_path(os.environ)}
+    os.execve(sys.executable, [sys.executable, "-P", "-m", module, *(rest or ["--help"])], environment)

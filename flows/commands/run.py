@@ -4,7 +4,7 @@ import argparse
 import os
 import shutil
 import traceback
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from flows.commands.arguments import Add, configuration, find_run, has_workspace
 from flows.commands.outcome import BAD, FAILED, GATE, Wrong, say, say_errors
 from flows.launch.protocol import StageFailed
 from flows.records.go_on import go_on, other_failures, workspace_option
-from flows.records.run_record import RunFolder, new_name, now
+from flows.records.run_record import RunFolder, RunIsLive, new_name, now
 from flows.running.ready import refuse_what_cannot_run
 from stages.contracts.config import PipelineConfig
 from stages.contracts.process import ExitCode
-from stages.contracts.words import shown_path, size
+from stages.contracts.words import lines, shown_path, size
 
 NO_SPACE = 10_000_000  # bytes: a disk with less has probably just run full
 
@@ -122,24 +122,23 @@ def _do(config: PipelineConfig, name: str, option: str, *, keep_server: bool, **
     if folder.is_live():
         raise Wrong(f"run {name} is going on in another process; see: finetune status {name}{option}")
 
-    try:
-        (folder.path / "logs").mkdir(parents=True, exist_ok=True)
-        prepare = partial(connect, workspace, module="flows.finetune")
-        with serving(workspace, keep=keep_server, say=say, meanwhile=prepare) as server:
-            code = _run_flow(config, folder, option, asked)
-            if server.pid is None:  # it is not ours
-                return code
-            if (stays := staying(workspace)) is not None:
-                say(f"the Prefect server stays at {stays.page}; to stop it: kill {stays.pid}")
-            else:
-                say(server_is_off(name, option))
+    prepare = partial(connect, workspace, module="flows.finetune")
+    with ExitStack() as stack:
+        try:
+            (folder.path / "logs").mkdir(parents=True, exist_ok=True)
+            server = stack.enter_context(serving(workspace, keep=keep_server, say=say, meanwhile=prepare))
+        except NoServer as error:
+            raise Wrong(_no_space(workspace) or str(error)) from None
+        except OSError as error:
+            raise Wrong(_no_space(workspace) or f"workspace: {workspace} cannot be used: {error}") from None
+        code = _run_flow(config, folder, option, asked)
+        if server.pid is None:  # it is not ours
             return code
-    except NoServer as error:
-        raise Wrong(_no_space(workspace) or str(error)) from None
-    except OSError as error:
-        if folder.read() is not None:
-            raise
-        raise Wrong(f"workspace: {workspace} cannot be used: {error}") from None
+        if (stays := staying(workspace)) is not None:
+            say(f"the Prefect server stays at {stays.page}; to stop it: kill {stays.pid}")
+        else:
+            say(server_is_off(name, option))
+        return code
 
 
 def _run_flow(config: PipelineConfig, folder: RunFolder, option: str, asked: dict[str, Any]) -> int:
@@ -149,7 +148,7 @@ def _run_flow(config: PipelineConfig, folder: RunFolder, option: str, asked: dic
     from flows.show.display import Display
     from flows.show.summary import print_summary
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # a path may have [] and : in it
     logs_to_file(folder.log("prefect"))
     with suppress(*AWAY):  # it is about other runs
         reconcile([folder.workspace])
@@ -169,6 +168,8 @@ def _run_flow(config: PipelineConfig, folder: RunFolder, option: str, asked: dic
         return exit_code(error)
     except BadConfig:
         raise
+    except RunIsLive as error:  # since we looked, or it is being settled
+        raise Wrong(f"{error} {folder.name}{option}") from None
     except Exception as error:
         record = folder.read()
         if record is not None and record.started >= begun and record.state == "done":
@@ -177,7 +178,7 @@ def _run_flow(config: PipelineConfig, folder: RunFolder, option: str, asked: dic
             return ExitCode.OK
         if told := _no_space(folder.workspace):  # whatever broke first: ours, or the server, whose database is there, too
             raise Wrong(f"{told}. {how_to_go_on()}".removesuffix(". ")) from None
-        traceback.print_exc()
+        say(lines(traceback.format_exc()))
         say_errors([f"{type(error).__name__}: {error}. This is a defect of ours; Prefect's log: {folder.log('prefect')}"])
         return FAILED
     except BaseException:
@@ -192,6 +193,8 @@ def _run_flow(config: PipelineConfig, folder: RunFolder, option: str, asked: dic
 
 def _no_space(folder: Path) -> str | None:
     """What to say when there is no room left to work in, else None."""
+    if not folder.is_dir():
+        return None
     free = shutil.disk_usage(folder).free
     return f"{folder}: no space left ({size(free)} free): make room" if free < NO_SPACE else None
 

@@ -37,13 +37,38 @@ def in_the_way(config: PipelineConfig) -> str | None:
 
 def in_containers(settings: LaunchSettings) -> bool:
     """Whether stages run in containers: as `launch.by` says, or where there are GPUs and an engine to give them."""
-    if settings.by != "auto" or settings.hosts:
-        return settings.by != "process"
-    if not machine_has_gpus():
-        return False
-    from flows.launch.docker_engine import answers, default_host
+    return decided(settings)[0].by == "docker"
 
-    return answers(default_host())
+
+def decided(settings: LaunchSettings) -> tuple[LaunchSettings, str | None]:
+    """`auto` decided, once for a whole run, for an engine may come and go; and what a person should know of that."""
+    if settings.by != "auto":
+        return settings, None
+    if settings.hosts:
+        return settings.model_copy(update={"by": "docker"}), None
+    has_gpus = machine_has_gpus()
+    problem = _no_engine() if has_gpus else None
+    by = "docker" if has_gpus and problem is None else "process"
+    return settings.model_copy(update={"by": by}), problem and f"stages run as plain processes of this machine: {problem}"
+
+
+def _no_engine() -> str | None:
+    """Why this machine's engine cannot be used; None: it answers."""
+    from flows.launch.docker_engine import NotReady, connected, default_host
+
+    try:
+        with connected(default_host()):
+            return None
+    except NotReady as error:
+        return str(error)
+
+
+def engines_of(stage: str, settings: LaunchSettings) -> tuple[str, ...]:
+    """Addresses of the engines that a stage in containers runs on: training on all, the others on the first."""
+    from flows.launch.docker_engine import default_host
+
+    hosts = settings.hosts or (default_host(),)
+    return hosts if stage == "train" else hosts[:1]
 
 
 def gpus_of(settings: LaunchSettings, ours: Mapping[str, str]) -> Gpus:
@@ -67,9 +92,9 @@ def remove_left(config: PipelineConfig, workspace: Path) -> None:
     """Remove containers of runs of a workspace that nobody does any more; one that still saves its work is waited for."""
     if not in_containers(config.launch):
         return
-    from flows.launch.docker_engine import NotReady, connected, default_host
+    from flows.launch.docker_engine import NotReady, connected
     from flows.launch.docker_leftovers import remove_leftovers
 
-    for host in dict.fromkeys(config.launch.hosts or (default_host(),)):
+    for host in dict.fromkeys(engines_of("train", config.launch)):
         with contextlib.suppress(NotReady), connected(host) as client:  # the next start of a stage there removes them
             remove_leftovers(client, host, workspace, attempt="", run="", stop=threading.Event(), say=print)

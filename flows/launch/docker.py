@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.launch.choose import gpus_of
+from flows.launch.choose import engines_of, gpus_of
 from flows.launch.docker_checks import Image, check_engine, check_settings, look_around, processes_on
 from flows.launch.docker_container import Container
-from flows.launch.docker_engine import NotReady, connected, default_host
+from flows.launch.docker_engine import NotReady, connected
 from flows.launch.docker_group import Group, Member
 from flows.launch.docker_leftovers import labels, remove_leftovers
-from flows.launch.docker_mounts import Bind, binds_of, hidden_of, make_folders
+from flows.launch.docker_mounts import Bind, binds_of, hidden_of, make_folders, workspace_bind
 from flows.launch.docker_refusals import ENGINE_ERRORS, refusals_told
-from flows.launch.docker_request import HUB_NETWORK, LABEL, Ask, Place, container_name, request
+from flows.launch.docker_request import HUB_NETWORK, Ask, Place, container_name, request
 from flows.launch.environment import hub_environment
 from flows.launch.listener import Listener, explain, last_lines, not_started, open_log
 from flows.launch.output import Redactor
@@ -64,12 +64,10 @@ class DockerLauncher:
     def run(self, job: StageJob, caller: Caller) -> None:
         """See `Launcher.run`."""
         spec = SPECS[job.node].model_validate_json(job.spec_file.read_bytes())
-        hosts = self.settings.hosts or (default_host(),)
-        hosts = hosts if job.stage == "train" else hosts[:1]
         grace = self.grace if self.grace is not None else grace_of(job.stage)
         with contextlib.ExitStack() as stack:
             try:
-                engines = self._engines(job, spec, hosts, stack, caller)
+                engines = self._engines(job, spec, stack, caller)
                 places = stack.enter_context(self._places(job, spec, engines))
             except NotReady as error:
                 raise _refused(job, error) from None
@@ -96,34 +94,36 @@ class DockerLauncher:
         if (failed := group.failed()) is not None:
             raise self._failure(job, group, failed)
 
-    def _engines(
-        self, job: StageJob, spec: Spec, hosts: Sequence[str], stack: contextlib.ExitStack, caller: Caller
-    ) -> list[Engine]:
-        """The engines, looked at once in the life of this launcher.
+    def _engines(self, job: StageJob, spec: Spec, stack: contextlib.ExitStack, caller: Caller) -> list[Engine]:
+        """The engines of a stage. Those of all stages are looked at before the first, once in the life of this launcher.
 
         Raises:
             NotReady: one of them cannot run our containers.
             Stopped: the run was stopped.
         """
         check_settings(self.config, os.environ)
-        clients = {host: stack.enter_context(connected(host)) for host in dict.fromkeys(hosts)}
-        engines = [Engine(host, clients[host], check_engine(clients[host], host, self.settings, os.environ)) for host in hosts]
+        first, *others = engines_of("train", self.settings)
         with self._looking:
-            for engine in engines:
+            for host in dict.fromkeys([first, *others]):
                 if caller.stop.is_set():
                     raise Stopped
-                if engine.host not in self._looked_at:
-                    self._look_at(engine, job, spec, caller)
-                    self._looked_at.add(engine.host)
-        return engines
+                if host not in self._looked_at:
+                    binds = _binds(spec) if host == first else [workspace_bind(Path(spec.workspace))]  # as training has
+                    with connected(host) as client:
+                        image = check_engine(client, host, self.settings, os.environ)
+                        self._look_at(Engine(host, client, image), binds, job, spec, caller)
+                    self._looked_at.add(host)
+        hosts = engines_of(job.stage, self.settings)
+        clients = {host: stack.enter_context(connected(host)) for host in dict.fromkeys(hosts)}
+        return [Engine(host, clients[host], check_engine(clients[host], host, self.settings, os.environ)) for host in hosts]
 
-    def _look_at(self, engine: Engine, job: StageJob, spec: Spec, caller: Caller) -> None:
+    def _look_at(self, engine: Engine, binds: list[Bind], job: StageJob, spec: Spec, caller: Caller) -> None:
         workspace = Path(spec.workspace)
         remove_leftovers(
             engine.client, engine.host, workspace, attempt=self.attempt, run=job.run, stop=caller.stop, say=caller.on_line
         )
         look_around(
-            engine.client, engine.host, self.settings, engine.image, _binds(spec), self._labels(job, spec, 0.0),
+            engine.client, engine.host, self.settings, engine.image, binds, self._labels(job, spec, 0.0),
             workspace=workspace, processes=processes_on(self.config, engine.host),
         )  # fmt: skip
 
@@ -149,7 +149,7 @@ class DockerLauncher:
         with refusals_told(first.host):
             network = first.client.networks.create(
                 container_name(job.run, job.node, self.attempt), driver="bridge", internal=True,
-                labels={LABEL + name: value for name, value in self._labels(job, spec, 0.0).items()},
+                labels=self._labels(job, spec, 0.0),
             )  # fmt: skip
         try:
             yield [Place(node, count, f"node-0:{PORT}", network.name, f"node-{node}") for node in range(count)]

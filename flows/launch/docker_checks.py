@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ from typing import Any
 
 from docker.errors import ImageNotFound
 
-from flows.launch.choose import gpus_of
+from flows.launch.choose import engines_of, gpus_of
 from flows.launch.docker_container import Container
 from flows.launch.docker_engine import HERE, NotReady, Problem, connected, default_host
 from flows.launch.docker_leftovers import PROBE_SECONDS
-from flows.launch.docker_mounts import Bind, check_places
+from flows.launch.docker_mounts import Bind, check_places, told_as
 from flows.launch.docker_refusals import TOOLKIT, refusals_told
 from flows.launch.docker_request import Ask, container_name, request
 from flows.launch.probe import code_digest
@@ -46,16 +47,16 @@ def check_settings(config: PipelineConfig, ours: Mapping[str, str]) -> None:
     """
     check_places(config)
     settings, gpus = config.launch, gpus_of(config.launch, ours)
-    processes = processes_on(config, settings.hosts[0] if settings.hosts else "")
+    processes = processes_on(config)
     if gpus.known:
         _check_number(gpus.known, processes, f"launch.gpus={settings.gpus} gives them")
     if gpus.known != 0 and processes > 1 and settings.ipc == "private" and settings.shm_size < NCCL_SHM:
         raise NotReady(_too_little_shm(f"launch.shm_size={words.size(settings.shm_size)}"))
 
 
-def processes_on(config: PipelineConfig, host: str) -> int:
-    """The most processes that compute at the same time on an engine's machine: verify's are all on the first."""
-    is_first = not config.launch.hosts or host == config.launch.hosts[0]
+def processes_on(config: PipelineConfig, host: str | None = None) -> int:
+    """The most processes that compute at the same time on an engine's machine, by default the first: it has all of verify's."""
+    is_first = host is None or host in (config.launch.hosts or (host,))[:1]
     return max(config.processes_per_machine, config.layout.tp * config.layout.pp if is_first else 0)
 
 
@@ -84,7 +85,7 @@ def check_engines(config: PipelineConfig, ours: Mapping[str, str]) -> None:
         NotReady: what is in the way first.
     """
     check_settings(config, ours)
-    for host in dict.fromkeys(config.launch.hosts or (default_host(),)):
+    for host in dict.fromkeys(engines_of("train", config.launch)):
         with connected(host) as client:
             check_engine(client, host, config.launch, ours)
 
@@ -147,7 +148,16 @@ def look_around(
             image=image.id, name=container_name("finetune", "probe", marker.removeprefix(".seen-")),
             command=["flows.launch.probe", str(workspace), marker], binds=binds, labels=labels, gpus=gpus,
         )  # fmt: skip
-        seen = _seen(client, host, image, request(ask, settings, os.environ))
+        try:
+            seen = _seen(client, host, image, request(ask, settings, os.environ))
+        except TimeoutError:
+            slow = f"ls {shlex.quote(str(workspace))}{'; nvidia-smi' * (gpus.known != 0)}"
+            raise NotReady(
+                Problem(
+                    f"a container of {image.name} at {host} hangs: it said nothing within {PROBE_SECONDS} seconds",
+                    f"see what does not answer on that machine: {slow}",
+                )
+            ) from None
     if not seen["is_visible"]:
         raise NotReady(
             Problem(
@@ -179,27 +189,39 @@ def _other_code(image: Image, host: str, holds: str) -> Problem:
 @contextlib.contextmanager
 def _marker(workspace: Path) -> Iterator[str]:
     """A file in the workspace that no other folder has. A workspace that is not there yet is made, and not left."""
-    missing = [folder for folder in (workspace, *workspace.parents) if not folder.exists()]
-    workspace.mkdir(parents=True, exist_ok=True)
-    file = workspace / f".seen-{uuid.uuid4().hex}"
-    file.touch()
+    file, missing = workspace / f".seen-{uuid.uuid4().hex}", list[Path]()
     try:
+        with told_as(f"workspace: {workspace} cannot be written to"):
+            missing = [folder for folder in (workspace, *workspace.parents) if not folder.exists()]
+            workspace.mkdir(parents=True, exist_ok=True)
+            file.touch()
         yield file.name
     finally:
-        file.unlink()
+        with contextlib.suppress(OSError):  # it was not made; or somebody else removes the workspace
+            file.unlink()
         for folder in missing:
             with contextlib.suppress(OSError):  # somebody uses it by now
                 folder.rmdir()
 
 
 def _seen(client: Any, host: str, image: Image, asked: dict[str, Any]) -> dict[str, Any]:
-    """What a probe says."""
+    """What a probe says.
+
+    Raises:
+        TimeoutError: it said nothing, as where a disk or a GPU does not answer.
+    """
     with refusals_told(host):
         container = Container(client, asked, {})
+    timer = threading.Timer(PROBE_SECONDS, container.give_up)
+    timer.daemon = True
+    timer.start()
     try:
         said = list(container.lines())
+        if container.is_given_up:
+            raise TimeoutError
         ending = container.ended(PROBE_SECONDS)
     finally:
+        timer.cancel()
         container.remove()
     if ending.code or not said:
         if any("No module named" in line for line in said):

@@ -49,6 +49,7 @@ class Container:
             ENGINE_ERRORS: the engine refuses; nothing is left of it.
         """
         self.name = str(request["name"])
+        self.is_given_up = False
         self._api = client.api
         self._id = client.containers.create(**request).id
         try:
@@ -110,6 +111,13 @@ class Container:
     def kill(self) -> None:
         """End it at once."""
         self._signal("SIGKILL")
+
+    def give_up(self) -> None:
+        """End it, and its output at once: what waits for a disk that hangs cannot be killed."""
+        self.is_given_up = True
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self.kill()
 
     def _signal(self, name: str) -> None:
         with contextlib.suppress(*ENGINE_ERRORS):  # it has ended already; or the engine is gone, and ends it by itself

@@ -5,6 +5,7 @@ behind the shim, so it ends with us, and what runs over there notices.
 """
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -24,6 +25,7 @@ HERE = "unix:///var/run/docker.sock"
 TIMEOUT = 60  # seconds for one answer of an engine
 SSH_SECONDS = 30.0
 LEAST_API = "1.40"  # the first with GPUs
+INSPECT_CONTEXT = "docker context inspect -f '{{.Endpoints.docker.Host}}'"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class NotReady(Exception):
 
 
 def default_host() -> str:
-    """The engine that the docker command uses, too, where nothing else is said."""
+    """The engine of this machine, where DOCKER_HOST names no other. A context of the docker command is not heeded."""
     return os.environ.get("DOCKER_HOST") or HERE
 
 
@@ -71,15 +73,6 @@ def connected(host: str) -> Iterator[Any]:
             client = _client(host, host)
         stack.callback(client.close)
         yield client
-
-
-def answers(host: str) -> bool:
-    """Whether an engine answers there."""
-    try:
-        with connected(host):
-            return True
-    except NotReady:
-        return False
 
 
 def _client(host: str, address: str, tls: Any = False) -> Any:
@@ -118,7 +111,8 @@ def _knock(host: str) -> None:
         raise NotReady(
             Problem(
                 f"the Docker socket {path} refuses this user",
-                "sudo usermod -aG docker $USER && newgrp docker (whoever may use that socket is root on this machine)",
+                "sudo usermod -aG docker $USER && newgrp docker (whoever may use that socket is root on this machine)"
+                + _context_mend(host),
             )
         ) from None
     except OSError as error:
@@ -131,7 +125,18 @@ def _knock(host: str) -> None:
             mend = (
                 "install Docker (docs.docker.com/engine/install, or: sudo apt-get install docker.io); or set launch.by: process"
             )
-        raise NotReady(Problem(f"no Docker engine answers at {path} ({error.strerror})", mend)) from None
+        raise NotReady(Problem(f"no Docker engine answers at {path} ({error.strerror})", mend + _context_mend(host))) from None
+
+
+def _context_mend(host: str) -> str:
+    """How to get to the engine of a context that the docker command uses: rootless Docker, Docker Desktop, colima."""
+    file = Path(os.environ.get("DOCKER_CONFIG") or "~/.docker").expanduser() / "config.json"
+    context = "default"
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        context = json.loads(file.read_text()).get("currentContext") or context
+    if host != HERE or context == "default":
+        return ""
+    return f"; or, for that of docker's context {context}: export DOCKER_HOST=$({INSPECT_CONTEXT})"
 
 
 def _certificates(host: str) -> Any:

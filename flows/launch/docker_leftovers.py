@@ -14,22 +14,25 @@ from typing import Any
 
 from docker.errors import APIError, NotFound
 
+from flows.launch.docker_engine import TIMEOUT
 from flows.launch.docker_refusals import refusals_told
 from flows.launch.docker_request import LABEL
 from flows.records.locks import Stopped
 from flows.records.run_record import RunFolder
 
-PROBE_SECONDS = 30  # that the container of a doctor may take
+PROBE_SECONDS = 30  # that a look around may take in its container
+DOCTOR_SECONDS = 4 * TIMEOUT + PROBE_SECONDS  # that a doctor has it: the engine makes, attaches, starts and removes it
 REMOVAL_SECONDS = 60  # that the engine may take to remove one
 LOOK_SECONDS = 0.2  # between two looks: the engine's own `wait` cannot be told from a lost connection when its time is over
 
 
 def labels(*, workspace: Path, run: str, node: str, attempt: str, grace: float) -> dict[str, str]:
     """What marks a container, or a network, of ours, and says whose it is. A doctor's has no run."""
-    return {
+    marks = {
         "workspace": str(workspace), "run": run, "stage": node, "attempt": attempt, "machine": socket.gethostname(),
         "grace": str(grace), "asked": f"{time.time():.0f}",
     }  # fmt: skip
+    return {LABEL + name: value for name, value in marks.items()}
 
 
 def remove_leftovers(
@@ -87,5 +90,5 @@ def _is_left(labels: dict[str, str], workspace: Path, attempt: str, run: str) ->
         return False
     of = labels.get(f"{LABEL}run", "")
     if not of:
-        return time.time() - float(labels.get(f"{LABEL}asked", "0")) > PROBE_SECONDS
+        return time.time() - float(labels.get(f"{LABEL}asked", "0")) > DOCTOR_SECONDS
     return of == run or not RunFolder(workspace, of).is_live()

@@ -1,9 +1,10 @@
 """What a container sees of this machine's disks: the workspace, and what a stage reads or writes besides it, all of it at the
 same paths as here, so that specs, errors and artifacts name paths that a person can open."""
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flows.launch.docker_engine import NotReady, Problem
@@ -33,6 +34,7 @@ class Bind:
     source: Path
     target: Path
     is_writable: bool = False
+    key: str = field(default="", compare=False)  # the setting that names it
 
 
 def check_places(config: PipelineConfig) -> None:
@@ -55,38 +57,75 @@ def binds_of(spec: Spec, ours: Mapping[str, str]) -> list[Bind]:
         ours: our environment: where the caches and certificates of the Hub's clients are.
 
     Raises:
-        NotReady: one of them would hide what the container has itself.
+        NotReady: one of them would hide what the container has itself, or may not be looked at.
     """
     workspace = Path(spec.workspace)
-    wanted = [Bind(workspace, workspace, is_writable=True)]
-    check_place(workspace, "workspace")
+    wanted = [workspace_bind(workspace)]
     for key, source in _sources(spec):
-        for path in (source, *_led_to(source)):
+        with told_as(f"{key}: {source} cannot be read"):
+            places = [source, *_led_to(source)]
+        for path in places:
             check_place(path, key)
-            wanted.append(Bind(path, path))
+            wanted.append(Bind(path, path, key=key))
     if isinstance(spec, PushSpec) and spec.settings.to == "folder":
         folder = _push_folder(spec.settings)
         check_place(folder, PUSH_FOLDER)
-        wanted.append(Bind(folder, folder, is_writable=True))
+        wanted.append(Bind(folder, folder, is_writable=True, key=PUSH_FOLDER))
     if spec.talks_to_hub:
-        wanted += [Bind(path, path) for path in _certificates(ours)]
+        wanted += _certificates(ours)
     if spec.talks_to_hub and spec.STAGE == "download":
         wanted += _caches(ours)
     return _without_doubles(wanted)
 
 
+def workspace_bind(workspace: Path) -> Bind:
+    """What every stage sees.
+
+    Raises:
+        NotReady: it would hide what the container has itself.
+    """
+    check_place(workspace, "workspace")
+    return Bind(workspace, workspace, is_writable=True, key="workspace")
+
+
 def make_folders(binds: list[Bind]) -> None:
-    """Make what is written to, as processes would."""
+    """Make what is written to, as processes would.
+
+    Raises:
+        NotReady: one cannot be made; naming the setting.
+    """
     for bind in binds:
         if bind.is_writable:
-            bind.source.mkdir(parents=True, exist_ok=True)
+            with told_as(f"{bind.key}: {bind.source} cannot be made"):
+                bind.source.mkdir(parents=True, exist_ok=True)
 
 
 def hidden_of(workspace: Path) -> list[Path]:
-    """What no stage sees of its workspace. It is made where it is not there: else the engine would, as root."""
+    """What no stage sees of its workspace. It is made where it is not there: else the engine would, as root.
+
+    Raises:
+        NotReady: it cannot be made.
+    """
     home = server_home(workspace)
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with told_as(f"workspace: {home} cannot be made"):
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
     return [home]
+
+
+@contextlib.contextmanager
+def told_as(what: str) -> Iterator[None]:
+    """For looks at this machine's disks, and changes of them.
+
+    Raises:
+        NotReady: one is refused.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = f": {error.filename}" if error.filename and str(error.filename) not in what else ""
+        raise NotReady(
+            Problem(f"{what} ({error.strerror}{where})", "change the owner or the mode of what is there, or choose another")
+        ) from None
 
 
 def check_place(path: Path, key: str) -> None:
@@ -111,20 +150,23 @@ def _sources(spec: Spec) -> Iterator[tuple[str, Path]]:
 
 
 def _of_model(model: ModelSettings) -> Iterator[tuple[str, Path]]:
-    if is_local(model.source):
-        yield "model.source", _absolute(model.source)
+    path = _absolute(model.source)
+    with told_as(f"model.source: {path} cannot be read"):
+        if is_local(model.source):
+            yield "model.source", path
 
 
 def _of_data(data: DataSettings) -> Iterator[tuple[str, Path]]:
     for named in data.sources():
         key, source = f"{named.key}.source", named.settings.source
         path = _absolute(source)
-        if named.settings.format == "tokenized":
-            yield key, path.parent
-        elif is_glob(source):
-            yield key, _absolute(expand(source)[0])
-        elif path.exists():
-            yield key, path
+        with told_as(f"{key}: {path} cannot be read"):
+            if named.settings.format == "tokenized":
+                yield key, path.parent
+            elif is_glob(source):
+                yield key, _absolute(expand(source)[0])
+            elif path.exists():
+                yield key, path
 
 
 def _push_folder(settings: PushSettings) -> Path:
@@ -138,16 +180,20 @@ def _absolute(path: str | Path) -> Path:
 
 
 def _led_to(source: Path) -> Iterator[Path]:
-    """What links on the way to a source, and in it, lead to outside of it: as those of the Hub's cache do."""
+    """What links on the way to a source, and in it, lead to outside of it: as those of the Hub's cache do.
+
+    What this user may not look at in it, the stage may not, either, and passes over.
+    """
     yield from _way(source)
     real = source.resolve()
     found: set[Path] = set()
     folders = [real] if real.is_dir() else []
     while folders:
-        with os.scandir(folders.pop()) as entries:
+        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
             for entry in entries:
                 if entry.is_symlink():
-                    found.update(path if path.is_dir() else path.parent for path in _way(Path(entry.path)))
+                    with contextlib.suppress(OSError):
+                        found.update(path if path.is_dir() else path.parent for path in _way(Path(entry.path)))
                 elif entry.is_dir(follow_symlinks=False):
                     folders.append(Path(entry.path))
     yield from sorted(path for path in found if path.is_dir() and not path.is_relative_to(real))
@@ -163,15 +209,14 @@ def _way(path: Path) -> Iterator[Path]:
         yield path
 
 
-def _certificates(ours: Mapping[str, str]) -> list[Path]:
+def _certificates(ours: Mapping[str, str]) -> Iterator[Bind]:
     """The files and folders of the Hub's clients, and where links in them lead."""
-    found: set[Path] = set()
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"):
         for path in map(_absolute, filter(None, ours.get(name, "").split(os.pathsep))):
-            if path.exists():
-                check_place(path, name)
-                found |= {path, *_led_to(path)}
-    return sorted(found)
+            with told_as(f"{name}: {path} cannot be read"):
+                if path.exists():
+                    check_place(path, name)
+                    yield from (Bind(each, each, key=name) for each in (path, *_led_to(path)))
 
 
 def _caches(ours: Mapping[str, str]) -> list[Bind]:
@@ -179,7 +224,7 @@ def _caches(ours: Mapping[str, str]) -> list[Bind]:
     home = Path(ours.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     binds = []
     for name, variable in (("hub", "HF_HUB_CACHE"), ("datasets", "HF_DATASETS_CACHE")):
-        binds.append(Bind(_absolute(ours.get(variable) or home / name), CACHES / name, is_writable=True))
+        binds.append(Bind(_absolute(ours.get(variable) or home / name), CACHES / name, is_writable=True, key=variable))
     return binds
 
 

@@ -66,7 +66,7 @@ def request(ask: Ask, settings: LaunchSettings, ours: Mapping[str, str]) -> dict
         "name": ask.name,
         "entrypoint": ["python", "-P", "-m"],
         "command": ask.command,
-        "labels": {LABEL + name: value for name, value in ask.labels.items()},
+        "labels": ask.labels,
         "environment": container_environment(ours) | _folders(home, ask.binds) | ask.place.environment() | ask.environment,
         "user": f"{os.getuid()}:{os.getgid()}",
         "group_add": [str(group) for group in os.getgroups() if group != os.getgid()],

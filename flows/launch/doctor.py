@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from flows.launch.choose import gpus_of, in_containers
-from flows.launch.docker_mounts import Bind, binds_of, check_place
+from flows.launch.choose import engines_of, gpus_of, in_containers
+from flows.launch.docker_mounts import Bind, binds_of, check_place, workspace_bind
 from stages.contracts.config import PipelineConfig
 from stages.contracts.launch_settings import LaunchSettings, machine_has_gpus
 from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec
@@ -76,7 +76,7 @@ def _versions() -> Iterator[str]:
 
 
 def _space(workspace: Path) -> Finding:
-    there = next(folder for folder in (workspace, *workspace.parents) if folder.exists())
+    there = next(folder for folder in (workspace, *workspace.parents) if os.access(folder, os.F_OK))  # exists() may raise
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return Finding(
             "workspace", f"{workspace}: {there} cannot be written to", "choose another (workspace), or change its owner"
@@ -107,7 +107,7 @@ def _processes(settings: LaunchSettings) -> Iterator[Finding]:
 def _engines(config: PipelineConfig | None, settings: LaunchSettings, workspace: Path) -> Iterator[Finding]:
     """The engines, one after the other; where one has a problem, the next is looked at."""
     from flows.launch.docker_checks import check_engine, check_settings, look_around, processes_on
-    from flows.launch.docker_engine import NotReady, connected, default_host
+    from flows.launch.docker_engine import NotReady, connected
     from flows.launch.docker_leftovers import labels
     from flows.launch.docker_refusals import refusals_told
 
@@ -120,7 +120,7 @@ def _engines(config: PipelineConfig | None, settings: LaunchSettings, workspace:
     except NotReady as error:
         yield from (Finding("launch", problem.what, problem.mend) for problem in error.problems)
         return
-    for host in dict.fromkeys(settings.hosts or (default_host(),)):
+    for host in dict.fromkeys(engines_of("train", settings)):
         try:
             with connected(host) as client:
                 with refusals_told(host):
@@ -141,6 +141,6 @@ def _engines(config: PipelineConfig | None, settings: LaunchSettings, workspace:
 def _binds(config: PipelineConfig | None, workspace: Path, host: str) -> list[Bind]:
     """The workspace, and on the first machine, where it is another one, what the downloads see: it has to be there, too."""
     if config is None or host.startswith("unix://") or host not in (config.launch.hosts or (host,))[:1]:
-        return [Bind(workspace, workspace, is_writable=True)]
+        return [workspace_bind(workspace)]
     specs = (DownloadModelSpec.of(config), DownloadDataSpec.of(config))
     return list(dict.fromkeys(bind for spec in specs for bind in binds_of(spec, os.environ)))

@@ -1,14 +1,17 @@
 """Turns: what runs wait for, one after the other. Locks of the kernel, which drops them when their holder dies, however.
 
 By default one stage at a time computes: its GPUs are all there are. Those that name their GPUs wait only for each other's.
-Locks of GPUs are the machine's, for all workspaces and people; without GPUs it is the trainings of a workspace that take turns.
+Locks of GPUs are for all workspaces and people of the machine that runs start on, also those of other machines' GPUs; without
+GPUs it is the trainings of a workspace that take turns.
 Whoever holds one says so in its file, for those who wait.
 """
 
 import contextlib
 import fcntl
 import os
+import socket
 import threading
+import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,17 +37,34 @@ class Lock:
     is_shared: bool = False  # with others who share it, against one who does not
 
 
-def locks_of(stage: str, workspace: Path, gpus: Gpus) -> list[Lock]:
-    """What a stage has to hold that may compute on these GPUs of this machine, or on none."""
+def locks_of(stage: str, workspace: Path, gpus: Gpus, engines: Sequence[str] = ()) -> list[Lock]:
+    """What a stage has to hold that may compute on these GPUs of its machines, or on none.
+
+    Args:
+        engines: addresses of those that it runs on, as of `launch.hosts`. None: it is a process of this machine.
+    """
     if stage not in GPU_STAGES or (gpus.known == 0 and stage != "train"):
         return []
     if gpus.known == 0:
         return [Lock(workspace / ".training", "its turn")]
+    machines = sorted({_machine(engine) for engine in engines} or {""})  # everybody in this order: nobody waits in a circle
+    return [lock for machine in machines for lock in _locks_of_gpus(gpus, machine)]
+
+
+def _locks_of_gpus(gpus: Gpus, machine: str) -> list[Lock]:
+    at, of = (f"@{machine}", f" of {machine}") if machine else ("", "")
+    file, what = MACHINE / f"gpus{at}", f"the GPUs{of or ' of this machine'}"
     if not gpus.ids or not all(number.isdigit() for number in gpus.ids):  # any of them; or ids that can mean the same GPU
-        return [Lock(MACHINE / "gpus", "the GPUs of this machine")]
-    numbers = sorted({int(number) for number in gpus.ids})  # everybody in this order: nobody waits in a circle
-    ones = [Lock(MACHINE / f"gpu-{number}", f"GPU {number}") for number in numbers]
-    return [Lock(MACHINE / "gpus", "the GPUs of this machine", is_shared=True), *ones]
+        return [Lock(file, what)]
+    numbers = sorted({int(number) for number in gpus.ids})
+    ones = [Lock(MACHINE / f"gpu-{number}{at}", f"GPU {number}{of}") for number in numbers]
+    return [Lock(file, what, is_shared=True), *ones]
+
+
+def _machine(engine: str) -> str:
+    """The name of an engine's machine, whichever way leads to it. Empty: this one."""
+    name = urllib.parse.urlsplit(engine).hostname
+    return "" if name is None or name in ("localhost", "127.0.0.1", socket.gethostname().lower()) else name
 
 
 @contextlib.contextmanager

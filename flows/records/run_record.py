@@ -28,6 +28,8 @@ from stages.contracts.specs import SPECS
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # of a folder, too: file systems take no name of any length
 
+CANCELLED = "cancelled in Prefect"  # the error of a run that was
+
 NodeState = Literal["waiting", "running", "ran", "cached", "failed", "stopped"]
 FINISHED: tuple[NodeState, ...] = ("ran", "cached")  # the states of nodes whose results are there
 RunState = Literal["running", "done", "failed", "stopped", "crashed"]

@@ -14,7 +14,7 @@ from stages.contracts import artifacts as a
 from stages.contracts.figures import perplexity
 from stages.contracts.specs import scratch_of
 from stages.contracts.training_curves import Curves, curves_in
-from stages.contracts.words import counted, seconds, size
+from stages.contracts.words import counted, seconds, size, whole_percent
 
 A = TypeVar("A", bound=a.Artifact)
 
@@ -81,9 +81,16 @@ class Story:
         return [] if export is None else samples_of(export, export.folder(self.folder.workspace))
 
     def published(self) -> str | None:
-        """Where the model was published."""
+        """Where the model was published: on the Hub, or in which folder, as all paths beside it from the root."""
         pushed = self.of("push", a.PushArtifact)
-        return None if pushed is None or pushed.to == "dry-run" else pushed.target
+        if pushed is None or pushed.to == "dry-run":
+            return None
+        return str(Path(self.record.cwd) / pushed.target) if pushed.to == "folder" else pushed.target
+
+
+def flow_of(record: RunRecord) -> str:
+    """What a run is one of."""
+    return "finetune-llama2" if record.stage is None else f"stage/{record.stage}"
 
 
 def story_of(folder: RunFolder, record: RunRecord) -> Story:
@@ -115,7 +122,8 @@ def right_answers(export: a.ExportArtifact) -> str | None:
     right = export.metrics.get("answers")
     try:
         return (
-            f"{right['before']:.0%} → {right['after']:.0%} of {counted(right['questions'], 'held-out question')}"
+            f"{whole_percent(right['before'])} → {whole_percent(right['after'])} of "
+            f"{counted(right['questions'], 'held-out question')}"
             if right
             else None
         )

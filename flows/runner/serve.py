@@ -49,7 +49,8 @@ class _Serving:
 
     async def run(self, asked: Sequence[Deployment], on_ready: Callable[[], None]) -> None:
         with stop_requests() as requests:
-            await self._settle()
+            with suppress(*AWAY):  # it is done again, from time to time
+                await self._settle()
             for each in asked:
                 await self.runner.aadd_flow(
                     each.flow, name=each.name, parameters=each.parameters, description=each.about,
@@ -77,7 +78,8 @@ class _Serving:
                 else:
                     os._exit(130)  # the runs' processes end by themselves
             await self._round(takes_runs=False)
-            await _sleep(0.2, requests)
+            if requests.count == told:
+                await _sleep(POLL_SECONDS, requests)
         with suppress(*AWAY):
             await self._show(is_last=True)
 
@@ -94,6 +96,8 @@ class _Serving:
             if not self._is_away:
                 self.say(f"the Prefect server does not answer ({type(error).__name__}); runs go on meanwhile")
             self._is_away = True
+        except Exception as error:  # the runner's end would be that of its runs
+            self._tell_once(f"{type(error).__name__}: {error}")
         else:
             if self._is_away:
                 self.say("the Prefect server answers again")

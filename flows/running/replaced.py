@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from stages.contracts.intact import find_intact
+
 
 def _aside(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.replaced"
@@ -26,12 +28,15 @@ def set_aside(folder: Path, *, wanted: bool) -> Iterator[None]:
 
 
 def put_back(folder: Path) -> None:
-    """Put an old result back where nothing has replaced it: the process that set it aside was killed, or its stage failed.
+    """Put an old result back where nothing good has replaced it: the process that set it aside was killed, or its stage failed.
 
     Nobody may be making the result.
     """
     aside = _aside(folder)
-    if folder.exists():
+    if not aside.exists():
+        return
+    if find_intact(folder) is not None:
         shutil.rmtree(aside, ignore_errors=True)
-    elif aside.exists():
-        aside.rename(folder)
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)

@@ -19,7 +19,8 @@ from flows.asked.load_config import BadConfig
 from flows.asked.parameters import Asked
 from flows.launch import choose
 from flows.launch.protocol import Launcher, StageFailed
-from flows.records.run_record import LiveRecord, RunFolder, RunRecord, new_name, now
+from flows.records.run_record import CANCELLED, LiveRecord, RunFolder, RunRecord, new_name, now
+from flows.running.cancelled import heeded
 from flows.running.quiet import logs_to_file
 from flows.running.ready import refuse_what_cannot_run
 from flows.running.results import ArtifactSerializer
@@ -107,16 +108,14 @@ def open_run(asked: Asked, name: str | None) -> Iterator[Run]:
         StageFailed: a stage failed.
     """
     folder = _folder(asked.config.workspace_path, name)
-    if deployment.id is not None:  # nobody has checked it yet; and a runner's terminal shows what runs, not every line of it
-        refuse_what_cannot_run(asked)
-        (folder.path / "logs").mkdir(parents=True, exist_ok=True)
-        logs_to_file(folder.log("prefect"))
-    with (
-        folder.held(),
-        server_kept_alive(revives=deployment.id is not None) as holds,
-        watched(folder, holds),
-        contextlib.ExitStack() as at_the_end,
-    ):
+    with contextlib.ExitStack() as at_the_end:
+        holds = at_the_end.enter_context(server_kept_alive(revives=deployment.id is not None))
+        at_the_end.enter_context(watched(folder, str(flow_run.id), flow_run.run_count or 1, holds))
+        if deployment.id is not None:  # nobody has checked it yet; and a runner's terminal shows what runs, not all its lines
+            refuse_what_cannot_run(asked)
+            (folder.path / "logs").mkdir(parents=True, exist_ok=True)
+            logs_to_file(folder.log("prefect"))
+        at_the_end.enter_context(folder.held())
         record = LiveRecord(
             folder,
             RunRecord(
@@ -142,6 +141,7 @@ def open_run(asked: Asked, name: str | None) -> Iterator[Run]:
                 run.made(node, artifact, cached=True)
         in_peace = at_the_end.enter_context(contextlib.ExitStack())  # is left after the callback
         at_the_end.callback(tell_end, folder, run.board)
+        is_cancelled = at_the_end.enter_context(heeded(flow_run.id))  # no more once the run ends
         try:
             yield run
             run.wait()
@@ -152,7 +152,9 @@ def open_run(asked: Asked, name: str | None) -> Iterator[Run]:
             in_peace.enter_context(_sigterm_ignored())
             run.end()
             interrupted = not isinstance(error, Exception)  # Ctrl-C, or SIGTERM as Prefect tells it
-            told = "stopped" if interrupted else f"{type(error).__name__}: {error}"
+            told = f"{type(error).__name__}: {error}"
+            if interrupted:
+                told = CANCELLED if is_cancelled.is_set() else "stopped"
             record.update(state="stopped" if interrupted else "failed", error=told, finished=now())
             raise
         record.update(state="done", finished=now())

@@ -50,6 +50,8 @@ def run_stage(run: Run, kind: type[A], spec_type: type[Spec], **inputs: a.Artifa
             if node not in run.refresh and (made := intact.find_reusable(spec.folder)) is not None:
                 # Another run made it meanwhile, or one that was killed had set it aside.
                 return cast(A, _taken(made, "it is there after all"))
+            started = time.monotonic()  # to wait for one's turn is no work
+            run.record.node(node, started=now())
             with set_aside(spec.folder, wanted=node in run.refresh):
                 artifact = _launch(run, kind, spec, holds)
     except BaseException as error:

@@ -1,11 +1,12 @@
 """Making the records agree with the world: no run and no task stays `Running` after its process is gone.
 
-    python -m flows.running.settle WORKSPACE RUN      what a run's watcher does (`watch.py`); safe at any time
+    python -m flows.running.settle WORKSPACE RUN FLOW_RUN_ID ATTEMPT      what a run's watcher does (`watch.py`)
 
 A run's own record says how it ended, or, where nobody holds its lock, that it crashed. Prefect is told so if it missed it: the
 process died, or the server was away when the run ended.
 """
 
+import os
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import httpx
 from prefect import Flow
@@ -26,19 +28,19 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Completed, Crashed, Failed
 from pydantic import ValidationError
 
 from flows.asked.graph import SINGLE, WHOLE
 from flows.asked.parameters import workspace_of
 from flows.launch import choose
-from flows.records.run_record import RunFolder, RunIsLive, RunRecord, all_runs, now
+from flows.records.run_record import CANCELLED, RunFolder, RunIsLive, RunRecord, all_runs, now
 from flows.show.ending import tell_end
 from flows.show.pages.board import Board
 from stages.contracts.config import PipelineConfig
 
-PATIENCE = 120.0  # seconds that a run may take, after its end, to tell Prefect of it: it tries for a minute
+PATIENCE = 120.0  # seconds that a run's process may take, after the run's end, to tell Prefect of it: it tries for a minute
 AGAIN = 60.0, 3.0  # seconds that a watcher tries to reach Prefect, and between two attempts
 AWAY = (httpx.HTTPError, PrefectHTTPStatusError, OSError)  # what Prefect's client raises where its server does not answer
 
@@ -47,8 +49,11 @@ def settle(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Hook of a flow run that crashed or was cancelled: end the task runs that it left."""
     workspace = workspace_of(flow_run.parameters)
     records = all_runs(workspace) if workspace is not None else []
+    record = next((each for each in records if each.flow_run_id == str(flow_run.id)), None)
     with get_client(sync_client=True) as client:
-        _end_tasks(client, flow_run, next((each for each in records if each.flow_run_id == str(flow_run.id)), None))
+        if record is not None and record.error == CANCELLED:  # by the run itself: no runner tells it
+            client.set_flow_run_state(flow_run.id, Cancelled(), force=True)
+        _end_tasks(client, flow_run, record)
 
 
 def reconcile(workspaces: Collection[Path], on_trouble: Callable[[str], None] = lambda told: None) -> list[str]:
@@ -85,14 +90,32 @@ def reconcile(workspaces: Collection[Path], on_trouble: Callable[[str], None] = 
             record = ended.get(str(flow_run.id))
             if record is not None and flow_run.run_count <= record.attempt:
                 was_cancelled = flow_run.state is not None and flow_run.state.is_cancelling()
-                client.set_flow_run_state(flow_run.id, _state_of(record, was_cancelled), force=True)
-                _end_tasks(client, flow_run, record)
+                with suppress(ObjectNotFound):  # it was deleted meanwhile
+                    client.set_flow_run_state(flow_run.id, _state_of(record, was_cancelled), force=True)
+                    _end_tasks(client, flow_run, record)
     return marked
 
 
 def _is_over(record: RunRecord) -> bool:
     """Whether nobody will tell Prefect any more how a run ended: its process is gone, or should have told it long ago."""
-    return record.finished is not None and (record.state == "crashed" or (now() - record.finished).total_seconds() > PATIENCE)
+    if record.finished is None:
+        return False
+    return record.state == "crashed" or not _lives(record.pid) or (now() - record.finished).total_seconds() > PATIENCE
+
+
+def _lives(pid: int) -> bool:
+    """Whether there is a process of this number, which has not ended."""
+    if Path("/proc/self").exists():
+        with suppress(OSError):
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # ended, and nobody asked how
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _mark(folder: RunFolder) -> bool:
@@ -107,9 +130,9 @@ def _mark(folder: RunFolder) -> bool:
                 if node.state == "running":
                     node.state, node.error, node.done = "stopped", record.error, None
             folder.write(record)
-            tell_end(folder, Board(record.flow_run_id))
     except RunIsLive:
         return False
+    tell_end(folder, Board(record.flow_run_id), record)  # that takes a while, and the run may be taken up again
     return True
 
 
@@ -143,27 +166,38 @@ def _end_tasks(client: SyncPrefectClient, flow_run: FlowRun, record: RunRecord |
         client.set_task_run_state(task_run.id, ended, force=True)
 
 
-def main(workspace: Path, name: str) -> None:
+def main(workspace: Path, name: str, flow_run_id: str, attempt: int) -> None:
     """What the watcher of a run does. It ends when nothing of the run is left."""
     folder = RunFolder(workspace, name)
     with suppress(OSError):  # a full disk, say: what else is to do does not need it
         _mark(folder)
     record = folder.read()
-    if record is None or record.state == "running":  # taken up again
-        return
-    clean = threading.Thread(target=_remove_left, args=[record, workspace])  # that waits until the run's work is saved
-    clean.start()
+    if record is None or (record.flow_run_id, record.attempt) != (flow_run_id, attempt):  # it had no record yet
+        _until_told(lambda client: _crash(client, UUID(flow_run_id), attempt))
+    elif record.state != "running":  # else it was taken up again
+        clean = threading.Thread(target=_remove_left, args=[record, workspace])  # that waits until the run's work is saved
+        clean.start()
+        _until_told(lambda client: reconcile([workspace]))
+        clean.join()
+
+
+def _until_told(tell: Callable[[SyncPrefectClient], object]) -> None:
     until = time.monotonic() + AGAIN[0]
-    while not _is_told(workspace) and time.monotonic() < until:
+    while True:
+        with suppress(*AWAY), get_client(sync_client=True) as client:
+            tell(client)
+            return
+        if time.monotonic() > until:
+            return
         time.sleep(AGAIN[1])  # nothing tells when a server is back
-    clean.join()
 
 
-def _is_told(workspace: Path) -> bool:
-    with suppress(*AWAY):
-        reconcile([workspace])
-        return True
-    return False
+def _crash(client: SyncPrefectClient, flow_run_id: UUID, attempt: int) -> None:
+    """Tell Prefect that a flow run's process is gone, unless another does it by now."""
+    with suppress(ObjectNotFound):
+        flow_run = client.read_flow_run(flow_run_id)
+        if flow_run.run_count <= attempt and flow_run.state is not None and not flow_run.state.is_final():
+            client.set_flow_run_state(flow_run_id, Crashed(message="its process is gone"), force=True)
 
 
 def _remove_left(record: RunRecord, workspace: Path) -> None:
@@ -172,4 +206,4 @@ def _remove_left(record: RunRecord, workspace: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from prefect import get_run_logger
 
-from flows.launch.choose import gpus_in_use
+from flows.launch.choose import engines_of, gpus_in_use, in_containers
 from flows.launch.protocol import StageFailed
 from flows.records import locks
 from flows.records.run_record import all_runs
@@ -42,7 +42,9 @@ def in_turn(run: Run, spec: Spec) -> Iterator[tuple[int, ...]]:
         if run.fresh and spec.NODE in run.refresh:
             shutil.rmtree(spec.scratch, ignore_errors=True)
 
-    wanted = locks.locks_of(spec.STAGE, run.workspace, gpus_in_use(run.config.launch, os.environ))
+    launch = run.config.launch
+    engines = engines_of(spec.STAGE, launch) if in_containers(launch) else ()
+    wanted = locks.locks_of(spec.STAGE, run.workspace, gpus_in_use(launch, os.environ), engines)
     try:
         with locks.in_turn(
             spec.folder.parent / f".{spec.key}.lock",  # the stage's own: stages.runtime

@@ -15,14 +15,14 @@ from flows.records.run_record import RunFolder
 
 
 @contextlib.contextmanager
-def watched(folder: RunFolder, holds: Sequence[int] = ()) -> Iterator[None]:
+def watched(folder: RunFolder, flow_run_id: str, attempt: int, holds: Sequence[int] = ()) -> Iterator[None]:
     """Have this process watched while it does a run.
 
     Args:
-        holds: descriptors of locks that must outlast us until the run is settled: of the server that is told of it, of the GPUs
-            that its containers have.
+        holds: descriptors of locks that must outlast us until the run is settled: of the server that is told of it.
     """
-    settle = [sys.executable, "-P", "-m", "flows.running.settle", str(folder.workspace), folder.name]
+    run = [str(folder.workspace), folder.name, flow_run_id, str(attempt)]
+    settle = [sys.executable, "-P", "-m", "flows.running.settle", *run]
     watcher = subprocess.Popen(
         ["/bin/sh", "-c", 'read -r _; exec "$@"', "watcher", *settle],
         stdin=subprocess.PIPE,

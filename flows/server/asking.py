@@ -1,6 +1,5 @@
 """What Prefect servers answer: whether they are there, whose they are, whether they know a run, whether they let us in."""
 
-import contextlib
 import json
 import re
 import urllib.error
@@ -20,8 +19,9 @@ class Answer:
 
 
 def answers(api: str) -> bool:
-    """Whether a server is there and works."""
-    return _has(_ask(api, "health"))
+    """Whether a Prefect server is there and works."""
+    answer = _ask(api, "health")
+    return answer is not None and _has(answer) and answer.body.strip() == b"true"
 
 
 def is_here(api: str) -> bool:
@@ -36,7 +36,12 @@ def is_of(api: str, home: Path, login: str | None = None) -> bool:
         login: its user:password, where it has one.
     """
     settings = _ask(api, "admin/settings", login)
-    return settings is not None and _has(settings) and json.loads(settings.body)["home"] == str(home)
+    if settings is None or not _has(settings):
+        return False
+    try:
+        return bool(json.loads(settings.body)["home"] == str(home))
+    except (ValueError, LookupError, TypeError):  # another program has the port
+        return False
 
 
 def keeps_out(api: str, login: str | None) -> bool:
@@ -55,17 +60,38 @@ def page_is_lost(page: str | None, flow_run_id: str | None) -> bool:
     return at is not None and not _has(answer) and not _is_closed(answer)
 
 
-def lets_us_in(api: str) -> bool:
-    """Whether a server that is there takes the login of Prefect's settings, where it wants one."""
+def what_is_wrong_with(api: str) -> str | None:
+    """Why a server that somebody named is of no use to us: asked as Prefect's own client asks, with the login, the certificates
+    and the proxies of its settings. None: nothing.
+    """
+    import httpx
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.exceptions import PrefectHTTPStatusError
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY
 
     login = {"auth_string": PREFECT_API_AUTH_STRING.value(), "api_key": PREFECT_API_KEY.value()}
-    with contextlib.suppress(PrefectHTTPStatusError), SyncPrefectClient(api, **login) as client:
-        client.request("GET", "/admin/version")
-        return True
-    return False
+    try:
+        with SyncPrefectClient(api, **login) as client:
+            if client.request("GET", "/health").json() is True:
+                client.request("GET", "/admin/version")
+                return None
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code in (401, 403):
+            return (
+                f"the Prefect server at PREFECT_API_URL={api} refuses this login: set PREFECT_API_AUTH_STRING to its "
+                "user:password"
+            )
+        told = f"status {error.response.status_code}"
+    except httpx.HTTPError as error:
+        return (
+            f"no Prefect server answers at PREFECT_API_URL={api} ({str(error) or type(error).__name__}). "
+            "Start it (prefect server start), or unset PREFECT_API_URL to use one in the workspace"
+        )
+    except ValueError:
+        told = "no JSON"
+    else:
+        told = "something else"
+    return f"PREFECT_API_URL={api} answers with {told}: no Prefect server is there, whose address ends in /api as a rule"
 
 
 def _has(answer: Answer | None) -> bool:

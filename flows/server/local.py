@@ -23,9 +23,10 @@ from pathlib import Path
 from flows.launch.process import shim_command
 from flows.records.flock import is_locked, locked
 from flows.records.server_home import server_home
-from flows.server.asking import answers, is_here, is_of, keeps_out, lets_us_in
+from flows.server.asking import answers, is_here, is_of, keeps_out, what_is_wrong_with
 
 START_SECONDS = 180.0  # a fresh database takes 12 s to set up, three times that on a busy machine
+CLOSED_SECONDS = 15.0
 LOOK_SECONDS, MOST_SECONDS = 1.0, 60.0  # between two looks whether it lives, and at most where it does not start again
 USUAL_PORT = 4200
 UI_FILES = "ui"  # in the server's home: what browsers get; by default Prefect writes these into its own package
@@ -130,17 +131,9 @@ def serving(
         NoServer: the named one does not answer or refuses us, or the local one does not start.
     """
     if named := os.environ.get("PREFECT_API_URL"):
-        if not answers(named):
-            raise NoServer(
-                f"no Prefect server answers at PREFECT_API_URL={named}. "
-                "Start it (prefect server start), or unset PREFECT_API_URL to use one in the workspace"
-            )
         meanwhile(Server(api=named))
-        if not lets_us_in(named):
-            raise NoServer(
-                f"the Prefect server at PREFECT_API_URL={named} refuses this login: set PREFECT_API_AUTH_STRING to its "
-                "user:password"
-            )
+        if told := what_is_wrong_with(named):
+            raise NoServer(told)
         yield Server(api=named)
         return
     home = server_home(workspace)
@@ -249,7 +242,7 @@ def _start(home: Path, say: Callable[[str], None], port: int | None = None) -> S
         draft = home / "server.json.new"  # a reader sees the old one or the new one
         draft.write_text(json.dumps({"api": server.api, "pid": process.pid}))
         draft.replace(home / "server.json")
-    process.returncode = 0  # it outlives this object on purpose; its end is the shim's business
+    threading.Thread(target=process.wait, name="server's end", daemon=True).start()  # it may outlive us
     return server
 
 
@@ -288,16 +281,18 @@ def _wait_for(server: Server, home: Path, ended: threading.Event) -> bool:
     Raises:
         NoServer: it ended for another reason, or does not answer.
     """
-    deadline = time.monotonic() + START_SECONDS
-    login = own_login(os.environ)
+    begun, login = time.monotonic(), own_login(os.environ)
+    closed = None  # since when it keeps us out
     while not is_of(server.api, home, login):
         is_gone = not is_locked(home / "server.lock")
         if is_gone and answers(server.api):
             return False
-        if is_gone or time.monotonic() > deadline:
+        if is_gone or time.monotonic() > begun + START_SECONDS:
             what = "ended" if is_gone else f"did not answer within {START_SECONDS:.0f} s"
             raise NoServer(f"the local Prefect server {what}: {_last_line(_log(home))}. Its log: {_log(home)}")
-        if keeps_out(server.api, login):  # Prefect's server reads files that we do not, such as prefect.toml
+        closed = (closed or time.monotonic()) if keeps_out(server.api, login) else None
+        # Ours, which reads files that we do not, such as prefect.toml; another's with our port would have ended ours by now.
+        if closed is not None and time.monotonic() >= closed + CLOSED_SECONDS:
             raise NoServer(
                 "the local Prefect server wants another login than this environment has, one that a file "
                 "of Prefect's settings names: export PREFECT_API_AUTH_STRING=user:password, the same"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Literal, NamedTuple, TypeGuard
 
-from stages.contracts.words import short
+from stages.contracts.words import short_unit, whole_percent
 
 Colour = Literal["a", "b", "c", "d"]
 Point = tuple[float, float | None]  # None: there is no value, and the line has a gap
@@ -18,6 +18,7 @@ Point = tuple[float, float | None]  # None: there is no value, and the line has 
 FONT = 12  # all lengths are in units of the picture, which are pixels where it is shown as large as it is
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 30, 30  # around the part of a chart where its curves are
 VALUE = 32  # width of a value beside its point
+NICE = (0.5, 1, 2, 5, 10)  # between two ticks, times a power of ten
 ROW = 20  # height of a bar with its share of the gap
 
 STYLE = (
@@ -51,7 +52,7 @@ class Bar(NamedTuple):
 def curves(
     series: Sequence[Series], *, title: str, last_x: float | None = None, width: int = 640, height: int = 300
 ) -> str | None:
-    """Curves over steps, as SVG; None where there is not a single value.
+    """Curves over steps, the axis from 0 on, as SVG; None where there is not a single value.
 
     Args:
         last_x: where the axis ends, beyond the last point: how far there is to go.
@@ -61,8 +62,8 @@ def curves(
     if not values:
         return None
     steps = [x for each in shown for x, _ in each.points]
-    x = _Axis.over(min(steps), max(max(steps), last_x or 0), LEFT, width - RIGHT, count=width // 110, is_tight=True)
-    y = _Axis.over(min(values), max(values), height - BOTTOM, TOP, count=height // 55)
+    x = _Axis.of_steps(max(max(steps), last_x or 0), LEFT, width - RIGHT, count=width // 110)
+    y = _Axis.of_values(min(values), max(values), height - BOTTOM, TOP, count=height // 55)
     parts = [_text(0, FONT + 2, title, "title"), *_legend(shown, width)]
     for tick, label in y.ticks():
         parts.append(f'<path class="grid" d="M{LEFT} {tick}H{width - RIGHT}"/>' + _text(LEFT - 6, tick + 4, label, "", "end"))
@@ -97,7 +98,7 @@ def progress_bar(share: float, *, width: int = 640) -> str:
     height = 10
     full = f'<rect class="bar d" width="{width * min(1.0, max(0.0, share)):.1f}" height="{height}" rx="{height // 2}"/>'
     empty = f'<rect class="rest" width="{width}" height="{height}" rx="{height // 2}"/>'
-    return _svg([empty, full], width, height, f"{share:.0%}")
+    return _svg([empty, full], width, height, whole_percent(share))
 
 
 def as_image(svg: str) -> str:
@@ -184,30 +185,48 @@ class _Axis(NamedTuple):
     step: float  # between ticks
 
     @classmethod
-    def over(cls, low: float, high: float, begin: float, end: float, *, count: int, is_tight: bool = False) -> "_Axis":
+    def of_steps(cls, last: float, begin: float, end: float, *, count: int) -> "_Axis":
+        """From 0 to a step, with about so many ticks at whole steps."""
+        last = last or 1.0
+        return cls(0.0, last, begin, end, max(1.0, _between_ticks(0.0, last, count)))
+
+    @classmethod
+    def of_values(cls, low: float, high: float, begin: float, end: float, *, count: int) -> "_Axis":
         """An axis on which all values find room, with about so many ticks at round numbers."""
-        if high <= low:
-            low, high = (low - 1, high + 1) if is_tight or not low else (low - abs(low) / 2, high + abs(high) / 2)
-        elif not is_tight:
+        if high - low <= 1e-5 * abs(high):  # a difference that is nothing but rounding is not made large
+            low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (-1.0, 1.0)
+        else:
             margin = 0.05 * (high - low)
             low, high = (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
-        rough = (high - low) / max(count, 1)
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(power * nice for nice in (1, 2, 5, 10) if power * nice >= rough * 0.999)
-        return cls(low, high, begin, end, step)
+        return cls(low, high, begin, end, _between_ticks(low, high, count))
 
     def at(self, value: float) -> float:
         return round(self.begin + (value - self.low) / (self.high - self.low) * (self.end - self.begin), 1)
 
     def ticks(self) -> list[tuple[float, str]]:
         """Places and labels."""
-        first, last = math.ceil(self.low / self.step - 1e-9), math.floor(self.high / self.step + 1e-9)
-        return [(self.at(n * self.step), _label(n * self.step, self.step)) for n in range(first, last + 1)]
+        return [(self.at(n * self.step), _label(n * self.step, self.step)) for n in _multiples(self.low, self.high, self.step)]
+
+
+def _multiples(low: float, high: float, step: float) -> range:
+    """The multiples of a step in a range, which may begin or end with one."""
+    return range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+
+
+def _between_ticks(low: float, high: float, count: int) -> float:
+    """A round step for about so many ticks, and for two at least: one alone is no scale."""
+    rough = (high - low) / max(count, 2)
+    steps = [10.0 ** math.floor(math.log10(rough)) * nice for nice in NICE]
+    coarse = next(step for step in steps if step >= rough * 0.999)
+    return max(step for step in steps if step <= coarse and len(_multiples(low, high, step)) > 1)
 
 
 def _label(value: float, step: float) -> str:
-    if abs(value) >= 10_000:
-        return short(value).replace(" ", "")
-    if step < 0.001:
-        return f"{value:.3g}".replace("e-0", "e-")
-    return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+    """A value with as many digits as tell it from the ticks beside it."""
+    unit, name = short_unit(abs(value)) if abs(value) >= 10_000 else (1.0, "")
+    value, step = value / unit, step / unit
+    exponent = math.floor(math.log10(step) + 1e-9)
+    if exponent >= -3:
+        return f"{value:.{max(0, -exponent)}f}{name}"
+    digits = math.floor(math.log10(abs(value)) + 1e-9) - exponent + 1 if value else 1
+    return f"{value:.{digits}g}{name}".replace("e-0", "e-")

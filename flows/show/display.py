@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from flows.records.run_record import NodeRecord, RunFolder, RunRecord, now
+from flows.records.story import flow_of
 from stages.contracts.specs import SPECS
 from stages.contracts.words import brief, plain, seconds
 
@@ -45,8 +46,7 @@ def _running_for(record: NodeRecord) -> str:
 
 def header(record: RunRecord) -> Text:
     """The first line of a run."""
-    what = "finetune-llama2" if record.stage is None else f"stage/{record.stage}"
-    text = Text(what, style="bold").append(" · run ").append(record.name, style="bold")
+    text = Text(flow_of(record), style="bold").append(" · run ").append(record.name, style="bold")
     return text.append(f" · {record.page}") if record.page else text
 
 

@@ -3,7 +3,7 @@
 from prefect.logging import get_logger
 
 from flows.records.run_record import RunFolder, RunRecord
-from flows.records.story import story_of, told_losses
+from flows.records.story import Story, story_of, told_losses
 from flows.show.pages.board import Board
 from flows.show.pages.failed import failed_page
 from flows.show.pages.markdown import code
@@ -15,26 +15,44 @@ from stages.contracts.words import brief
 SUMMARY = "summary"  # key of the page
 
 
-def tell_end(folder: RunFolder, board: Board) -> None:
-    """Write the report of a run whose record says how it ended, and show its summary. A run never fails for either."""
+def tell_end(folder: RunFolder, board: Board, record: RunRecord | None = None) -> None:
+    """Write the report of a run that has ended, and show its summary. A run never fails for either.
+
+    Args:
+        record: says how it ended; None: the one in its folder does.
+    """
     logger = get_logger("finetune")
     try:
-        record = folder.read()
+        record = record or folder.read()
         if record is None:
             return
         if record.state == "crashed":
             _tell_stopped(folder, record, board)
         story = story_of(folder, record)
-        report = write_report(story)
+        report = _report(story)
         losses = story.losses()
         words = f"{record.state} · {told_losses(*losses)}" if losses is not None else record.state
-        address = serve_report(report, folder.workspace, record.flow_run_id)
-        link = f"[open it]({address}), or {code(report)}" if address is not None else code(report)
-        board.put(SUMMARY, "markdown", summary_page(story, link), words, is_final=True)
+        board.put(SUMMARY, "markdown", summary_page(story, report), words, is_final=True)
     except Exception as error:  # whatever is wrong with a report, the run has ended as it has
-        logger.warning("no report, or no summary in the UI: %s: %s", type(error).__name__, error)
+        logger.warning("no summary in the UI: %s: %s", type(error).__name__, error)
     finally:
         board.end()
+
+
+def _report(story: Story) -> str:
+    """Write the report; what the summary says of it, as Markdown."""
+    logger, file = get_logger("finetune"), story.folder.report
+    try:
+        write_report(story)
+    except Exception as error:  # the summary tells most of what would be in it
+        logger.warning("no report: %s: %s", type(error).__name__, error)
+        return f"{code(file)} could not be written: {code(error)}"
+    try:
+        address = serve_report(file, story.folder.workspace, story.record.flow_run_id)
+    except OSError as error:
+        logger.warning("the report cannot be opened from the UI: %s", error)
+        address = None
+    return f"[open it]({address}), or {code(file)}" if address is not None else code(file)
 
 
 def _tell_stopped(folder: RunFolder, record: RunRecord, board: Board) -> None:

@@ -43,10 +43,10 @@ def evaluation_rows(checkpoint: a.CheckpointArtifact, export: a.ExportArtifact |
     for name, words in (("accuracy", "next token right"), ("instruct_accuracy", "next token of an answer right")):
         if found.get(f"{name}_after") is not None:
             rows.append((words, *(_share(found.get(f"{name}_{when}")) for when in ("before", "after", "test"))))
-    if right := export.metrics.get("answers") if export is not None else None:
-        rows.append(
-            (f"right answers to {counted(right['questions'], 'question')}", _share(right["before"]), _share(right["after"]), "")
-        )
+    right = export.metrics.get("answers") if export is not None else None
+    if right and "questions" in right:
+        asked = f"right answers to {counted(right['questions'], 'question')}"
+        rows.append((asked, _share(right.get("before")), _share(right.get("after")), ""))
     return rows
 
 
@@ -100,7 +100,8 @@ def percent(share: float | None) -> str:
     """A share as a person reads it; never rounded up to 100 %. Empty where there is none."""
     if share is None:
         return ""
-    return f"{math.floor(share * 10000) / 100:g} %" if math.isfinite(share) else "none"
+    # 0.043 × 10000 comes out a little below 430. No share of fewer than 10^12 tokens is as near to 100 %.
+    return f"{math.floor(share * 10000 + 1e-9) / 100:g} %" if math.isfinite(share) else "none"
 
 
 def tolerance(value: float) -> str:

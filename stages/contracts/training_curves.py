@@ -23,7 +23,6 @@ class Curves:
     grad_norm: Points
     tokens_per_second: Points
     memory: int | None  # bytes that any of its processes held at most
-    seconds_left: float | None  # as it was at the last of these steps
 
 
 def curves_in(folder: Path) -> Curves | None:
@@ -46,7 +45,6 @@ def _read(folder: Path) -> Curves:
         grad_norm=_curve(lines, "grad_norm"),
         tokens_per_second=_curve(lines, "tokens_per_second"),
         memory=max((int(line["memory"]) for line in lines if line.get("memory")), default=None),
-        seconds_left=next((line["seconds_left"] for line in reversed(lines) if "seconds_left" in line), None),
     )
 
 

@@ -1,11 +1,13 @@
 """Figures as people read them: times, sizes, counts; and words of others, made safe."""
 
+import math
 import os
 from datetime import datetime
 from pathlib import Path
 
 from megatron_core_impl.metrics import duration
 
+UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 LONGEST_BRIEF = 100  # characters of an error in a line of a list; the whole of it is told elsewhere
 
 
@@ -46,10 +48,18 @@ def counted(value: int, noun: str) -> str:
 
 def short(value: float) -> str:
     """A large count, rounded: 950, 512 K, 6.74 B."""
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= unit:
-            return f"{value / unit:.3g} {name}"
-    return f"{value:.0f}"
+    unit, name = short_unit(value)
+    return f"{value / unit:.3g} {name}" if name else f"{value:.0f}"
+
+
+def short_unit(value: float) -> tuple[float, str]:
+    """The unit that a large count is told in. What three digits round up to the next unit is told in that: 999,600 is 1 M."""
+    return next(((unit, name) for unit, name in UNITS if value >= 0.9995 * unit), (1.0, ""))
+
+
+def whole_percent(share: float) -> str:
+    """A share in whole percent. 100% is all of it, and nothing less."""
+    return f"{math.floor(100 * share + 1e-9)}%"
 
 
 def plain(text: str) -> str:

@@ -6,11 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pytest
 from scripted import containers_of
 
 from flows.launch.docker_engine import default_host
-from flows.launch.docker_leftovers import PROBE_SECONDS, _is_left, labels, remove_leftovers
+from flows.launch.docker_leftovers import labels, remove_leftovers
 from flows.launch.docker_request import LABEL
 
 AT_ONCE = 4  # runs that start
@@ -31,11 +30,3 @@ def test_several_runs_that_start_at_once_remove_the_same(client: Any, workspace:
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         assert list(pool.map(remove, range(AT_ONCE))) == [[]] * AT_ONCE
-
-
-@pytest.mark.parametrize(("run", "age", "left"), [("", 0, False), ("", PROBE_SECONDS + 1, True), ("gone", 0, True)])
-def test_what_is_left(tmp_path: Path, run: str, age: float, left: bool) -> None:
-    """What a run left that nobody does; of a doctor, who does none, what is older than it can be."""
-    marks = labels(workspace=tmp_path, run=run, node="probe", attempt="theirs", grace=0.0)
-    marks["asked"] = str(float(marks["asked"]) - age)
-    assert _is_left({LABEL + name: value for name, value in marks.items()}, tmp_path, "ours", "calm-heron") == left

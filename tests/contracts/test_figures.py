@@ -36,6 +36,11 @@ def test_what_is_not_finite_is_said_before_and_after_json() -> None:
         ]
 
 
+def test_a_share_is_cut_never_rounded_up() -> None:
+    shares = (0.0, 0.043, 0.57, 0.98765, 0.99996, 1 - 1e-12, 1.0)
+    assert [figures.percent(share) for share in shares] == ["0 %", "4.3 %", "57 %", "98.76 %", "99.99 %", "99.99 %", "100 %"]
+
+
 def test_perplexity_and_columns_without_anything() -> None:
     assert [figures.perplexity(loss) for loss in (0.0, 3.11, 8.32, 1e9)] == ["1.00", "22.42", "4,105", "485,165,195"]
     rows = [("loss", "1", "", ""), ("perplexity", "2", "", "3")]

@@ -31,7 +31,7 @@ def test_overrides_are_as_after_set(tmp_path: Path) -> None:
     assert told.startswith("overrides: train.lr: must be key.path=value, e.g. overrides: train.lr=1e-4 or ")
     with pytest.raises(BadConfig) as caught:
         what_is_asked({"model": {"source": "a/b"}, "data": {"source": "c/d"}, "train": {"steps": 2, "lr": -1}})
-    assert caught.value.problems == ["config: train.lr: -1 must be greater than 0.0"]
+    assert caught.value.problems == ["config: train.lr: -1 must be greater than 0"]
 
 
 NO_FOLDERS = {"~nobodyx/w": "Could not determine home directory", "a\0b": "null byte"}  # and what is told of them

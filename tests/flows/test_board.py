@@ -10,13 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from fake_stages import InProcess, config, make_results
 from prefect import Task
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
 from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -52,10 +52,20 @@ def settings(server: Server) -> Iterator[None]:
         yield
 
 
-def artifacts(key: str) -> list[tuple[object, str | None]]:
+@pytest.fixture
+def flow_run(server: Server) -> UUID:
+    """A flow run of the test's own: others put pages on this server, too, under the same keys and with the same words."""
+    with temporary_settings({PREFECT_API_URL: server.api}), get_client(sync_client=True) as client:
+        return client.create_flow_run(finetune).id
+
+
+def artifacts(key: str, flow_run: UUID | None = None) -> list[tuple[object, str | None]]:
+    """The pages under a key: of a flow run, or all of them where no other test has the key."""
+    asked = ArtifactFilter(
+        key=ArtifactFilterKey(any_=[key]), flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run]) if flow_run else None
+    )
     with get_client(sync_client=True) as client:
-        found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
-    return [(artifact.data, artifact.description) for artifact in found]
+        return [(artifact.data, artifact.description) for artifact in client.read_artifacts(artifact_filter=asked)]
 
 
 class Door:
@@ -79,6 +89,8 @@ class Door:
         with suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)  # ends accept
         self.listener.close()
+        for connection in self.waiting:
+            connection.close()
 
     def _serve(self) -> None:
         with suppress(OSError):
@@ -108,11 +120,12 @@ def door() -> Iterator[Door]:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path, flow_run: UUID) -> Run:
     """A run whose tasks' hooks are called by hand."""
     folder = RunFolder(tmp_path, "brisk-otter")
     folder.path.mkdir(parents=True)
-    return Run(what_is_asked(config(tmp_path)), InProcess(), LiveRecord(folder, RunRecord(**ENDED, started=now())))
+    record = RunRecord(**ENDED, started=now(), flow_run_id=str(flow_run))
+    return Run(what_is_asked(config(tmp_path)), InProcess(), LiveRecord(folder, record))
 
 
 def hook(run: Run, task: Task[..., Any], state: State[Any]) -> None:
@@ -142,27 +155,31 @@ def test_a_page_is_made_once_and_changed_in_place(settings: None, monkeypatch: p
     assert len(artifacts(key)) == 2
 
 
-def test_training_is_shown_as_it_goes(settings: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_is_shown_as_it_goes(settings: None, flow_run: UUID, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(boards, "FIRST_SECONDS", 0.0)
     results = make_results(config(tmp_path), until="shard")
     spec = TrainSpec.of(config(tmp_path), weights=results["shard"], dataset=results["preprocess"])
     write_metrics(spec.scratch, metrics_lines(20))
-    board = Board(None)
+    board = Board(str(flow_run))
     shown_on(board, spec, uuid4())(Progress(20, 40, "step 20/40 · loss 7.0"))
-    wait_until(lambda: (50.0, "step 20/40 · loss 7.0") in artifacts("train-progress"))
-    wait_until(lambda: any("## train, 50%" in str(data) and "svg+xml" in str(data) for data, _ in artifacts("train")))
+    wait_until(lambda: artifacts("train-progress", flow_run) == [(50.0, "step 20/40 · loss 7.0")])
+    wait_until(lambda: artifacts("train", flow_run) != [])
+    [(page, words)] = artifacts("train", flow_run)
+    assert "## train, 50%" in str(page)
+    assert "svg+xml" in str(page)
+    assert words == "step 20/40 · loss 7.0"
     for _ in range(2):  # a node's result may be noted twice
         board.complete("train-progress", "done")
-    short = f"short-{uuid4()}"  # other tests put pages on this server, too
-    board.complete(short, "done")
+    board.complete("shard-progress", "done")
     board.end()
-    assert (100.0, "done") in artifacts("train-progress")
-    assert artifacts(short) == [], "a stage that is soon done shows no progress"
+    assert artifacts("train-progress", flow_run) == [(100.0, "done")]
+    assert artifacts("shard-progress", flow_run) == [], "a stage that is soon done shows no progress"
 
 
 def test_nobody_waits_for_a_server_that_hangs(door: Door, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(boards, "FIRST_SECONDS", 0.0)
     monkeypatch.setattr(boards, "LAST_SECONDS", 0.05)
+    monkeypatch.setattr(boards, "REQUEST_SECONDS", 300.0)  # however slow the machine is, nobody has waited for that
     results = make_results(config(tmp_path), until="train")
     spec = TrainSpec.of(config(tmp_path), weights=results["shard"], dataset=results["preprocess"])
     show = shown_on(run.board, spec, uuid4())
@@ -181,7 +198,7 @@ def test_nobody_waits_for_a_server_that_hangs(door: Door, run: Run, tmp_path: Pa
 
 
 def test_what_a_server_did_not_take_is_sent_at_the_end(
-    door: Door, server: Server, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    door: Door, server: Server, run: Run, flow_run: UUID, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     results = make_results(config(tmp_path), until="convert")
     with caplog.at_level(logging.WARNING, "prefect"):
@@ -193,10 +210,10 @@ def test_what_a_server_did_not_take_is_sent_at_the_end(
         run.record.update(state="failed", finished=now())
         tell_end(run.folder, run.board)
     assert run.record.snapshot().nodes["shard"].error == "RuntimeError: no kernel image"
-    found = {key: [data for data, _ in artifacts(key)] for key in ("convert", "shard", "summary")}
-    assert results["convert"].fingerprint[:16] in str(found["convert"])
-    assert "RuntimeError: no kernel image" in str(found["shard"])
-    assert "## brisk-otter: failed" in str(found["summary"])
+    [convert], [shard], [summary] = (artifacts(key, flow_run) for key in ("convert", "shard", "summary"))
+    assert results["convert"].fingerprint[:16] in str(convert)
+    assert "RuntimeError: no kernel image" in str(shard)
+    assert "## brisk-otter: failed" in str(summary)
 
 
 def test_a_page_that_is_refused_keeps_no_other_back(settings: None, caplog: pytest.LogCaptureFixture) -> None:
@@ -211,10 +228,8 @@ def test_a_page_that_is_refused_keeps_no_other_back(settings: None, caplog: pyte
     assert "the page Not A Key is not in the UI: " in caplog.text
 
 
-def test_pages_of_a_run_whose_process_is_gone_are_replaced(settings: None, tmp_path: Path) -> None:
-    with get_client(sync_client=True) as client:
-        flow_run = client.create_flow_run(finetune)
-    own = Board(str(flow_run.id))
+def test_pages_of_a_run_whose_process_is_gone_are_replaced(settings: None, flow_run: UUID, tmp_path: Path) -> None:
+    own = Board(str(flow_run))
     own.put("train", "markdown", "## train, 50%", "step 20/40", is_final=True)
     own.end()
     folder = RunFolder(tmp_path, "brisk-otter")
@@ -222,8 +237,6 @@ def test_pages_of_a_run_whose_process_is_gone_are_replaced(settings: None, tmp_p
     record = RunRecord(**ENDED, state="crashed", started=now(), finished=now(), error="its process is gone")
     record.nodes["train"] = record.nodes["train"].model_copy(update={"state": "stopped", "error": "its process is gone"})
     folder.write(record)
-    tell_end(folder, Board(str(flow_run.id)))
-    with get_client(sync_client=True) as client:
-        pages = [page for page in client.read_artifacts() if page.flow_run_id == flow_run.id]
-    assert sorted(str(page.key) for page in pages) == ["summary", "train"]
-    assert any(str(page.data).startswith("## train was stopped") for page in pages)
+    tell_end(folder, Board(str(flow_run)))
+    [(train, _)], [_] = artifacts("train", flow_run), artifacts("summary", flow_run)
+    assert str(train).startswith("## train was stopped")

@@ -28,7 +28,8 @@ def path_of(svg: str | None, colour: str) -> str:
 def test_a_curve_lies_in_its_frame_and_ends_where_the_axis_does() -> None:
     svg = curves([Series("loss", [(10, 8.0), (20, 3.0), (40, 4.0)])], title="loss", width=400, height=200)
     points = [tuple(map(float, point)) for point in re.findall(r"[ML]([\d.]+) ([\d.]+)", path_of(svg, "a"))]
-    assert [x for x, _ in points] == [LEFT, pytest.approx(LEFT + (400 - LEFT - RIGHT) / 3, abs=0.1), 400 - RIGHT]
+    wide = 400 - LEFT - RIGHT
+    assert [x for x, _ in points] == [LEFT + wide / 4, LEFT + wide / 2, LEFT + wide], "it begins at 0, as all beside it"
     assert all(TOP < y < 200 for _, y in points)
     assert points[0][1] < points[2][1] < points[1][1]  # 8 above 4 above 3
     further = curves([Series("loss", [(10, 8.0), (20, 3.0)])], title="loss", last_x=100, width=400, height=200)
@@ -61,12 +62,33 @@ def test_marks_and_a_legend_only_where_they_say_something() -> None:
         ([20_000.0, 24_000.0], {"20K", "22K", "24K"}),
         ([5.0, 5.0], {"4", "6"}),
         ([0.0, 0.0], {"0.0"}),
-        ([-1.0, 1.0], {"0.0"}),
+        ([-1.0, 1.0], {"-1", "0", "1"}),
+        ([24_100.0, 24_140.0], {"24.10K", "24.12K", "24.14K"}),
+        ([950_000.0, 1_050_000.0], {"950K", "1.00M", "1.05M"}),
+        ([2.3451, 2.3459], {"2.3452", "2.3454", "2.3456", "2.3458"}),
+        ([2.3, 2.3 + 1e-7], {"2", "3"}),
     ],
 )
 def test_ticks_are_round_numbers(values: list[float], labels: set[str]) -> None:
     svg = curves([Series("", list(enumerate(values)))], title="t", width=400, height=230)
     assert labels <= set(words(svg)), words(svg)
+
+
+@pytest.mark.parametrize("span", [1e-4, 3e-4, 8e-4, 2e-3, 0.03, 0.2, 0.44, 1.0])
+@pytest.mark.parametrize("low", [1e-5, 3e-4, 2.3451, 99.7, 9_990.0, 24_100.0, 999_000.0])
+def test_no_two_ticks_have_one_label_and_none_is_alone(low: float, span: float) -> None:
+    steps = [(0, low), (3, low * (1 + span))]
+    svg = curves([Series("", steps)], title="t", width=400, height=230)
+    left = [text.text or "" for text in drawn(svg).iter(f"{SVG}text") if text.get("text-anchor") == "end"]
+    assert len(set(left)) == len(left) > 1, left
+
+
+@pytest.mark.parametrize(
+    ("steps", "labels"), [([0], ["0", "1"]), ([1, 2, 3], ["0", "1", "2", "3"]), ([10], ["0", "2", "4", "6", "8", "10"])]
+)
+def test_steps_are_whole_and_begin_at_0(steps: list[int], labels: list[str]) -> None:
+    svg = curves([Series("", [(step, 2.0) for step in steps])], title="t", width=640)
+    assert [text.text for text in drawn(svg).iter(f"{SVG}text") if text.get("text-anchor") == "middle"] == labels
 
 
 def test_a_value_stands_beside_its_line_not_on_it() -> None:

@@ -5,10 +5,11 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,21 @@ def finetune(tmp_path: Path, server: Server) -> Iterator[Command]:
         process.communicate()
 
 
+@pytest.fixture
+def told(
+    finetune: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process, which is enough where it starts no run: exit code, and what it printed."""
+    monkeypatch.chdir(finetune.folder)
+
+    def told(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main(list(arguments))
+        return code, *capsys.readouterr()
+
+    return told
+
+
 def damage(file: Path) -> None:
     """Change a byte as a bad disk does: size and time stay."""
     stat = file.stat()
@@ -69,7 +85,7 @@ def ran(record: RunRecord) -> list[str]:
     return [node for node, state in record.nodes.items() if state.state == "ran"]
 
 
-def test_run_status_and_rerun(finetune: Command) -> None:
+def test_run_status_and_rerun(finetune: Command, told: Callable[..., tuple[int, str, str]]) -> None:
     code, out, err = finetune("run", "mine.yaml", "--name", "brisk-otter")
     assert (code, err) == (0, "")
     assert out.startswith("finetune-llama2 · run brisk-otter · http://127.0.0.1:")
@@ -88,15 +104,15 @@ def test_run_status_and_rerun(finetune: Command) -> None:
 
     code, out, err = finetune("rerun", "brisk-otter", "--stage", "export")
     assert (code, err, ran(finetune.record())) == (0, "", ["export", "push"])
-    code, out, _ = finetune("status")
+    code, out, _ = told("status")
     assert out.splitlines()[1].split()[0] == "brisk-otter"
     assert " done " in out
-    code, out, _ = finetune("status", "brisk-otter")
+    code, out, _ = told("status", "brisk-otter")
     assert "workspace/train/" in out
     assert out.startswith("finetune-llama2 · run brisk-otter · http://127.0.0.1:")  # a server answers there
-    code, _, err = finetune("rerun", "brisk-otter", "--stage", "trian")
+    code, _, err = told("rerun", "brisk-otter", "--stage", "trian")
     assert (code, err.startswith("error: there is no stage trian. Legal here: ")) == (2, True)
-    code, _, err = finetune("rerun", "calm-heron")
+    code, _, err = told("rerun", "calm-heron")
     assert (code, err.startswith("error: there is no run calm-heron in ")) == (2, True)
 
 
@@ -118,7 +134,7 @@ def test_a_stage_that_fails(finetune: Command) -> None:
     assert "Traceback (most recent call last)" in log
 
 
-def test_a_damaged_input_and_the_hint_that_mends_it(finetune: Command) -> None:
+def test_a_damaged_input_and_the_hint_that_mends_it(finetune: Command, told: Callable[..., tuple[int, str, str]]) -> None:
     workspace = finetune.folder / "my workspace"
     made = make_results(load_config(finetune.folder / "mine.yaml", [f"workspace={workspace}"]), until="convert")
     damage(made["convert"].folder(workspace) / "content.txt")
@@ -130,9 +146,9 @@ def test_a_damaged_input_and_the_hint_that_mends_it(finetune: Command) -> None:
     assert line.endswith(" …")
     assert len(line) < 140
 
-    _, out, _ = finetune("status", "--workspace", "my workspace")
+    _, out, _ = told("status", "--workspace", "my workspace")
     assert out.endswith(f" … · {hint}\n")
-    _, out, _ = finetune("status", "calm-heron", "--workspace", "my workspace")
+    _, out, _ = told("status", "calm-heron", "--workspace", "my workspace")
     assert f"Go on:      {hint}\n" in out
     code, _, err = finetune(*shlex.split(hint)[1:])
     assert (code, err) == (0, "")
@@ -216,14 +232,14 @@ def test_exit_codes(reason: Reason, code: int) -> None:
     assert exit_code(StageFailed("verify", reason, "", log_file=Path("log"), code=9)) == code
 
 
-def test_a_wrong_configuration_starts_nothing(finetune: Command) -> None:
-    code, out, err = finetune("run", "mine.yaml", "--set", "train.optimiser=x")
+def test_a_wrong_configuration_starts_nothing(finetune: Command, told: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = told("run", "mine.yaml", "--set", "train.optimiser=x")
     assert (code, out) == (2, "")
     assert err == "error: --set train.optimiser=x: unknown key. Did you mean train.optimizer?\n"
     assert not (finetune.workspace / "runs").exists()
-    code, _, err = finetune("run", "nothing.yaml")
+    code, _, err = told("run", "nothing.yaml")
     assert (code, err) == (2, "error: nothing.yaml: no such file\n")
-    code, _, err = finetune("serve", "nothing.yaml")
+    code, _, err = told("serve", "nothing.yaml")
     assert (code, err) == (2, "error: nothing.yaml: no such file\n")
     assert not (finetune.workspace / "prefect" / "runner.lock").exists()
 
@@ -245,6 +261,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopping_is_graceful(finetune: Command, number: int, code: int) -> None:
+    finetune.make(until="download-model")
     finetune.wish("download-data", "hang")
     process = finetune.start("run", "mine.yaml", "--name", "calm-heron")
     wait_until((finetune.workspace / "download-data.hangs").exists)
@@ -260,28 +277,22 @@ def test_stopping_is_graceful(finetune: Command, number: int, code: int) -> None
     assert "stopped by SIGTERM" in (record.nodes["download-data"].error or "")
 
 
-def test_kill_9_then_run_again(finetune: Command) -> None:
-    finetune.make(until="shard")
+def test_kill_9(finetune: Command, told: Callable[..., tuple[int, str, str]]) -> None:
+    """What is told of a run that goes on, and of one that is gone; that the hint's command goes on is in test_end_to_end."""
+    finetune.make(until="verify")
     finetune.wish("train", "hang")
     process = finetune.start("run", "mine.yaml", "--name", "first")
     wait_until((finetune.workspace / "train.hangs").exists)
     stage = int((finetune.workspace / "train.pid").read_text())
-    busy, _, err = finetune("rerun", "first")
+    busy, _, err = told("rerun", "first")
     assert (busy, err) == (2, "error: run first is going on in another process; see: finetune status first\n")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     wait_until(lambda: not lives(stage))
+    wait_until(lambda: finetune.record().finished is not None)  # its watcher marks it
     crashed = finetune.record()
-    assert crashed.state == "crashed"
-
-    finetune.wish("train", "")
-    code, _, err = finetune("run", "mine.yaml", "--name", "second")
-    assert (code, err) == (0, "")
-    assert ran(finetune.record()) == ["train", "merge", "export", "push"]
-    first = RunFolder(finetune.workspace, "first").read()
-    assert first is not None
-    assert (first.state, first.nodes["train"].state) == ("crashed", "stopped")
-    code, out, _ = finetune("status")
+    assert (crashed.state, crashed.nodes["train"].state) == ("crashed", "stopped")
+    _, out, _ = told("status")
     assert "its process is gone · finetune rerun first" in out
 
 
@@ -316,8 +327,11 @@ def test_there_are_examples() -> None:
     assert len(shown_commands()) >= 3
 
 
-def test_the_same_work_is_waited_for_and_trainings_take_turns(finetune: Command) -> None:
-    finetune.make(until="verify")
+def test_the_same_work_is_waited_for_and_trainings_take_turns(
+    finetune: Command, told: Callable[..., tuple[int, str, str]]
+) -> None:
+    finetune.make(until="push")
+    shutil.rmtree(finetune.workspace / "train")
     finetune.wish("train", "hang")
     first = finetune.start("run", "mine.yaml", "--name", "first")
     wait_until((finetune.workspace / "train.hangs").exists)
@@ -331,7 +345,7 @@ def test_the_same_work_is_waited_for_and_trainings_take_turns(finetune: Command)
     wait_until(lambda: doing("same") == "waiting: run first is making this result")
     turn = f"waiting for its turn: run first of {finetune.workspace} has it"
     wait_until(lambda: doing("other") == turn)
-    _, out, _ = finetune("status")
+    _, out, _ = told("status")
     assert f"  train           {turn}" in out
     third = finetune.start("run", "mine.yaml", "--name", "third", "--set", "train.lr=0.5")
     wait_until(lambda: doing("third") == turn)  # of the same key as `other`, which has not begun either

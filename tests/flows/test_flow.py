@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from fake_stages import InProcess, config
+from fake_stages import InProcess, config, make_results
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
@@ -245,7 +245,7 @@ def test_refresh_does_it_again_and_keeps_the_old_result_until_then(world: World)
 
 
 def test_training_goes_on_or_begins_anew(world: World) -> None:
-    folder = world.workspace / str(world.run("run").nodes["train"].path)
+    folder = make_results(config(world.workspace), until="train")["train"].folder(world.workspace)
     scratch = scratch_of(folder)
     for fresh in (False, True):
         scratch.mkdir()
@@ -256,29 +256,15 @@ def test_training_goes_on_or_begins_anew(world: World) -> None:
 
 
 def test_a_run_that_starts_from_a_result(world: World) -> None:
-    first = world.run("first")
-    started = world.run("started", start_from=["first/train"], lr=0.5)  # this would be another training
+    trained = make_results(config(world.workspace))["train"].path
+    started = world.run("started", start_from=[trained], lr=0.5)  # this would be another training
     assert world.launcher.ran == []
-    assert started.nodes["train"].path == first.nodes["train"].path
-    assert started.start_from == [first.nodes["train"].path]
+    assert (started.nodes["train"].path, started.start_from) == (trained, [trained])
     assert set(states(started).values()) == {"cached"}
     shutil.rmtree(world.workspace / "merge")
     shutil.rmtree(world.workspace / "prefect")
-    world.run("started", start_from=["first/train"], lr=0.5)
+    world.run("started", start_from=[trained], lr=0.5)
     assert world.launcher.ran == ["merge"]
-
-
-def test_a_run_whose_end_the_server_missed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = world.run("run")
-    assert record.flow_run_id is not None
-    with get_client(sync_client=True) as client:
-        client.set_flow_run_state(UUID(record.flow_run_id), Running(), force=True)
-        RunFolder(world.workspace, "run").write(record.model_copy(update={"attempt": 2}))  # as Prefect counts them
-        reconcile([world.workspace])
-        assert client.read_flow_run(UUID(record.flow_run_id)).state_name == "Running", "it may be about to tell it itself"
-        monkeypatch.setattr(settle, "PATIENCE", 0.0)
-        reconcile([world.workspace])
-        assert client.read_flow_run(UUID(record.flow_run_id)).state_name == "Completed"
 
 
 def test_names_that_are_none_are_refused(world: World) -> None:
@@ -290,9 +276,11 @@ def test_names_that_are_none_are_refused(world: World) -> None:
 
 
 def test_runs_of_dead_processes_are_marked(world: World) -> None:
-    done = world.run("run")
+    done = RunRecord(name="run", config={}, cwd="/", pid=1, started=now(), finished=now(), state="done")
+    for name in ("run", "dead"):
+        RunFolder(world.workspace, name).path.mkdir(parents=True)
+    RunFolder(world.workspace, "run").write(done)
     folder = RunFolder(world.workspace, "dead")
-    folder.path.mkdir()
     # The runner's own workspaces are others: that this one is to be settled, the server's runs tell.
     parameters = {"config": config(Path("elsewhere")).model_dump(mode="json"), "overrides": [f"workspace={world.workspace}"]}
     with get_client(sync_client=True) as client:
@@ -331,7 +319,7 @@ def test_what_a_watcher_does_while_the_server_is_away(world: World, monkeypatch:
     asked = config(world.workspace).model_dump(mode="json")
     folder.write(RunRecord(name="dead", config=asked, cwd="/", pid=1, started=now(), flow_run_id=str(UUID(int=1))))
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
-        settle.main(world.workspace, "dead")
+        settle.main(world.workspace, "dead", str(UUID(int=1)), 1)
     assert (world.record("dead").state, cleaned) == ("crashed", [world.workspace])
     assert "its process is gone" in folder.report.read_text()
 
@@ -342,7 +330,7 @@ def test_runs_that_cannot_be_settled_keep_no_other_from_it(tmp_path: Path, monke
     theirs, ours = RunFolder(tmp_path, "theirs"), RunFolder(tmp_path, "ours")
     for folder in (ours, theirs):  # the newest one is looked at first
         folder.path.mkdir(parents=True)
-        folder.write(RunRecord(name=folder.name, config={}, cwd="/", pid=1, started=now()))
+        folder.write(RunRecord(name=folder.name, config={}, cwd="/", pid=1, started=now(), flow_run_id=str(UUID(int=1))))
     (theirs.path / ".lock").mkdir()
     unreadable = tmp_path / ("x" * 300)
     troubles: list[str] = []
@@ -353,7 +341,7 @@ def test_runs_that_cannot_be_settled_keep_no_other_from_it(tmp_path: Path, monke
         f"the runs of {unreadable} cannot be read, and are left as they are",
         f"the run {theirs.path} seems to have crashed; only who may write there can mark it",
     }
-    settle.main(tmp_path, "theirs")  # its watcher: it does what is left to do
+    settle.main(tmp_path, "theirs", str(UUID(int=1)), 1)  # its watcher: it does what is left to do
 
 
 def test_a_runner_names_a_trouble_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

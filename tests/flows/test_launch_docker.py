@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import engine_of
 from fake_stages import config as small_config
 from fake_stages import make_results
 
 from flows import cli
-from flows.launch import choose, docker_engine
+from flows.launch import choose
 from flows.launch.docker import DockerLauncher, _machine
 from flows.launch.docker_engine import NotReady
 from flows.launch.docker_mounts import Bind, _without_doubles, binds_of, check_place, check_places, make_folders
@@ -82,11 +83,32 @@ def test_which_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert isinstance(choose.launcher_for(config(tmp_path, {})), ProcessLauncher)
     assert isinstance(choose.launcher_for(config(tmp_path, {"by": "docker"})), DockerLauncher)
     monkeypatch.setattr(choose, "machine_has_gpus", lambda: True)
-    monkeypatch.setattr(docker_engine, "answers", lambda host: True)
-    assert isinstance(choose.launcher_for(config(tmp_path, {})), DockerLauncher)
-    assert isinstance(choose.launcher_for(config(tmp_path, {"by": "process"})), ProcessLauncher)
-    monkeypatch.setattr(docker_engine, "answers", lambda host: False)
+    assert isinstance(choose.launcher_for(config(tmp_path, {"hosts": ["ssh://gpu1"]})), DockerLauncher)
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
     assert isinstance(choose.launcher_for(config(tmp_path, {})), ProcessLauncher)
+    with engine_of(tmp_path / "docker.sock"):
+        assert isinstance(choose.launcher_for(config(tmp_path, {})), DockerLauncher)
+        assert isinstance(choose.launcher_for(config(tmp_path, {"by": "process"})), ProcessLauncher)
+
+
+def test_auto_is_decided_once_and_says_why_it_is_no_containers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a machine with GPUs: an engine that answers for the first time in the middle of a run changes nothing in it."""
+    monkeypatch.setattr(choose, "machine_has_gpus", lambda: True)
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
+    settings, told = choose.decided(LaunchSettings())
+    assert told is not None
+    assert told.startswith(
+        "stages run as plain processes of this machine: no Docker engine answers at "
+        f"{tmp_path}/docker.sock (No such file or directory). To mend it: start the engine of that socket"
+    )
+    with engine_of(tmp_path / "docker.sock"):
+        assert choose.decided(settings) == (settings, None)
+        assert not choose.in_containers(settings)
+        assert choose.decided(LaunchSettings()) == (LaunchSettings(by="docker"), None)
+    hosts = ("ssh://gpu1",)
+    assert choose.decided(LaunchSettings(hosts=hosts)) == (LaunchSettings(by="docker", hosts=hosts), None)
+    monkeypatch.setattr(choose, "machine_has_gpus", lambda: False)
+    assert choose.decided(LaunchSettings()) == (LaunchSettings(by="process"), None)
 
 
 def test_a_run_says_at_once_what_is_in_the_way(

@@ -9,20 +9,23 @@ from typing import Any
 
 import pytest
 from docker.errors import APIError, ImageNotFound
+from engines import SocketEngine, engine_of
+from processes import wait_until
 from requests import ConnectionError as RequestsError
 from test_launch_docker import config
 
-from flows.launch import choose, docker_checks, docker_engine
+from flows.launch import choose, docker, docker_checks, docker_engine
 from flows.launch.docker import DockerLauncher
 from flows.launch.docker import Engine as DockerEngine
 from flows.launch.docker_checks import check_engine, check_settings, look_around, processes_on
 from flows.launch.docker_container import Container
 from flows.launch.docker_engine import NotReady, connected
-from flows.launch.docker_leftovers import remove_leftovers
+from flows.launch.docker_leftovers import DOCTOR_SECONDS, _is_left, labels, remove_leftovers
 from flows.launch.docker_refusals import problem_of, refusals_told
-from flows.launch.protocol import StageJob
+from flows.launch.docker_request import Place
+from flows.launch.protocol import Caller, StageJob
 from stages.contracts.launch_settings import LaunchSettings
-from stages.contracts.specs import TrainSpec
+from stages.contracts.specs import SPECS, TrainSpec
 
 
 def refused(host: str) -> str:
@@ -58,6 +61,36 @@ def test_an_engine_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert told.startswith(
         f"the Docker socket {tmp_path}/docker.sock refuses this user. To mend it: sudo usermod -aG docker $USER"
     )
+
+
+def test_an_engine_that_is_too_old(tmp_path: Path) -> None:
+    host = f"unix://{tmp_path}/docker.sock"
+    with engine_of(tmp_path / "docker.sock", api="1.39"):
+        assert refused(host) == (
+            f"the Docker engine at {host} is older than 19.03. To mend it: install a newer one: docs.docker.com/engine"
+        )
+    with engine_of(tmp_path / "docker.sock", api="1.40"), connected(host) as client:
+        assert client.api.api_version == "1.40"
+
+
+def test_the_engine_of_another_context_of_docker_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rootless Docker, Docker Desktop and colima have sockets of their own, which the docker command finds by its context."""
+    host = f"unix://{tmp_path}/docker.sock"
+    command = "docker context inspect -f '{{.Endpoints.docker.Host}}'"
+    told = f"; or, for that of docker's context colima: export DOCKER_HOST=$({command})"
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    monkeypatch.setattr(docker_engine, "HERE", host)
+    for content, is_told in (('{"currentContext": "colima"}', True), ('{"currentContext": "default"}', False), ("[]", False)):
+        (tmp_path / "config.json").write_text(content)
+        assert refused(host).endswith(told) == is_told
+    (tmp_path / "config.json").write_text('{"currentContext": "colima"}')
+    assert not refused(f"unix://{tmp_path}/named.sock").endswith(told)  # a person named that one
+
+    def refuse(self: object, path: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(docker_engine.socket.socket, "connect", refuse)
+    assert refused(host).endswith(told)
 
 
 def test_an_engine_without_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +198,104 @@ def test_fewer_gpus_than_processes_where_all_are_given(
     image = docker_checks.Image("mine", "sha256:1", "sha256:1")
     with pytest.raises(NotReady, match=told) if told else contextlib.nullcontext():
         look_around(None, "here", LaunchSettings(gpus="all"), image, [], {}, workspace=tmp_path, processes=2)
+
+
+@pytest.mark.parametrize(("gpus", "look"), [("none", ""), ("all", "; nvidia-smi")])
+def test_a_container_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: str, look: str) -> None:
+    """A disk or a GPU does not answer: no signal ends it, so its end is not waited for."""
+    monkeypatch.setattr(docker_checks, "PROBE_SECONDS", 0.2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    image, engine = docker_checks.Image("mine", "sha256:1", "sha256:1"), SocketEngine()
+    marks = labels(workspace=tmp_path, run="", node="probe", attempt="1", grace=0.0)
+    with pytest.raises(NotReady) as caught:
+        look_around(engine, "here", LaunchSettings(gpus=gpus), image, [], marks, workspace=tmp_path, processes=1)
+    assert str(caught.value) == (
+        "a container of mine at here hangs: it said nothing within 0.2 seconds. "
+        f"To mend it: see what does not answer on that machine: ls {tmp_path}{look}"
+    )
+    wait_until(lambda: sorted(engine.calls) == ["kill", "remove"])  # another thread kills it
+    assert list(tmp_path.iterdir()) == []
+    assert engine.labels["megatron-flows.stage"] == "probe"
+
+
+@pytest.mark.parametrize(
+    ("run", "age", "left"), [("", DOCTOR_SECONDS - 9, False), ("", DOCTOR_SECONDS + 9, True), ("gone", 0, True)]
+)
+def test_what_is_left(tmp_path: Path, run: str, age: float, left: bool) -> None:
+    """What a run left that nobody does; of a doctor, who does none, what is older than it can be."""
+    marks = labels(workspace=tmp_path, run=run, node="probe", attempt="theirs", grace=0.0)
+    asked = float(marks["megatron-flows.asked"])
+    assert _is_left(marks | {"megatron-flows.asked": str(asked - age)}, tmp_path, "ours", "calm-heron") == left
+
+
+def test_all_hosts_are_looked_at_before_the_first_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when training begins, hours later. The further ones see the workspace, as training does, and no more."""
+    first, second = f"unix://{tmp_path}/1.sock", f"unix://{tmp_path}/2.sock"
+    image = docker_checks.Image("mine", "sha256:1", "sha256:1")
+    looked: list[tuple[str, set[Path]]] = []
+
+    def look(client: Any, host: str, settings: Any, image: Any, binds: Any, marks: Any, **more: Any) -> None:
+        looked.append((host, {bind.source for bind in binds}))
+
+    monkeypatch.setattr(docker, "look_around", look)
+    monkeypatch.setattr(docker, "remove_leftovers", lambda *asked, **more: None)
+    monkeypatch.setattr(docker, "check_engine", lambda *asked: image)
+    (tmp_path / "text").mkdir()
+    hosts, text = [first, second, second, first], str(tmp_path / "text")
+    asked = config(tmp_path / "w", {"hosts": hosts}, layout={"dp": 4}, data={"source": text})
+    launcher, caller = DockerLauncher(asked), Caller(print, print, threading.Event())
+
+    def engines(stage: str, node: str) -> list[str]:
+        settings = {"train": {"settings": {"steps": 1}}, "download-data": {"data": asked.data}}[node]
+        spec = SPECS[node].model_validate({"workspace": str(tmp_path / "w")} | settings)
+        with contextlib.ExitStack() as stack:
+            job = StageJob(node, stage, tmp_path / "spec.json", tmp_path / "log", "brisk-otter")
+            return [engine.host for engine in launcher._engines(job, spec, stack, caller)]
+
+    with engine_of(tmp_path / "1.sock"):
+        with pytest.raises(NotReady, match=f"no Docker engine answers at {tmp_path}/2.sock"):
+            engines("download", "download-data")
+        looked.clear()
+        with engine_of(tmp_path / "2.sock"):
+            assert engines("download", "download-data") == [first]
+            assert looked == [(second, {tmp_path / "w"})]  # the first one was ready
+            launcher._looked_at.clear()
+            engines("download", "download-data")
+            assert looked[1:] == [(first, {tmp_path / "w", tmp_path / "text"}), (second, {tmp_path / "w"})]
+            assert engines("train", "train") == hosts
+            assert len(looked) == 3  # once
+        assert engines("download", "download-data") == [first]  # which needs no other
+
+
+def test_where_containers_of_several_machines_meet(tmp_path: Path) -> None:
+    """In the network of their machines; several on one engine, whatever it is called, in one of their own."""
+    hosts = ["ssh://me@gpu1", "ssh://me@gpu2"]
+    job = StageJob("train", "train", tmp_path / "spec.json", tmp_path / "log", "brisk-otter")
+    spec = TrainSpec.model_validate({"workspace": str(tmp_path), "settings": {"steps": 1}})
+    image = docker_checks.Image("mine", "sha256:1", "sha256:1")
+    made: list[dict[str, Any]] = []
+
+    def create(name: str, **asked: Any) -> Any:
+        made.append(asked)
+        return SimpleNamespace(name=name, remove=lambda: made.append({}))
+
+    def places(ids: str, **launch: str) -> list[Place]:
+        networks = SimpleNamespace(create=create)
+        clients = [SimpleNamespace(info=lambda id=id: {"ID": id}, networks=networks) for id in ids]
+        launcher = DockerLauncher(config(tmp_path, {"hosts": hosts, **launch}, layout={"tp": 2}))
+        engines = [DockerEngine(host, client, image) for host, client in zip(hosts, clients, strict=True)]
+        with launcher._places(job, spec, engines) as places:
+            return places
+
+    assert places("ab") == [Place(node, 2, "gpu1:29400", network="host") for node in (0, 1)]
+    assert places("ab", rendezvous="10.0.0.1")[1] == Place(1, 2, "10.0.0.1:29400", network="host")
+    assert places("ab", rendezvous="10.0.0.1:7000")[1] == Place(1, 2, "10.0.0.1:7000", network="host")
+    assert made == []
+    own = places("aa")
+    assert [(place.rendezvous, place.alias) for place in own] == [("node-0:29400", "node-0"), ("node-0:29400", "node-1")]
+    assert own[0].network.startswith("brisk-otter-train-")
+    (network, removed) = made
+    assert (network["internal"], network["labels"]["megatron-flows.run"], removed) == (True, "brisk-otter", {})
 
 
 @pytest.mark.parametrize(

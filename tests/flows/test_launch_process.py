@@ -169,7 +169,7 @@ def test_kill_9_leaves_no_orphan(tmp_path: Path, how: str) -> None:
     file = tmp_path / "pids"
     then = "signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(600)" if how == "the shim" else "time.sleep(600)"
     source = LAUNCH.format(
-        path=[str(Path(__file__).parent), str(Path(__file__).parents[2])], log=str(tmp_path / "log"), code=family(file, then)
+        path=[str(folder) for folder in Path(__file__).parents[:3]], log=str(tmp_path / "log"), code=family(file, then)
     )
     launcher = subprocess.Popen([*PYTHON, source], start_new_session=True, stdout=subprocess.DEVNULL)
     try:

@@ -32,6 +32,14 @@ def test_numbers_are_numbers(tmp_path: Path) -> None:
     assert config.export.prompts == ("def f(",)
 
 
+def test_bounds_are_told_as_people_write_them(tmp_path: Path) -> None:
+    assert problems(tmp_path, GOOD, "train.lr=-1", "preprocess.max_malformed=1.5", "verify.sequence_length=99999999") == [
+        "--set preprocess.max_malformed=1.5: 1.5 must be at most 1",
+        "--set verify.sequence_length=99999999: 99999999 must be at most 16,777,216",
+        "--set train.lr=-1: -1 must be greater than 0",
+    ]
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
@@ -112,6 +120,10 @@ def test_all_problems_at_once_and_overrides_name_themselves(tmp_path: Path) -> N
         ("a: [1\n", "mine.yaml, line 2, column 1: not YAML: "),
         ("- 1\n", "mine.yaml: must be a mapping with the keys workspace, model, "),
         ("", "mine.yaml: must be a mapping with the keys workspace, model, "),
+        ("2020-01-01: 3\n", "mine.yaml: 2020-01-01: a key must be text, and this is a date: put it in quotes"),
+        ("train: {? [1, 2] : 3}\n", "mine.yaml: train.(1, 2): a key must be text, and this is a tuple: put it in quotes"),
+        ("a: &a [*a]\n", "mine.yaml: a list or section holds itself, or is nested too deeply: write it out"),
+        ("[" * 3000, "mine.yaml: a list or section holds itself, or is nested too deeply: write it out"),
     ],
 )
 def test_files_that_are_no_configuration(tmp_path: Path, text: str, told: str) -> None:

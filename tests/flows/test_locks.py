@@ -180,6 +180,43 @@ def test_other_workspaces_train_on_the_cpu_meanwhile(tmp_path: Path) -> None:
     assert locks_of("train", tmp_path / "a", Gpus(count=-1)) == locks_of("train", tmp_path / "b", Gpus(count=-1))
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "together"),
+    [
+        (["ssh://me@gpu1"], ["ssh://me@gpu2"], True),
+        (["ssh://me@gpu1", "ssh://me@gpu2"], ["tcp://gpu2:2376"], False),  # another way to the same machine
+        (["ssh://me@gpu1", "ssh://me@gpu2"], ["ssh://gpu2", "ssh://gpu1"], False),
+        (["ssh://me@gpu1", "unix:///var/run/docker.sock"], [], False),  # of this machine
+        (["unix:///run/docker.sock", "unix:///run/docker.sock"], ["ssh://localhost"], False),  # nor does it wait for itself
+        (["ssh://me@gpu1"], [], True),
+    ],
+)
+@pytest.mark.parametrize("gpus", [Gpus(count=-1), Gpus(ids=("0",))])
+def test_runs_on_other_machines_wait_for_the_gpus_there(
+    tmp_path: Path, gpus: Gpus, one: list[str], other: list[str], together: bool
+) -> None:
+    first, second = (locks_of("train", tmp_path, gpus, engines) for engines in (one, other))
+    with held(first, "first", stop=threading.Event(), on_wait=print):
+        waiter = Waiter(*second)
+        wait_until(lambda: waiter.has.is_set() or bool(waiter.told))
+        assert waiter.has.is_set() == together
+        waiter.stop.set()
+        waiter.leave.set()
+        waiter.thread.join(60)
+
+
+def test_what_is_waited_for_on_other_machines(tmp_path: Path) -> None:
+    """In the same order by everybody, whatever the order of `launch.hosts`."""
+    locks = locks_of("train", tmp_path, Gpus(ids=("1", "0")), ["ssh://gpu2", "unix:///x", "ssh://me@GPU1:2222"])
+    assert [lock.file.name for lock in locks] == [
+        "gpus", "gpu-0", "gpu-1", "gpus@gpu1", "gpu-0@gpu1", "gpu-1@gpu1", "gpus@gpu2", "gpu-0@gpu2", "gpu-1@gpu2",
+    ]  # fmt: skip
+    assert [lock.what for lock in locks[2:5]] == ["GPU 1", "the GPUs of gpu1", "GPU 0 of gpu1"]
+    hosts = ("ssh://gpu1", "ssh://gpu2")
+    assert choose.engines_of("train", LaunchSettings(hosts=hosts)) == hosts
+    assert choose.engines_of("verify", LaunchSettings(hosts=hosts)) == hosts[:1]
+
+
 def test_every_stage_that_computes_waits_for_the_gpus(tmp_path: Path) -> None:
     for stage in ("verify", "export"):
         assert locks_of(stage, tmp_path, Gpus(ids=("0",))) == locks_of("train", tmp_path, Gpus(ids=("0",)))

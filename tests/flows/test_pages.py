@@ -38,6 +38,7 @@ def pictures(page: str) -> list[str]:
 
 def test_words_of_others_are_no_markup() -> None:
     assert text("a_b <i> [x](y) `c` | d") == r"a\_b \<i\> \[x\](y) \`c\` \| d"
+    assert text("https://a.b www.a.b me@a.b") == "https:\u2060//a.b www\u2060.a.b me@\u2060a.b", "no links either"
     assert code("a`b|c\nd") == "`a'b¦c d`"
     assert code("x" * 300) == f"`{'x' * 200}…`"
     assert block("```\nrm\x1b[31m") == "````text\n```\nrm [31m\n````"
@@ -83,7 +84,8 @@ def test_the_page_of_data(made: tuple[Path, dict[str, a.Artifact]], tmp_path: Pa
 def test_the_page_of_a_gate_has_its_table(made: tuple[Path, dict[str, a.Artifact]], tmp_path: Path) -> None:
     verification = made[1]["verify"].model_copy(update={"path": "verify/x"})
     (tmp_path / "verify" / "x").mkdir(parents=True)
-    (tmp_path / "verify" / "x" / "verification.md").write_text("# title\n\n## Logits\n\n| output of | relative 1e-07 |\n")
+    table = b"# title\n\n## Logits\n\n| output of | relative 1e-07 |\n\xff\n"
+    (tmp_path / "verify" / "x" / "verification.md").write_bytes(table)
     page = stage_page("verify", verification, tmp_path, cached=False)
     assert "\n### Logits\n\n| output of | relative 1e\u201107 |\n" in page
     assert "# title" not in page
@@ -93,15 +95,19 @@ def test_the_page_of_training_while_it_runs_and_after(made: tuple[Path, dict[str
     workspace, results = made
     curves = curves_in(results["train"].folder(workspace))
     page = training_page(Progress(40, 280, "step 40/280 · loss 6"), curves, moment=now())
+    assert "as of step" not in page
     for line in (
         "## train, 14%", "| step | 40 of 280 |", "| loss | 7.5000 → 6.0000 |", "| held-out loss | 8.3700 → 4.8900 |",
-        "| throughput | 24,100 tokens/s |", "| peak memory | 2.3 GB |", "| time left | 1m 38s |",
+        "| throughput | 24,100 tokens/s |", "| peak memory | 2.3 GB |",
     ):  # fmt: skip
         assert line in page, line
     bar, chart = pictures(page)
     assert 'width="91.4"' in bar
     assert ">200<" in chart, "the axis goes on to the last step"
     assert len(page) < 12_000, "it is sent every few seconds"
+    later = training_page(Progress(279, 280, "step 279/280 · loss 5 · 1s left"), curves, moment=now())
+    assert "| step | 279 of 280 |\n| figures below | as of step 40 |\n| loss | 7.5000 → 6.0000 |" in later
+    assert "## train, 99%" in later
     assert "| loss |" not in training_page(Progress(0, 280, "starting"), None, moment=now())
     figures = {**results["train"].metrics, "loss_test": 3.2, "accuracy_after": 0.42}
     after = stage_page("train", results["train"].model_copy(update={"metrics": figures}), workspace, cached=False)

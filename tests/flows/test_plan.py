@@ -1,5 +1,6 @@
 """What a run would do, and why."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import Any
 import pytest
 from fake_stages import MAKES, config, make_results
 
+from flows import cli
 from flows.asked import plan
 from flows.asked.load_config import BadConfig, check_ready
+from stages.contracts import artifacts as a
 from stages.contracts.config import PipelineConfig
 from stages.contracts.specs import SPECS
 
@@ -53,11 +56,20 @@ def test_a_damaged_result_and_an_unfinished_one(tmp_path: Path) -> None:
         / "train"
         / f".{SPECS['train'].of(config(tmp_path, lr=1e-5), weights=made['shard'], dataset=made['preprocess']).key}.partial"
     )
-    for step in ("step-000010", "step-000020"):
+    for step in ("step-999999", "step-1000000", "step-2000000.tmp"):
         (partial / "checkpoints" / step).mkdir(parents=True)
         (partial / "checkpoints" / step / "state.json").touch()
     made = make_results(config(tmp_path))  # mends convert
-    assert states(plan.plan(config(tmp_path, lr=1e-5)))["train"][1] == "goes on from checkpoint step-000020"
+    assert states(plan.plan(config(tmp_path, lr=1e-5)))["train"][1] == "goes on from checkpoint step-1000000"
+
+
+def test_words_of_others_do_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, made = tmp_path / "mine.yaml", make_results(config(tmp_path))
+    file.write_text(json.dumps(config(tmp_path).model_dump(mode="json")))
+    told = made["convert"].folder(tmp_path) / a.ARTIFACT_FILE
+    told.write_text(told.read_text().replace('"convert made"', '"made \\u001b[2J"'))
+    assert cli.main(["plan", str(file)]) == 0
+    assert "  convert         cached  made  [2J\n" in capsys.readouterr().out
 
 
 def test_the_report_says_what_is_asked_for(tmp_path: Path) -> None:

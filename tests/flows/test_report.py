@@ -3,21 +3,27 @@
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from stories import GATES, HOSTILE, done_run, metrics_lines, told, with_artifact, with_file, write_metrics
 
 from flows.records.run_record import NodeRecord, RunFolder
 from flows.records.story import story_of
 from flows.show.ending import tell_end
-from flows.show.pages.board import Board
+from flows.show.pages.board import Board, Data, Kind
 from flows.show.report.lineage_graph import _edges, lineage_graph
+from flows.show.report.sections import charts
 from flows.show.report.write import render, write_report
 from stages.contracts import artifacts as a
 from stages.contracts.specs import SPECS, refused_of, scratch_of
 
+FLOW_RUN = "0b0d8a3e-0000-4000-8000-000000000000"
+LAST = {"step": 100, "valid_loss": 4.8}
 VOID = {"meta", "path", "rect", "circle", "br"}
 
 
@@ -52,6 +58,17 @@ class Page(HTMLParser):
             self.text += data
 
 
+class Kept(Board):
+    """Keeps what it is to show, instead of sending it."""
+
+    def __init__(self, flow_run_id: str | None) -> None:
+        super().__init__(flow_run_id)
+        self.pages: dict[str, object] = {}
+
+    def put(self, key: str, kind: Kind, data: Data, words: str, **about: Any) -> None:
+        self.pages[key] = data
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     return done_run(tmp_path)
@@ -77,9 +94,32 @@ def test_questions_that_were_asked(folder: RunFolder) -> None:
     story = with_artifact(told(folder), "export", metrics={"answers": {"questions": 9, "before": 0.0, "after": 0.875}})
     (story.artifacts["export"].folder(folder.workspace) / "answers.json").write_text(json.dumps(asked))
     text = Page(render(story)).text
-    assert "right answers0% → 88%" in text
+    assert "right answers0% → 87%" in text
     assert [f"q{n}?" in text for n in range(4)] == [True, True, True, False], "the first three"
     assert "wanted" in text
+    assert "right answers to 9 questions0.00 %87.50 %" in text
+    of_the_end = with_artifact(story, "export", metrics={"answers": {"questions": 9, "after": 0.875}})
+    assert "right answers to 9 questions87.50 %" in Page(render(of_the_end)).text
+
+
+def test_a_run_of_one_stage_and_where_it_published(folder: RunFolder) -> None:
+    record = folder.read()
+    assert record is not None
+    folder.write(record.model_copy(update={"stage": "push", "cwd": "/home/me"}))
+    story = with_artifact(told(folder), "push", to="folder", target="workspace/hub")
+    text = Page(render(story)).text
+    assert "stage/push" in text
+    assert "finetune-llama2" not in text
+    assert "published to /home/me/workspace/hub" in text
+    assert with_artifact(story, "push", to="folder", target="/hub").published() == "/hub"
+    assert with_artifact(story, "push", to="hub", target="me/model").published() == "me/model"
+
+
+def test_all_charts_end_where_training_did(folder: RunFolder) -> None:
+    """On held-out data a loss is told of the last step, which may be logged no more."""
+    write_metrics(folder.workspace / str(told(folder).record.nodes["train"].path), [*metrics_lines(), LAST])
+    ticks = [re.findall(r'text-anchor="middle">([^<]+)<', chart) for chart in charts(told(folder))]
+    assert ticks == [["0", "50", "100"]] * 4
 
 
 def test_it_needs_nothing_else_and_runs_nothing(folder: RunFolder) -> None:
@@ -191,7 +231,45 @@ def test_a_report_that_cannot_be_written_is_no_failure(folder: RunFolder) -> Non
     folder.report.mkdir()
     with pytest.raises(OSError, match="report"):
         write_report(told(folder))
-    tell_end(folder, Board(None))
+    board = Kept(None)
+    tell_end(folder, board)
+    assert f"| report | `{folder.report}` could not be written: `[Errno 21] Is a directory" in board.pages["summary"]
+
+
+@pytest.fixture
+def served(folder: RunFolder) -> Iterator[Path]:
+    """Where the workspace's server has the files of its UI. Prefect's settings of this process name that server."""
+    home = folder.workspace / "prefect"
+    (home / "ui" / "v1").mkdir(parents=True)
+    (home / "server.json").write_text(json.dumps({"api": "http://127.0.0.1:9/api", "pid": 1}))
+    record = folder.read()
+    assert record is not None
+    folder.write(record.model_copy(update={"flow_run_id": FLOW_RUN}))
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        yield home / "ui" / "v1"
+
+
+def test_the_summary_opens_the_report_where_anybody_may_who_sees_it(folder: RunFolder, served: Path) -> None:
+    board = Kept(None)
+    tell_end(folder, board)
+    assert f"| report | [open it](/reports/{FLOW_RUN}.html), or `{folder.report}` |" in board.pages["summary"]
+    assert (served / "reports" / f"{FLOW_RUN}.html").read_bytes() == folder.report.read_bytes()
+
+
+def test_a_copy_that_cannot_be_made_costs_the_link_alone(folder: RunFolder, served: Path) -> None:
+    (served / "reports").touch()
+    board = Kept(None)
+    tell_end(folder, board)
+    assert f"| report | `{folder.report}` |" in board.pages["summary"]
+    assert folder.report.is_file()
+
+
+def test_a_server_with_a_login_hands_out_no_report_without_it(folder: RunFolder, served: Path) -> None:
+    board = Kept(None)
+    with temporary_settings({PREFECT_API_AUTH_STRING: "me:secret"}):
+        tell_end(folder, board)
+    assert f"| report | `{folder.report}` |" in board.pages["summary"]
+    assert not (served / "reports").exists()
 
 
 def test_the_lineage_draws_every_node_and_what_follows_from_what() -> None:

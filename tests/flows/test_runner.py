@@ -17,11 +17,14 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 from prefect.runner import Runner
-from prefect.states import Failed
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelled, Failed, Running, State
 
 from flows import cli
 from flows.commands import serve as command
+from flows.launch.process import grace_of
 from flows.records.flock import is_locked, locked
+from flows.runner import patient
 from flows.runner.patient import PatientRunner
 from flows.runner.requests import Requests
 from flows.runner.serve import _Serving
@@ -54,6 +57,7 @@ class Going:
     """A runner with a run that goes on."""
 
     def __init__(self) -> None:
+        self.state: State[Any] = Failed(message="no\x1b]0;title\x07 luck\nat all")
         self.going_on = {uuid4()}
         self.cancelled: set[UUID] = set()
         self._client = self
@@ -65,8 +69,7 @@ class Going:
         pass
 
     async def read_flow_run(self, flow_run_id: UUID) -> Any:
-        state = Failed(message="no\x1b]0;title\x07 luck\nat all")
-        return SimpleNamespace(state=state, name="my\x1b[2Jrun", parameters={})
+        return SimpleNamespace(state=self.state, name="my\x1b[2Jrun", parameters={})
 
 
 def serving(said: list[str]) -> tuple[_Serving, Going]:
@@ -108,6 +111,72 @@ def test_what_is_shown_of_runs_cannot_steer_a_terminal() -> None:
     assert said == ["my [2Jrun  started", "my [2Jrun  Failed  no ]0;title  luck"]
 
 
+def test_how_a_run_ended_is_shown_once_prefect_knows() -> None:
+    said: list[str] = []
+    served, runner = serving(said)
+    runner.state = Running()
+    asyncio.run(served._show())
+    runner.going_on = set()
+    asyncio.run(served._show())
+    assert said == ["my [2Jrun  started"]
+    runner.state = Cancelled(message="its runner was stopped")
+    asyncio.run(served._show())
+    asyncio.run(served._show(is_last=True))
+    assert said[1:] == ["my [2Jrun  Cancelled  its runner was stopped"]
+
+
+def test_an_error_that_nobody_foresaw_does_not_end_the_runner() -> None:
+    said: list[str] = []
+    served, runner = serving(said)
+
+    async def fail() -> None:
+        raise LookupError("something new\x1b")
+
+    runner.see_cancellations = fail  # type: ignore[method-assign]
+    for _ in range(2):
+        asyncio.run(served._round(takes_runs=False))
+    assert said == ["LookupError: something new "]
+
+
+class Handle:
+    """The process of a run, which takes its time to save its work."""
+
+    pid = 1
+
+    def __init__(self, looks: int) -> None:
+        self.looks_left = looks
+        self.done: list[str] = []
+
+    def is_alive(self) -> bool:
+        self.looks_left -= 1
+        return self.looks_left >= 0
+
+    def graceful_kill(self) -> None:
+        self.done.append("SIGTERM")
+
+    def hard_kill(self) -> None:
+        self.done.append("SIGKILL")
+
+
+@pytest.mark.parametrize(("grace", "looks", "done"), [(660.0, 3, ["SIGTERM"]), (0.0, 99, ["SIGTERM", "SIGKILL"])])
+def test_a_run_that_is_cancelled_may_save_its_work(
+    server: Server, monkeypatch: pytest.MonkeyPatch, grace: float, looks: int, done: list[str]
+) -> None:
+    """Prefect's own patience is thirty seconds."""
+    assert grace_of("train") < patient.GRACE_SECONDS
+    monkeypatch.setattr(patient, "GRACE_SECONDS", grace)
+    handle = Handle(looks)
+
+    async def end() -> None:
+        async with PatientRunner() as runner:
+            monkeypatch.setattr(runner._process_manager, "get", lambda flow_run_id: handle)
+            await runner._process_manager.kill(uuid4())
+
+    with temporary_settings({PREFECT_API_URL: server.api}):
+        asyncio.run(end())
+    assert handle.done == done
+
+
 def test_what_breaks_while_the_runner_serves_is_not_the_workspace_s_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,14 +200,13 @@ def test_who_asks_whether_it_serves_does_not_stop_it(tmp_path: Path, monkeypatch
     file = tmp_path / "prefect" / "runner.ready"
 
     def serve(*arguments: Any, on_ready: Callable[[], None], **options: Any) -> None:
+        threading.Timer(0.2, healthcheck.close).start()  # by then the other waits for it, or has given up
         on_ready()
         served.append(is_locked(file))
 
     monkeypatch.setattr("flows.runner.serve.serve", serve)
     monkeypatch.setattr("flows.running.quiet.logs_to_file", lambda file: None)
-    asks = threading.Timer(0.2, lambda: healthcheck.close())  # by then the other waits for it, or has given up
     with ExitStack() as healthcheck:
         healthcheck.enter_context(locked(file, fcntl.LOCK_SH))
-        asks.start()
         assert command._run([], None, Server("http://127.0.0.1:9/api"), tmp_path) == 0
     assert served == [True]

@@ -122,6 +122,34 @@ def test_the_server_that_is_named(tmp_path: Path, server: Server, monkeypatch: p
         pass
 
 
+class Answering(BaseHTTPRequestHandler):
+    """Another program's page, which has something to say to everything; below /no, that it is not found."""
+
+    def do_GET(self) -> None:
+        self.send_response(404 if self.path.startswith("/no") else 200)
+        self.end_headers()
+        self.wfile.write(b"[]" if self.path.startswith("/list") else b"<html>hello</html>")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("path", "told"), [("", "no JSON"), ("/list", "something else"), ("/no", "status 404")])
+def test_what_is_named_and_is_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, told: str) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as page:
+        threading.Thread(target=page.serve_forever, daemon=True).start()
+        api = f"http://127.0.0.1:{page.server_port}{path}"
+        monkeypatch.setenv("PREFECT_API_URL", api)
+        with pytest.raises(NoServer) as caught, serving(tmp_path):
+            pass
+        assert not asking.answers(api)
+        assert not asking.is_of(api, tmp_path)
+        page.shutdown()
+    assert str(caught.value) == (
+        f"PREFECT_API_URL={api} answers with {told}: no Prefect server is there, whose address ends in /api as a rule"
+    )
+
+
 def test_the_server_gets_no_secrets(tmp_path: Path) -> None:
     ours = {"HF_TOKEN": "x", "PREFECT_API_KEY": "x", "PATH": "/bin", "HOME": "/h"}
     environment = servers.server_environment(tmp_path, 4200, ours)
@@ -163,7 +191,7 @@ class WithLogin(BaseHTTPRequestHandler):
         is_in = self.headers.get("Authorization") == "Basic " + b64encode(b"admin:right").decode()
         self.send_response(200 if is_in or self.path == "/api/health" else 401)
         self.end_headers()
-        self.wfile.write(b"{}")
+        self.wfile.write(b"true")
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -199,6 +227,7 @@ def test_a_server_with_a_password(tmp_path: Path, closed: str, monkeypatch: pyte
 def test_a_password_that_only_the_server_knows(tmp_path: Path, closed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where prefect.toml names it, which Prefect's server reads."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(servers, "CLOSED_SECONDS", 0.0)
     for name in ("PREFECT_API_AUTH_STRING", servers.SERVER_LOGIN):
         monkeypatch.delenv(name, raising=False)
     with (
@@ -229,7 +258,7 @@ def test_the_workspace_s_own_server_with_a_password(
         assert "me:from-a-file" not in stage_environment(environment, talks_to_hub=True).values()
         for login, is_let_in in ((environment["PREFECT_API_AUTH_STRING"], True), (None, False)):
             with temporary_settings({PREFECT_API_AUTH_STRING: login}):
-                assert asking.lets_us_in(server.api) is is_let_in
+                assert (asking.what_is_wrong_with(server.api) is None) is is_let_in
 
         monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "me:from-a-file")
         with serving(tmp_path) as again:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ FILES = {
     "config.json": json.dumps(CONFIG).encode(), "model.safetensors": WEIGHTS, "tokenizer.json": b"{}",
     "README.md": b"# The base model's card",
 }  # fmt: skip
-PUBLISHED = {*FILES, "assets/loss.png"}
-CURVE = [
+WITH_CHART = {*FILES, "assets/loss.png"}  # what is published of a training whose losses make a curve
+CURVE: list[dict[str, Any]] = [
     {"step": 0, "valid_loss": 8.32},
     *({"step": step, "loss": 3 + 500 / (step + 100), "lr": 3e-4 * (1 - step / 201)} for step in range(1, 201)),
     {"step": 200, "valid_loss": 3.11},
@@ -77,14 +78,17 @@ def publish(workspace: Path, kind: type[a.Artifact], files: dict[str, bytes], sp
     return Ref(path=kind.__name__, fingerprint=fingerprint)
 
 
-def push_inputs(workspace: Path, files: dict[str, bytes] = FILES) -> dict[str, Ref]:
-    """The inputs of push, of a model of these files."""
+def push_inputs(workspace: Path, files: dict[str, bytes] = FILES, *, curve: Sequence[dict[str, Any]] = ()) -> dict[str, Ref]:
+    """The inputs of push, of a model of these files.
+
+    Without a curve nothing is drawn, which takes longer than all else of a push.
+    """
     train = {"settings": {"lr": 3e-4, "steps": 200, "schedule": "cosine", "log_interval": 10, "global_batch_size": 8,
                           "sequence_length": 1024}}  # fmt: skip
     source = {"source": "/home/ada/Lib", "format": "text", "text_column": "text"}
     lengths = {"8": 1000, "1024": 1211}
     export = {f"model/{name}": content for name, content in files.items()}
-    curve = "".join(json.dumps(line) + "\n" for line in CURVE).encode()
+    lines = "".join(json.dumps(line) + "\n" for line in curve).encode()
     return {
         "export": publish(
             workspace, a.ExportArtifact, {**export, "samples.json": b"[]", "comparison.json": json.dumps(REPORT).encode()}, {},
@@ -92,7 +96,7 @@ def push_inputs(workspace: Path, files: dict[str, bytes] = FILES) -> dict[str, R
             source="meta-llama/Llama-2-7b-hf", source_revision="0123456789abcdef" * 2,
         ),
         "checkpoint": publish(
-            workspace, a.CheckpointArtifact, {"metrics.jsonl": curve}, train, model=MODEL, tokenizer=TOKENIZER,
+            workspace, a.CheckpointArtifact, {"metrics.jsonl": lines}, train, model=MODEL, tokenizer=TOKENIZER,
             checkpoint="checkpoints/step-000200", step=200, consumed_samples=1600, consumed_tokens=1_638_400, tp=2, pp=1, dp=1,
             loss_before=8.32, loss_after=3.11, metrics={"accuracy_before": 0.01, "accuracy_after": 0.42, "loss_test": 3.2},
         ),

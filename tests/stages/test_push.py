@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from push_inputs import FILES, PUBLISHED, WEIGHTS, done, push_inputs, push_spec, refused, run, sha256
+from push_inputs import CURVE, FILES, WEIGHTS, WITH_CHART, done, push_inputs, push_spec, refused, run, sha256
 
 from stages.contracts import artifacts as a
 from stages.contracts import intact
@@ -14,7 +14,7 @@ from stages.contracts.specs import Ref
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> dict[str, Ref]:
-    return push_inputs(tmp_path / "ws")
+    return push_inputs(tmp_path / "ws", curve=CURVE)
 
 
 def test_dry_run_says_what_it_would_do(tmp_path: Path, inputs: dict[str, Ref]) -> None:
@@ -27,7 +27,7 @@ def test_dry_run_says_what_it_would_do(tmp_path: Path, inputs: dict[str, Ref]) -
     artifact = a.load_artifact(spec.folder)
     assert isinstance(artifact, a.PushArtifact)
     assert artifact.figure == "dry run: would upload 5 files, 1.3 MB to a private repo ada/fine"
-    assert set(artifact.published) == PUBLISHED, "samples.json is not the model's"
+    assert set(artifact.published) == WITH_CHART, "samples.json is not the model's"
     receipt = json.loads((spec.folder / "receipt.json").read_text())
     assert receipt["files"]["model.safetensors"]["sha256"] == sha256(WEIGHTS)
     assert {p.name for p in spec.folder.iterdir()} == {"README.md", "assets", "receipt.json", "artifact.json"}
@@ -57,11 +57,12 @@ def test_folder(tmp_path: Path, inputs: dict[str, Ref]) -> None:
     assert (tmp_path / "ws/ExportArtifact/model/config.json").read_bytes() == FILES["config.json"], "its files are its own"
     (target / "left-over.txt").write_text("of the push before")
     done(spec)
-    assert {p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()} == PUBLISHED, "replaced as a whole"
+    assert {p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()} == WITH_CHART, "replaced as a whole"
     assert {p.name for p in tmp_path.iterdir() if p.name.startswith(".")} == set()
 
 
-def test_folder_of_somebody_else_is_left_alone(tmp_path: Path, inputs: dict[str, Ref]) -> None:
+def test_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    inputs = push_inputs(tmp_path / "ws")
     target = tmp_path / "home-of-ada"
     target.mkdir()
     (target / "thesis.tex").write_text("ten years of work")
@@ -73,7 +74,17 @@ def test_folder_of_somebody_else_is_left_alone(tmp_path: Path, inputs: dict[str,
     assert (target / "thesis.tex").exists()
 
 
-def test_a_changed_export_is_not_published(tmp_path: Path, inputs: dict[str, Ref]) -> None:
+def test_another_model_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    target = tmp_path / "shelf"
+    first = done(push_spec(tmp_path, push_inputs(tmp_path / "ws"), to="folder", folder=str(target)))
+    other = push_inputs(tmp_path / "ws", {**FILES, "model.safetensors": WEIGHTS[::-1]})
+    second = done(push_spec(tmp_path, other, to="folder", folder=str(target)))
+    assert second.path != first.path
+    assert (target / "model.safetensors").read_bytes() == WEIGHTS[::-1]
+
+
+def test_a_changed_export_is_not_published(tmp_path: Path) -> None:
+    inputs = push_inputs(tmp_path / "ws")
     weights = tmp_path / "ws/ExportArtifact/model/model.safetensors"
     weights.write_bytes(WEIGHTS[:-1] + b"\0")
     assert "inputs.export: " in refused(push_spec(tmp_path, inputs))

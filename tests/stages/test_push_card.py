@@ -3,11 +3,12 @@
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
-from push_inputs import BASE_MODEL, CURVE, FILES, REPORT, done, push_inputs, push_spec, run
+from push_inputs import BASE_MODEL, CURVE, FILES, REPORT, push_inputs, push_spec
 
 from stages import push, runtime
 from stages.contracts import artifacts as a
@@ -34,13 +35,22 @@ def lineage(workspace: Path, **changes: object) -> Lineage:
     return Lineage(**(loaded | {"base_report": REPORT, "export_report": REPORT} | changes))  # type: ignore[arg-type]
 
 
-def carded(spec: PushSpec) -> ModelCard:
-    assert run(spec)[0] == 0
+def pushed(workspace: Path, files: dict[str, bytes], **settings: Any) -> PushSpec:
+    """Push a model of these files, in this process; what a process says is in test_push."""
+    spec = push_spec(workspace, push_inputs(workspace / "ws", files), **settings)
+    runtime.execute(spec, push.run)
+    return spec
+
+
+@pytest.fixture(scope="module")
+def card(tmp_path_factory: pytest.TempPathFactory) -> ModelCard:
+    folder = tmp_path_factory.mktemp("card")
+    spec = push_spec(folder, push_inputs(folder / "ws", curve=CURVE), repo="ada/fine")
+    runtime.execute(spec, push.run)
     return ModelCard.load(spec.folder / "README.md")
 
 
-def test_card(tmp_path: Path) -> None:
-    card = carded(push_spec(tmp_path, push_inputs(tmp_path / "ws"), repo="ada/fine"))
+def test_card(card: ModelCard) -> None:
     for line in (
         'model = AutoModelForCausalLM.from_pretrained("ada/fine")',
         "| loss | 8.3200 | 3.1100 | 3.2000 |",
@@ -73,8 +83,8 @@ def test_card(tmp_path: Path) -> None:
     assert "workers" not in card.text
 
 
-def test_what_the_hub_reads(tmp_path: Path) -> None:
-    data = carded(push_spec(tmp_path, push_inputs(tmp_path / "ws"), repo="ada/fine")).data
+def test_what_the_hub_reads(card: ModelCard) -> None:
+    data = card.data
     assert (data.license, data.license_name, data.base_model) == ("llama2", None, "meta-llama/Llama-2-7b-hf")
     assert (data.library_name, data.pipeline_tag, data.get("base_model_relation")) == (
         "transformers", "text-generation", "finetune",
@@ -122,9 +132,7 @@ def test_the_image_is_told_where_others_find_it(tmp_path: Path, image: str | Non
 )
 def test_a_folder_is_called_by_its_name(tmp_path: Path, settings: dict[str, str], called: str) -> None:
     """Where it lies on this machine is no path that a reader has."""
-    settings = {key: value.format(tmp_path) for key, value in settings.items()}
-    spec = push_spec(tmp_path, push_inputs(tmp_path / "ws"), to="dry-run", **settings)
-    runtime.execute(spec, push.run)
+    spec = pushed(tmp_path, FILES, to="dry-run", **{key: value.format(tmp_path) for key, value in settings.items()})
     card = ModelCard.load(spec.folder / "README.md")
     assert f'AutoModelForCausalLM.from_pretrained("{called}")' in card.text
     assert card.data.model_name == called.rsplit("/", 1)[-1]
@@ -213,7 +221,8 @@ def test_no_picture_of_no_curve(tmp_path: Path) -> None:
 
 def test_the_notice_that_llama_2_asks_for(tmp_path: Path) -> None:
     files = FILES | {"LICENSE.txt": LLAMA2.encode(), "USE_POLICY.md": b"Be kind."}
-    artifact = done(push_spec(tmp_path, push_inputs(tmp_path / "ws", files), to="folder", folder=str(tmp_path / "out")))
+    artifact = a.load_artifact(pushed(tmp_path, files, to="folder", folder=str(tmp_path / "out")).folder)
+    assert isinstance(artifact, a.PushArtifact)
     notice = "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved."
     assert (tmp_path / "out/NOTICE").read_text() == notice + "\n"
     assert (tmp_path / "out/LICENSE.txt").read_text() == LLAMA2
@@ -226,19 +235,16 @@ def test_the_notice_that_llama_2_asks_for(tmp_path: Path) -> None:
 
 def test_a_notice_that_came_is_left_as_it_came(tmp_path: Path) -> None:
     files = FILES | {"LICENSE.txt": LLAMA2.encode(), "Notice": b"of theirs"}
-    done(push_spec(tmp_path, push_inputs(tmp_path / "ws", files), to="folder", folder=str(tmp_path / "out")))
+    pushed(tmp_path, files, to="folder", folder=str(tmp_path / "out"))
     assert (tmp_path / "out/Notice").read_text() == "of theirs"
     assert not (tmp_path / "out/NOTICE").exists()
 
 
 @pytest.mark.parametrize(("repo", "warns"), [("ada/fine", True), ("ada/Llama-3-fine", False)])
-def test_what_llama_3_asks_for(tmp_path: Path, repo: str, warns: bool) -> None:
-    files = FILES | {"LICENSE": LLAMA3.encode()}
-    spec = push_spec(tmp_path, push_inputs(tmp_path / "ws", files), repo=repo)
-    code, out, _ = run(spec)
-    assert code == 0
+def test_what_llama_3_asks_for(tmp_path: Path, repo: str, warns: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = pushed(tmp_path, FILES | {"LICENSE": LLAMA3.encode()}, repo=repo)
     told = "warning: LICENSE of the base model asks for “Llama 3” at the beginning of the name of a model made from it"
-    assert (told in out) == warns
+    assert (told in capsys.readouterr().out) == warns
     card = (spec.folder / "README.md").read_text()
     assert "\n**Built with Meta Llama 3**\n" in card
     assert "> Meta Llama 3 is licensed under the Meta Llama 3 Community License." in card

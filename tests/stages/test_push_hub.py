@@ -8,11 +8,12 @@ import hf_xet
 import pytest
 from hub_server import HubServer
 from push_inputs import (
+    CURVE,
     FILES,
-    PUBLISHED,
     READ_TOKEN,
     TOKEN,
     WEIGHTS,
+    WITH_CHART,
     done,
     push_inputs,
     push_spec,
@@ -42,14 +43,15 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
 
 
 @WAYS
-def test_hub(tmp_path: Path, inputs: dict[str, Ref], hub: HubServer, xet: bool) -> None:
+def test_hub(tmp_path: Path, hub: HubServer, xet: bool) -> None:
     hub.xet = xet
+    inputs = push_inputs(tmp_path / "ws", curve=CURVE)
     spec = push_spec(tmp_path, inputs, to="hub", repo="ada/fine", tag="v1.0", commit_message="First light")
     artifact = done(spec, hub, TOKEN, xet=xet)
     repo = hub.repos["models", "ada/fine"]
     assert repo.private
     assert repo.messages == ["", "First light"], "one commit, besides that of the new repo"
-    assert set(repo.head) == {*PUBLISHED, ".gitattributes"}
+    assert set(repo.head) == {*WITH_CHART, ".gitattributes"}
     assert repo.head["model.safetensors"].sha256 == sha256(WEIGHTS)
     assert repo.head["README.md"].content == (spec.folder / "README.md").read_bytes()
     assert b'from_pretrained("ada/fine", revision="v1.0")' in (spec.folder / "README.md").read_bytes()
@@ -102,7 +104,7 @@ def test_what_an_earlier_push_left_does_not_stay(tmp_path: Path, inputs: dict[st
     hub.add("ada/fine", old | {".gitattributes": ""}, private=True)
     done(push_spec(tmp_path, inputs, to="hub", repo="ada/fine"), hub, TOKEN)
     repo = hub.repos["models", "ada/fine"]
-    assert set(repo.head) == {*PUBLISHED, ".gitattributes", "notes.md", "images/me.png"}
+    assert set(repo.head) == {*FILES, ".gitattributes", "notes.md", "images/me.png"}
     assert len(repo.commits) == 2, "deleted by the commit that publishes"
 
 
@@ -181,7 +183,7 @@ def test_a_public_repo_when_asked_for(tmp_path: Path, inputs: dict[str, Ref], hu
 def test_an_upload_that_differs_is_no_success(tmp_path: Path, inputs: dict[str, Ref], hub: HubServer) -> None:
     hub.corrupt |= {"model.safetensors", "tokenizer.json"}
     error = refused(push_spec(tmp_path, inputs, to="hub", repo="ada/fine", tag="v1"), hub, TOKEN, code=3)
-    assert "after the upload 2 of 5 files of" in error
+    assert "after the upload 2 of 4 files of" in error
     assert "are missing or differ from those here: model.safetensors, tokenizer.json. Do not use commit" in error
     assert not hub.repos["models", "ada/fine"].tags, "what differs gets no tag"
 
@@ -189,7 +191,7 @@ def test_an_upload_that_differs_is_no_success(tmp_path: Path, inputs: dict[str, 
 def test_what_xet_holds_is_compared_too(tmp_path: Path, inputs: dict[str, Ref], hub: HubServer) -> None:
     hub.xet_hashes[sha256(WEIGHTS)] = "0" * 64
     error = refused(push_spec(tmp_path, inputs, to="hub", repo="ada/fine"), hub, TOKEN, code=3)
-    assert "after the upload 1 of 5 files of" in error
+    assert "after the upload 1 of 4 files of" in error
     assert "differ from those here: model.safetensors" in error
 
 
@@ -206,5 +208,5 @@ def test_somebody_else_pushes_in_the_meantime(tmp_path: Path, inputs: dict[str, 
     assert "then run again: what has arrived is not sent again" in error
     assert set(repo.head) == {".gitattributes", "theirs.txt"}
     done(push_spec(tmp_path, inputs, to="hub", repo="ada/fine"), hub, TOKEN)
-    assert set(repo.head) == {*PUBLISHED, ".gitattributes", "theirs.txt"}
+    assert set(repo.head) == {*FILES, ".gitattributes", "theirs.txt"}
     assert hub.received[sha256(WEIGHTS)] == len(WEIGHTS)

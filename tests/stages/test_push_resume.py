@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hub_server import Drop, HubServer, Refusal
 from huggingface_hub import HfApi
-from push_inputs import FILES, PUBLISHED, TOKEN, done, push_inputs, push_spec, refused, run, sha256, started
+from push_inputs import FILES, TOKEN, done, push_inputs, push_spec, refused, run, sha256, started
 
 from stages import hub_upload
 from stages.context import Context
@@ -79,7 +79,7 @@ def test_killed_in_the_middle_of_a_file(tmp_path: Path, inputs: dict[str, Ref], 
     assert hub.received[SECOND] == cut + SIZES[SECOND], "only the file that was cut"
     assert len(repo.commits) == 2
     assert repo.tags == {"v1": artifact.commit}
-    assert set(repo.head) == {*MODEL, "assets/loss.png", ".gitattributes"}
+    assert set(repo.head) == {*MODEL, ".gitattributes"}
 
 
 def stored(hub: HubServer) -> dict[str, tuple[int, int]]:
@@ -256,7 +256,7 @@ def test_the_token_is_left_nowhere(tmp_path: Path, hub: HubServer, xet: bool, fa
         assert "we could not store what *** sent to https://store/x. Run again later" in err
     else:
         assert json.loads((spec.folder / "receipt.json").read_text())["target"] == f"{hub.url}/ada/fine"
-        assert len(PUBLISHED) == len(json.loads((spec.folder / "receipt.json").read_text())["files"])
+        assert len(FILES) == len(json.loads((spec.folder / "receipt.json").read_text())["files"])
 
 
 def test_a_password_in_the_address_is_not_told(tmp_path: Path, hub: HubServer) -> None:

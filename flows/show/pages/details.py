@@ -82,7 +82,7 @@ def _malformed(file: Path) -> str:
 def of_card(file: Path) -> str:
     """The errors of every layer, as the gate wrote them down for people. Its title is the page's."""
     try:
-        card = file.read_text(encoding="utf-8")[:LONGEST_CARD]
+        card = file.read_text(encoding="utf-8", errors="replace")[:LONGEST_CARD]
     except OSError:
         return ""
     lines = [f"#{line}" if line.startswith("#") else line for line in card.splitlines() if not line.startswith("# ")]

@@ -8,12 +8,13 @@ from flows.show.charts import as_image
 from stages.contracts import words
 
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&!$])")
+LINK = re.compile(r"(?<=:)(?=//)|(?<=www)(?=\.)|(?<=@)", re.IGNORECASE)  # inside what the UI would make a link of
 LONGEST_CODE = 200  # characters
 
 
 def text(value: Any) -> str:
-    """Words as they are: nothing in them is markup."""
-    return SPECIAL.sub(r"\\\1", words.plain(str(value)))
+    """Words as they are: nothing in them is markup, and no address becomes a link."""
+    return LINK.sub("\N{WORD JOINER}", SPECIAL.sub(r"\\\1", words.plain(str(value))))
 
 
 def code(value: Any) -> str:

@@ -90,12 +90,13 @@ def charts(story: Story) -> list[str]:
     if told is None:
         return []
     drawn = [loss_chart(told, **CHART)]
+    last = max(step for step, _ in [*told.loss, *told.held_out])  # all axes end there
     for title, points, colour in (
         ("learning rate", told.lr, "c"),
         ("gradient norm", told.grad_norm, "d"),
         ("tokens per second", told.tokens_per_second, "a"),
     ):
-        drawn.append(curves([Series(title, points, colour)], title=title, **CHART))  # type: ignore[arg-type]
+        drawn.append(curves([Series(title, points, colour)], title=title, last_x=last, **CHART))  # type: ignore[arg-type]
     return [chart for chart in drawn if chart is not None]
 
 

@@ -1,14 +1,15 @@
 """The report where a browser gets it: among the files that the workspace's own Prefect server hands out.
 
 A page of a server cannot link to a file of this machine, browsers refuse that. So a copy lies beside the files of the local
-server's UI, under the id of the flow run, which nobody guesses. Of a server elsewhere only the file's path can be told.
+server's UI, under the id of the flow run, which nobody guesses. Prefect hands these files out without asking for a login: where
+the server has one, and of a server elsewhere, only the file's path is told.
 """
 
 import json
 import shutil
 from pathlib import Path
 
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
 
 from flows.records.server_home import server_home
 from flows.server.local import UI_FILES
@@ -20,11 +21,11 @@ def serve_report(report: Path, workspace: Path, flow_run_id: str | None) -> str 
     """Put a report where the server of the workspace serves it.
 
     Returns:
-        Its address there; None where the run is not shown on that server.
+        Its address there; None where the run is not shown on that server, or not to everybody.
     """
     home = server_home(workspace)
     ui = home / UI_FILES / "v1"  # its files are at the root of the address, those of v2 below it
-    if flow_run_id is None or not ui.is_dir() or not _is_used(home):
+    if flow_run_id is None or not ui.is_dir() or not _is_used(home) or PREFECT_API_AUTH_STRING.value():
         return None
     target = ui / FOLDER / f"{flow_run_id}.html"
     target.parent.mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from flows.records.story import Story
+from flows.records.story import Story, flow_of
 from flows.show.report import sections
 from flows.show.report.lineage_graph import lineage_graph
 from stages.contracts.words import lines
@@ -41,6 +41,7 @@ def render(story: Story) -> str:
     return templates.get_template("report.html.jinja").render(
         css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
         record=record,
+        flow=flow_of(record),
         took=story.took,
         tiles=sections.tiles(story),
         failures=failures,

@@ -1,6 +1,5 @@
-"""Waiting for processes, whether they live, and whether one holds a lock."""
+"""Waiting for processes, and whether they live."""
 
-import fcntl
 import socket
 import time
 from collections.abc import Callable
@@ -21,16 +20,6 @@ def lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def is_locked(file: Path) -> bool:
-    """Whether somebody holds a lock on a file."""
-    with file.open() as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def free_port() -> int:
