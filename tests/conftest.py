@@ -20,11 +20,11 @@ LONG = ("test_end_to_end", "test_parallel", "test_trainer_golden", "test_train",
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide the GPUs, before anything asks for one, from all tests but those of `make test-gpu`.
+    """Hide the GPUs, before anything asks for one, from all tests but those that need them or ask an engine for them.
 
-    They start more processes than there are GPUs, and want the same bits each time.
+    The others start more processes than there are GPUs, and want the same bits each time.
     """
-    if config.option.markexpr != "gpu":
+    if config.option.markexpr not in ("gpu", "docker"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -114,6 +114,7 @@ def _do(config: PipelineConfig, name: str, option: str, *, keep_server: bool, **
         option: the `--workspace` that later commands need.
         asked: further parameters of the flow.
     """
+    from flows.launch.choose import decided
     from flows.server.local import NoServer, connect, serving, staying
     from flows.show.display import server_is_off
 
@@ -122,6 +123,8 @@ def _do(config: PipelineConfig, name: str, option: str, *, keep_server: bool, **
     if folder.is_live():
         raise Wrong(f"run {name} is going on in another process; see: finetune status {name}{option}")
 
+    if told := decided(config.launch)[1]:  # the run logs it, and a terminal does not show logs
+        say(told)
     prepare = partial(connect, workspace, module="flows.finetune")
     with ExitStack() as stack:
         try:

@@ -5,11 +5,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
 
-from prefect import Task
+from prefect import Task, get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture
 from prefect.runtime import deployment, flow_run
@@ -135,6 +136,10 @@ def open_run(asked: Asked, name: str | None) -> Iterator[Run]:
         )
         for node in SPECS:
             folder.unlink(node)  # of an earlier attempt under this name
+        launch, told = choose.decided(asked.config.launch)  # once: an engine may come and go
+        asked = replace(asked, config=asked.config.model_copy(update={"launch": launch}))
+        if told:
+            get_run_logger().warning("%s", told)
         run = Run(asked, choose.launcher_for(asked.config), record)
         if asked.stage is not None:  # what it starts from is there; in a whole run the nodes' tasks say so
             for node, artifact in asked.given.items():

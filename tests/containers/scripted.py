@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from watched import Watched
+from fake_stages import config
+from watched import Watched, doing
 
 from flows.launch.docker import DockerLauncher
 from flows.launch.docker_request import LABEL
@@ -16,32 +17,13 @@ IN_CONTAINERS = {"by": "docker", "gpus": "none", "shm_size": "64MB"}
 
 def config_of(workspace: Path, **launch: Any) -> PipelineConfig:
     """A small configuration, in containers."""
-    return PipelineConfig.model_validate(
-        {
-            "workspace": str(workspace),
-            "model": {"source": "somebody/model"},
-            "data": {"source": "somebody/data"},
-            "train": {"steps": 2, "sequence_length": 16},
-            "launch": IN_CONTAINERS | launch,
-        }
-    )
+    return PipelineConfig.model_validate(config(workspace).model_dump(mode="json") | {"launch": IN_CONTAINERS | launch})
 
 
 def containers_of(client: Any, workspace: Path) -> list[Any]:
     """The containers of a workspace's runs, those that have ended, too."""
     found: list[Any] = client.containers.list(all=True, filters={"label": f"{LABEL}workspace={workspace}"}, ignore_removed=True)
     return found
-
-
-class Scripted(DockerLauncher):
-    """Runs a piece of Python in the container of a stage."""
-
-    def __init__(self, config: PipelineConfig, code: str, grace: float = 5.0) -> None:
-        super().__init__(config, grace=grace)
-        self.code = code
-
-    def command(self, job: StageJob) -> list[str]:
-        return ["python", "-c", self.code]
 
 
 def job_of(workspace: Path, stage: str) -> StageJob:
@@ -57,4 +39,5 @@ def job_of(workspace: Path, stage: str) -> StageJob:
 
 def scripted(workspace: Path, code: str, *, stage: str = "train", grace: float = 5.0, **launch: Any) -> Watched:
     """A launch of a piece of Python in a container."""
-    return Watched(Scripted(config_of(workspace, **launch), code, grace), job_of(workspace, stage))
+    launcher = DockerLauncher(config_of(workspace, **launch), grace=grace)
+    return Watched(doing(["python", "-c", code], launcher), job_of(workspace, stage))

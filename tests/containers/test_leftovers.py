@@ -10,7 +10,6 @@ from scripted import containers_of
 
 from flows.launch.docker_engine import default_host
 from flows.launch.docker_leftovers import labels, remove_leftovers
-from flows.launch.docker_request import LABEL
 
 AT_ONCE = 4  # runs that start
 
@@ -19,7 +18,7 @@ def test_several_runs_that_start_at_once_remove_the_same(client: Any, workspace:
     """To the second one the engine says that a removal is in progress, and to the third that there is no such container."""
     marks = labels(workspace=workspace, run="gone", node="train", attempt=uuid.uuid4().hex, grace=0.0)
     for _ in range(3):
-        client.containers.create("megatron-flows:cpu", ["true"], labels={LABEL + name: value for name, value in marks.items()})
+        client.containers.create("megatron-flows:cpu", ["true"], labels=marks)
     start = threading.Barrier(AT_ONCE)
 
     def remove(number: int) -> list[Any]:

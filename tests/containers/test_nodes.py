@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_stages import config
 from processes import wait_until
 from scripted import IN_CONTAINERS, containers_of
 from train_inputs import cut_spec
@@ -41,14 +42,11 @@ class Training:
 
     def on_nodes(self) -> DockerLauncher:
         """A launcher with two machines, which are the same one."""
-        config = PipelineConfig.model_validate(
-            {
-                "workspace": self.spec.workspace, "model": {"source": "somebody/model"}, "data": {"source": "somebody/data"},
-                "layout": {"tp": 2}, "train": self.spec.settings.model_dump(),
-                "launch": IN_CONTAINERS | {"hosts": [default_host()] * 2},
-            }
-        )  # fmt: skip
-        return DockerLauncher(config, grace=60)
+        asked = config(Path(self.spec.workspace)).model_dump(mode="json") | {
+            "layout": {"tp": 2}, "train": self.spec.settings.model_dump(),
+            "launch": IN_CONTAINERS | {"hosts": [default_host()] * 2},
+        }  # fmt: skip
+        return DockerLauncher(PipelineConfig.model_validate(asked), grace=60)
 
     def run(self, launcher: Launcher) -> a.CheckpointArtifact:
         def on_progress(progress: Progress) -> None:

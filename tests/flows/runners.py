@@ -48,6 +48,12 @@ class Place:
         """The results of the nodes up to one."""
         make_results(load_config(self.folder / f"{self.name}.yaml", [f"workspace={self.workspace}"]), until=until)
 
+    def wait_until_hangs(self, node: str) -> int:
+        """The process of a node's stage, once it hangs."""
+        file = self.workspace / f"{node}.hangs"
+        wait_until(lambda: file.exists() and file.read_text() != "")
+        return int(file.read_text())
+
 
 class Serving(Place):
     """`finetune serve NAME.yaml` in a folder, against a server; deployed as finetune-llama2/NAME."""
@@ -78,12 +84,6 @@ class Serving(Place):
         """Those of the runs: they have the runs' locks."""
         records = [RunFolder(self.workspace, folder.name).read() for folder in (self.workspace / "runs").glob("*")]
         return [record.pid for record in records if record is not None and record.state == "running"]
-
-    def wait_until_hangs(self, node: str) -> int:
-        """The process of a node's stage, once it hangs."""
-        file = self.workspace / f"{node}.hangs"
-        wait_until(lambda: file.exists() and file.read_text() != "")
-        return int(file.read_text())
 
     def record(self, run: str) -> RunRecord:
         record = RunFolder(self.workspace, run).read()

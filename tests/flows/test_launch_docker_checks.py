@@ -162,6 +162,11 @@ def test_no_nvidia_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     check_engine(Engine("mine", Runtimes={"runc": {}}), "unix:///x", LaunchSettings(gpus="none", image="mine"), {})
 
 
+def test_a_workspace_that_would_hide_the_container_s_own() -> None:
+    with pytest.raises(NotReady, match="workspace: /usr, mounted in a container, would hide /usr/"):
+        check_settings(config(Path("/usr"), {"by": "docker"}), {})
+
+
 def test_too_little_for_the_processes(tmp_path: Path) -> None:
     few = config(tmp_path, {"by": "docker", "gpus": 2}, layout={"tp": 4})
     with pytest.raises(NotReady, match=r"layout has 4 processes on one machine .*, and launch.gpus=2 gives them 2 GPUs"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from processes import lives, wait_until
-from watched import Watched
+from watched import Watched, doing
 
 from flows.launch.process import ProcessLauncher, shim_command
 from flows.launch.protocol import Progress, StageFailed, StageJob
@@ -17,22 +17,11 @@ from flows.launch.protocol import Progress, StageFailed, StageJob
 PYTHON = [sys.executable, "-c"]
 
 
-class Scripted(ProcessLauncher):
-    """Runs a given piece of Python instead of a stage."""
-
-    def __init__(self, code: str, grace: float = 5.0) -> None:
-        super().__init__(grace=grace)
-        self.code = code
-
-    def command(self, job: StageJob) -> list[str]:
-        return [*PYTHON, self.code]
-
-
 def scripted(tmp_path: Path, code: str, grace: float = 5.0, *, talks_to_hub: bool = False) -> Watched:
     """A launch of a piece of Python."""
     log = tmp_path / "logs" / "stage.log"
     job = StageJob("push", "push", tmp_path / "spec.json", log, "brisk-otter", talks_to_hub=talks_to_hub)
-    return Watched(Scripted(code, grace), job)
+    return Watched(doing([*PYTHON, code], ProcessLauncher(grace=grace)), job)
 
 
 def pids(file: Path, count: int) -> list[int]:
@@ -157,10 +146,11 @@ LAUNCH = """
 import sys, threading
 from pathlib import Path
 sys.path[:0] = {path!r}
-from test_launch_process import Scripted
+from watched import doing
+from flows.launch.process import ProcessLauncher
 from flows.launch.protocol import Caller, StageJob
 job = StageJob("train", "train", Path("spec.json"), Path({log!r}), "brisk-otter")
-Scripted({code!r}, grace=0.3).run(job, Caller(print, print, threading.Event()))
+doing({command!r}, ProcessLauncher(grace=0.3)).run(job, Caller(print, print, threading.Event()))
 """
 
 
@@ -169,7 +159,9 @@ def test_kill_9_leaves_no_orphan(tmp_path: Path, how: str) -> None:
     file = tmp_path / "pids"
     then = "signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(600)" if how == "the shim" else "time.sleep(600)"
     source = LAUNCH.format(
-        path=[str(folder) for folder in Path(__file__).parents[:3]], log=str(tmp_path / "log"), code=family(file, then)
+        path=[str(Path(__file__).parent), str(Path(__file__).parents[2])],
+        log=str(tmp_path / "log"),
+        command=[*PYTHON, family(file, then)],
     )
     launcher = subprocess.Popen([*PYTHON, source], start_new_session=True, stdout=subprocess.DEVNULL)
     try:

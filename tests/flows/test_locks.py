@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from processes import wait_until
+from watched import doing
 
 from flows.launch import choose
 from flows.launch.process import ProcessLauncher
@@ -96,13 +97,6 @@ def test_what_inherits_a_lock_holds_it(tmp_path: Path) -> None:
     waiter.leave.set()
 
 
-class Sleep(ProcessLauncher):
-    """Its stages do nothing, for long."""
-
-    def command(self, job: StageJob) -> list[str]:
-        return ["sh", "-c", "echo began; sleep 600"]
-
-
 def test_a_stage_holds_the_locks_of_its_run(tmp_path: Path) -> None:
     """Were the run's process killed, what ends the stage would have them until it has ended."""
     stop = threading.Event()
@@ -123,22 +117,17 @@ def test_a_stage_holds_the_locks_of_its_run(tmp_path: Path) -> None:
 
 def run_until_stopped(job: StageJob, stop: threading.Event) -> None:
     with contextlib.suppress(StageFailed):
-        Sleep(grace=5.0).run(job, Caller(print, print, stop))
-
-
-class Shows(ProcessLauncher):
-    """Its stages say which GPUs they see."""
-
-    def command(self, job: StageJob) -> list[str]:
-        return ["sh", "-c", 'echo "sees $CUDA_VISIBLE_DEVICES"']
+        doing(["sh", "-c", "echo began; sleep 600"], ProcessLauncher(grace=5.0)).run(job, Caller(print, print, stop))
 
 
 def test_a_stage_that_is_a_process_sees_its_gpus_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     job = StageJob("train", "train", tmp_path / "train.json", tmp_path / "train.log", "brisk-otter")
     lines: list[str] = []
-    for launcher in (Shows(visible_gpus="1"), Shows(visible_gpus=""), Shows()):
-        launcher.run(job, Caller(lines.append, print, threading.Event()))
+    for launcher in (ProcessLauncher(visible_gpus="1"), ProcessLauncher(visible_gpus=""), ProcessLauncher()):
+        doing(["sh", "-c", 'echo "sees $CUDA_VISIBLE_DEVICES"'], launcher).run(
+            job, Caller(lines.append, print, threading.Event())
+        )
     assert lines == ["sees 1", "sees ", "sees 0,1,2"]
 
 

@@ -8,6 +8,7 @@ from fake_stages import config
 
 from flows import cli
 from flows.commands import run
+from flows.launch import choose
 from flows.records.run_record import RunFolder, RunIsLive, RunRecord, now
 
 
@@ -31,9 +32,15 @@ def test_a_server_whose_folder_is_another_person_s(
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setattr(Path, "chmod", refuse)
     monkeypatch.chdir(folder.workspace)
+    monkeypatch.setattr(
+        choose, "decided", lambda settings: (settings, "stages run as plain processes of this machine: no luck")
+    )
     assert cli.main(["rerun", "calm-heron", "--workspace", str(folder.workspace)]) == 2
     told = f"error: workspace: {folder.workspace} cannot be used: [Errno 1] Operation not permitted: "
-    assert capsys.readouterr().err == f"{told}'{folder.workspace}/prefect'\n"
+    assert (
+        capsys.readouterr().err
+        == f"stages run as plain processes of this machine: no luck\n{told}'{folder.workspace}/prefect'\n"
+    )
 
 
 def test_a_run_that_another_process_began_meanwhile(

@@ -2,52 +2,46 @@
 
 import contextlib
 import json
-import os
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import wait_until
+from runners import Place
 
 from flows.commands.outcome import say_errors
 from flows.server.local import Server
 
 PAGE = 200  # the most that Prefect's API hands out at once
 TOKEN = "not-a-token-of-anybody-4711"
-CONFIG = """
-model: {source: somebody/model}
-data: {source: somebody/data}
-train: {steps: 2, sequence_length: 16}
-push: {to: hub, repo: me/mine}
-"""
 
 
 @pytest.fixture
-def running(tmp_path: Path, server: Server) -> Iterator[subprocess.Popen[str]]:
-    """`finetune run` whose training hangs, and then its push."""
-    (tmp_path / "workspace" / "fake").mkdir(parents=True)
-    (tmp_path / "workspace" / "fake" / "train").write_text("hang")
-    (tmp_path / "workspace" / "fake" / "push").write_text("hang")
-    (tmp_path / "mine.yaml").write_text(CONFIG)
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("fake_finetune.py")), "run", "mine.yaml", "--name", "brisk-otter"],
-        cwd=tmp_path, env={**os.environ, "HF_TOKEN": TOKEN, "PREFECT_API_URL": server.api}, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+def place(tmp_path: Path, server: Server) -> Place:
+    """Where training is to hang, and then the push."""
+    place = Place(tmp_path, "mine", server.api)
+    place.environment["HF_TOKEN"] = TOKEN
+    place.make(until="verify")
+    place.wish("train", "hang")
+    place.wish("push", "hang")
+    return place
+
+
+@pytest.fixture
+def running(place: Place) -> Iterator[subprocess.Popen[str]]:
+    pushes = ("--set", "push={to: hub, repo: me/mine}")
+    pipe = subprocess.PIPE
+    process = place.finetune("run", "mine.yaml", "--name", "brisk-otter", *pushes, text=True, stdout=pipe, stderr=pipe)
     yield process
     process.kill()
     process.communicate()
 
 
-def environment_of(workspace: Path, node: str) -> bytes:
+def environment_of(place: Place, node: str) -> bytes:
     """What the process of a stage that hangs was given."""
-    hangs = workspace / f"{node}.hangs"
-    wait_until(lambda: hangs.exists() and hangs.read_text() != "", seconds=200)
-    return Path(f"/proc/{hangs.read_text()}/environ").read_bytes()
+    return Path(f"/proc/{place.wait_until_hangs(node)}/environ").read_bytes()
 
 
 def told_by(server: Server, kind: str) -> list[Any]:
@@ -63,20 +57,17 @@ def told_by(server: Server, kind: str) -> list[Any]:
             return rows
 
 
-def test_a_token_is_with_whom_it_is_for_and_nowhere_else(
-    tmp_path: Path, server: Server, running: subprocess.Popen[str]
-) -> None:
-    workspace = tmp_path / "workspace"
-    assert TOKEN.encode() not in environment_of(workspace, "train"), "training has no use for it"
-    (workspace / "fake" / "train").write_text("")
-    assert TOKEN.encode() in environment_of(workspace, "push")
+def test_a_token_is_with_whom_it_is_for_and_nowhere_else(place: Place, server: Server, running: subprocess.Popen[str]) -> None:
+    assert TOKEN.encode() not in environment_of(place, "train"), "training has no use for it"
+    place.wish("train", "")
+    assert TOKEN.encode() in environment_of(place, "push")
     command_lines = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended
             command_lines.append(file.read_bytes())
     assert [line for line in command_lines if TOKEN.encode() in line] == []
 
-    (workspace / "fake" / "push").write_text("leak")
+    place.wish("push", "leak")
     out, err = running.communicate(timeout=200)
     assert running.returncode == 1
     assert "error: push: RuntimeError: https://me:[hidden]@hub refuses." in err
@@ -85,7 +76,7 @@ def test_a_token_is_with_whom_it_is_for_and_nowhere_else(
     told = {kind: told_by(server, kind) for kind in ("flow_runs", "task_runs", "logs", "artifacts", "events")}
     assert "[hidden]" in str(told["logs"]), "the API was asked for this run"
     assert [kind for kind, rows in told.items() if TOKEN in str(rows) or not rows] == []
-    homes = (workspace, home_of(server))
+    homes = (place.workspace, home_of(server))
     kept = [file for home in homes for file in home.rglob("*") if file.is_file() and not file.is_symlink()]
     assert [file for file in kept if TOKEN.encode() in file.read_bytes()] == []
 

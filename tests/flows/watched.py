@@ -3,7 +3,15 @@
 import threading
 from collections.abc import Callable
 
+from flows.launch.docker import DockerLauncher
+from flows.launch.process import ProcessLauncher
 from flows.launch.protocol import Caller, Launcher, Progress, StageJob
+
+
+def doing(command: list[str], launcher: ProcessLauncher | DockerLauncher) -> ProcessLauncher | DockerLauncher:
+    """The launcher, which runs this instead of a stage."""
+    launcher.command = lambda job: command  # type: ignore[method-assign]
+    return launcher
 
 
 class Watched:

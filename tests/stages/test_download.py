@@ -144,8 +144,7 @@ def test_stopping_and_going_on(hub: HubServer, tmp_path: Path) -> None:
     spec = model_spec(tmp_path / "ws", "ada/llama")
     process = start(spec, hub)
     snapshots = tmp_path / "ws/.cache/hub" / spec.key
-    while len(list(snapshots.glob("*/snapshots/*/*"))) < len(TAKEN) - 1:
-        assert process.poll() is None
+    wait_until(lambda: process.poll() is not None or len(list(snapshots.glob("*/snapshots/*/*"))) >= len(TAKEN) - 1)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 4, err

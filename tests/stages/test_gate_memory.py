@@ -22,8 +22,8 @@ FALCON = {
     "model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 96,
 }  # fmt: skip
 
-# Compares a model of 400 MB with itself, where there seems to be no memory and where there is, and tells how much more each took
-# than what was there. In this order, for what is freed is given back to the system but for a little.
+# Compares a model of 400 MB with itself, where there seems to be no memory and where there is, and tells how much more each
+# took than what was there. In this order, for what is freed is given back to the system but for a little.
 MEASURED = """
 import ctypes, json, sys
 import torch
@@ -85,7 +85,6 @@ def test_takes_a_fraction_of_the_model(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, *folders], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )
-    print(done.stdout)
     streamed, whole = json.loads(done.stdout.splitlines()[-1])
     assert streamed["bytes"] == pytest.approx(4e8, rel=0.15)
     assert streamed["both"] < 0.5 * streamed["bytes"]
