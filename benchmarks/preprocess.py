@@ -15,8 +15,9 @@ What is compared:
 
 Tokenizers: Llama-2's where it can be found (--llama, by default that of the golden files), else a BPE model like it, trained on
 the spot; a unigram model of sentencepiece; byte-level BPE of tokenizers, trained on the spot, with GPT-2's words, Llama 3's,
-GPT-4o's, those behind a normalizer that Python does not do (normalized), and in a pattern that is not translated (no-cuts); one
-like Gemma's, with its added tokens for rows of newlines and spaces; and a list of words, for which the library has least to do.
+GPT-4o's, those behind a normalizer that Python does not do (normalized), and in a pattern that is not translated
+(library-words); one like Gemma's, with its added tokens for rows of newlines and spaces; the same without bytes for what it
+does not know, of which the library does all (no-cuts); and a list of words, for which the library has least to do.
 
 The text is Python source: that of the golden files where there, and the files of this Python's library and packages, up to
 --megabytes.
@@ -50,7 +51,18 @@ OTHER_WORDS = (  # GPT-4o's
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-NAMES = ("llama", "unigram", "byte-level", "llama3", "other-words", "normalized", "no-cuts", "gemma", "word-list")
+NAMES = (
+    "llama",
+    "unigram",
+    "byte-level",
+    "llama3",
+    "other-words",
+    "normalized",
+    "library-words",
+    "gemma",
+    "no-cuts",
+    "word-list",
+)
 SIDES = ("ours", "library", "library-2")
 
 
@@ -123,7 +135,7 @@ def make_tokenizers(folder: Path, llama: Path) -> dict[str, Path]:
         "llama3": LLAMA3_WORDS,
         "other-words": OTHER_WORDS,
         "normalized": OTHER_WORDS,
-        "no-cuts": f"(?>{OTHER_WORDS})",
+        "library-words": f"(?>{OTHER_WORDS})",
     }
     for name, words in patterns.items():
         splitters[name] = splits.Sequence([splits.Split(tokenizers.Regex(words), "isolated"), after])
@@ -132,6 +144,9 @@ def make_tokenizers(folder: Path, llama: Path) -> dict[str, Path]:
     )
     if not (folders["gemma"] / "tokenizer.json").is_file():
         train_gemma(lines).save(str(folders["gemma"] / "tokenizer.json"))
+    definition = json.loads((folders["gemma"] / "tokenizer.json").read_text())
+    definition["model"]["byte_fallback"] = False
+    (folders["no-cuts"] / "tokenizer.json").write_text(json.dumps(definition))
     for name, splitter in splitters.items():
         if (folders[name] / "tokenizer.json").is_file():
             continue

@@ -238,8 +238,9 @@ def _layer_activations(config: ModelConfig, sizes: _Sizes, recompute: Recompute,
 def _attention_activations(config: ModelConfig, sizes: _Sizes, dropout: Dropout) -> int:
     """What attention keeps besides its output."""
     if _makes_scores(sizes, dropout):
-        # weights, the mask of dropout, their product; queries, and keys and values for each of them
-        numbers = 3 * sum(_num_scores(config, sizes)) + sizes.queries * (sizes.seen + 2 * _num_keys(config, sizes))
+        # weights, and under dropout its mask and their product; queries, and keys and values for each of them
+        scores = (3 if dropout.attention else 1) * sum(_num_scores(config, sizes))
+        numbers = scores + sizes.queries * (sizes.seen + 2 * _num_keys(config, sizes))
         return numbers * sizes.wide
     return sum((
         sizes.seen * sizes.item * (sizes.queries + 2 * sizes.keys),  # turned queries and keys, and values
@@ -255,8 +256,13 @@ def _mlp_activations(config: ModelConfig, sizes: _Sizes, recompute: Recompute) -
 
 
 def _makes_scores(sizes: _Sizes, dropout: Dropout) -> bool:
-    """Whether attention makes the weights of all pairs of tokens: PyTorch's kernel for the CPU has no dropout."""
-    return sizes.device == "cpu" and dropout.attention > 0
+    """Whether attention makes the weights of all pairs of tokens.
+
+    PyTorch's kernel for the CPU has no dropout, and of those for GPUs only those in half precision know heads that share keys.
+    """
+    if sizes.device == "cpu":
+        return dropout.attention > 0
+    return sizes.item > 2 and sizes.keys < sizes.queries
 
 
 def _window_blocks(config: ModelConfig, sizes: _Sizes) -> list[tuple[int, int, int]] | None:

@@ -32,6 +32,7 @@ from stages.contracts import length, memory, training_job, vocabulary
 from stages.contracts.figures import perplexity
 from stages.contracts.process import JOIN
 from stages.contracts.specs import TrainSpec
+from stages.contracts.words import size
 from stages.outcomes import BadInput, GateFailed, Interrupted, StageError
 from stages.torchrun import WorkerCrashed
 from stages.training_figures import figures_of
@@ -336,13 +337,14 @@ def _tell_memory(spec: TrainSpec, model: ModelConfig, mesh: "Mesh", report: metr
     import torch
 
     device: Device = "cuda" if mesh.device.type == "cuda" else "cpu"
+    gpu = torch.cuda.get_device_properties(mesh.device) if device == "cuda" else None
     if mesh.rank == 0:
         worst = memory.expected(model, spec.layout, spec.settings, device=device)
-        report.log(f"memory of a process, estimated: {memory.described(worst)}")
-    if device == "cuda" and mesh.tp_rank == mesh.dp_rank == 0:
+        where = f"; {gpu.name} has {size(gpu.total_memory)}" if gpu is not None else ""
+        report.log(f"memory of a process, estimated: {memory.described(worst)}{where}")
+    if gpu is not None and mesh.tp_rank == mesh.dp_rank == 0:
         own = memory.expected(model, spec.layout, spec.settings, device=device, rank=mesh.rank)
-        available = torch.cuda.get_device_properties(mesh.device).total_memory
-        if text := memory.shortage(own, available, spec.layout, spec.settings):
+        if text := memory.shortage(own, gpu.total_memory, spec.layout, spec.settings):
             report.warn(f"rank {mesh.rank} {text}")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from flows.launch.process import ProcessLauncher
 from flows.launch.protocol import Launcher
 from stages.contracts.config import PipelineConfig
-from stages.contracts.launch_settings import Gpus, LaunchSettings, machine_has_gpus
+from stages.contracts.launch_settings import Gpus, LaunchSettings, gpus_of_machine, machine_has_gpus
 
 
 def launcher_for(config: PipelineConfig) -> Launcher:
@@ -24,7 +24,7 @@ def launcher_for(config: PipelineConfig) -> Launcher:
 def in_the_way(config: PipelineConfig) -> str | None:
     """Why stages could not run, as far as it is seen without starting one. None: nothing is known."""
     if not in_containers(config.launch):
-        return None
+        return _too_few_gpus(config)
     from flows.launch.docker_checks import check_engines
     from flows.launch.docker_engine import NotReady
 
@@ -33,6 +33,25 @@ def in_the_way(config: PipelineConfig) -> str | None:
     except NotReady as error:
         return str(error)
     return None
+
+
+def _too_few_gpus(config: PipelineConfig) -> str | None:
+    """Whether this machine has no GPU for each of its processes, where they compute on GPUs."""
+    counts = (gpus_of_machine(), gpus_in_use(config.launch, os.environ).known)
+    gpus = min((count for count in counts if count is not None), default=None)
+    processes = processes_on(config)
+    if not gpus or gpus >= processes:
+        return None
+    return (
+        f"layout has {processes} processes (at once: dp × tp × pp of train, or tp × pp of verify), each on a GPU of its own, "
+        f"and they see {gpus}. Lower layout.dp, tp or pp, or compute on the CPU: launch.gpus: none"
+    )
+
+
+def processes_on(config: PipelineConfig, host: str | None = None) -> int:
+    """The most processes that compute at the same time on an engine's machine, by default the first: it has all of verify's."""
+    is_first = host is None or host in (config.launch.hosts or (host,))[:1]
+    return max(config.processes_per_machine, config.layout.tp * config.layout.pp if is_first else 0)
 
 
 def in_containers(settings: LaunchSettings) -> bool:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.launch.choose import engines_of, gpus_of
-from flows.launch.docker_checks import Image, check_engine, check_settings, look_around, processes_on
+from flows.launch.choose import engines_of, gpus_of, processes_on
+from flows.launch.docker_checks import Image, check_engine, check_settings, look_around
 from flows.launch.docker_container import Container
 from flows.launch.docker_engine import NotReady, connected
 from flows.launch.docker_group import Group, Member

@@ -14,7 +14,7 @@ from typing import Any
 
 from docker.errors import ImageNotFound
 
-from flows.launch.choose import engines_of, gpus_of
+from flows.launch.choose import engines_of, gpus_of, processes_on
 from flows.launch.docker_container import Container
 from flows.launch.docker_engine import HERE, NotReady, Problem, connected, default_host
 from flows.launch.docker_leftovers import PROBE_SECONDS
@@ -52,12 +52,6 @@ def check_settings(config: PipelineConfig, ours: Mapping[str, str]) -> None:
         _check_number(gpus.known, processes, f"launch.gpus={settings.gpus} gives them")
     if gpus.known != 0 and processes > 1 and settings.ipc == "private" and settings.shm_size < NCCL_SHM:
         raise NotReady(_too_little_shm(f"launch.shm_size={words.size(settings.shm_size)}"))
-
-
-def processes_on(config: PipelineConfig, host: str | None = None) -> int:
-    """The most processes that compute at the same time on an engine's machine, by default the first: it has all of verify's."""
-    is_first = host is None or host in (config.launch.hosts or (host,))[:1]
-    return max(config.processes_per_machine, config.layout.tp * config.layout.pp if is_first else 0)
 
 
 def _check_number(gpus: int, processes: int, why: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from flows.launch.choose import engines_of, gpus_of, in_containers
+from flows.launch.choose import engines_of, gpus_of, in_containers, in_the_way, processes_on
 from flows.launch.docker_mounts import Bind, binds_of, check_place, workspace_bind
 from stages.contracts.config import PipelineConfig
 from stages.contracts.launch_settings import LaunchSettings, machine_has_gpus
@@ -64,6 +64,9 @@ def examine(config: PipelineConfig | None, ours: Mapping[str, str]) -> Iterator[
         yield from _engines(config, settings, workspace)
     else:
         yield from _processes(settings)
+        if config is not None and (told := in_the_way(config)):
+            what, _, mend = told.partition(". ")
+            yield Finding("gpus", what, mend)
 
 
 def _versions() -> Iterator[str]:
@@ -106,7 +109,7 @@ def _processes(settings: LaunchSettings) -> Iterator[Finding]:
 
 def _engines(config: PipelineConfig | None, settings: LaunchSettings, workspace: Path) -> Iterator[Finding]:
     """The engines, one after the other; where one has a problem, the next is looked at."""
-    from flows.launch.docker_checks import check_engine, check_settings, look_around, processes_on
+    from flows.launch.docker_checks import check_engine, check_settings, look_around
     from flows.launch.docker_engine import NotReady, connected
     from flows.launch.docker_leftovers import labels
     from flows.launch.docker_refusals import refusals_told

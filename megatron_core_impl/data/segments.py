@@ -28,13 +28,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import Model
+from tokenizers.pre_tokenizers import PreTokenizer
 
 from megatron_core_impl.data.found_first import Piece, found_first
 from megatron_core_impl.data.indexed_dataset import Tokens
-from megatron_core_impl.data.library_words import library_words, steps_of
+from megatron_core_impl.data.library_split import library_split
 from megatron_core_impl.data.normalizing import normalizing
-from megatron_core_impl.data.words import words_of
+from megatron_core_impl.data.words import steps_of, words_of
 
 WORD_MARK = "▁"
 MAX_SEGMENTS = 1 << 18  # that are remembered: some 50 MB
@@ -269,7 +271,7 @@ def huggingface_memory(library: Tokenizer, encode: Callable[[str], list[int]], v
     definition = json.loads(library.to_str())
     way, normalizer = _way(definition, library), definition.get("normalizer")
     # Whether a mark is put before a piece then depends on its place in the text, and on what was removed before it.
-    is_first = any(step.get("prepend_scheme") == "first" for step in steps_of(definition["pre_tokenizer"]))
+    is_first = (definition.get("pre_tokenizer") or {}).get("prepend_scheme") == "first"
     if way is None or (is_first and normalizer is not None and normalizer["type"] not in NOTHING_REMOVED):
         return None
     cut, encode_segment = way
@@ -297,26 +299,33 @@ def _way(
     definition: dict[str, Any], library: Tokenizer
 ) -> tuple[Callable[[str], Iterable[str]], Callable[[str], list[int]]] | None:
     """What cuts a normalized text, and gives the ids of a segment."""
-    model = library.model
-    normal = Tokenizer(model)  # the same without normalizer and added tokens; the model is one
-    if library.pre_tokenizer is not None:
-        normal.pre_tokenizer = library.pre_tokenizer
+    model, splitter, listed = library.model, library.pre_tokenizer, steps_of(definition)
+    steps = [splitter] if len(listed) == 1 else [splitter[number] for number in range(len(listed))]
+    if (cuts := byte_level_cuts(definition)) is not None:
+        return cutter(cuts), _encoder(model, steps)
+    if (cut := merge_cuts(definition)) is not None:
+        return cut, _encoder(model, [])
+    if (words := words_of(definition)) is not None:
+        whole, rest = _encoder(model, steps), _encoder(model, steps[words.done :])
 
-    def ids_of(word: str) -> list[int]:
-        return [token.id for token in model.tokenize(word)]
+        def encode_words(segment: str) -> list[int]:
+            return list(chain.from_iterable(map(rest, words.words(segment)))) if segment.isascii() else whole(segment)
 
-    def encode(segment: str) -> list[int]:
-        ids: list[int] = normal.encode_batch_fast([segment], add_special_tokens=False)[0].ids
+        return words.segments, encode_words
+    if (split := library_split(definition)) is not None:
+        return split, _encoder(model, steps[1:])
+    return None
+
+
+def _encoder(model: Model, steps: list[PreTokenizer]) -> Callable[[str], list[int]]:
+    """Gives the ids of a text by some steps of a pre-tokenizer and a model: no normalizer, no added tokens."""
+    if not steps:
+        return lambda text: [token.id for token in model.tokenize(text)]
+    library = Tokenizer(model)  # the model is one
+    library.pre_tokenizer = pre_tokenizers.Sequence(steps)
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = library.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
-    if (cuts := byte_level_cuts(definition)) is not None:
-        return cutter(cuts), encode
-    if (cut := merge_cuts(definition)) is not None:
-        return cut, ids_of
-    if (words := words_of(definition)) is None:
-        return library_words(definition, library)
-
-    def encode_words(segment: str) -> list[int]:
-        return list(chain.from_iterable(map(ids_of, words.words(segment)))) if segment.isascii() else encode(segment)
-
-    return words.segments, encode_words
+    return encode

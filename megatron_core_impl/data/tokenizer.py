@@ -325,7 +325,9 @@ class HuggingFaceTokenizer:
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[Tokens, npt.NDArray[np.int64]]:
         """Ids of all texts, one after another, and how many each has; by remembered segments where the model allows it."""
-        return _flat(self.encode_batch(texts)) if self._memory is None else self._memory.encode(texts)
+        if self._memory is not None:
+            return self._memory.encode(texts)
+        return _flat([self._encode(text) for text in texts])  # one by one: encodings of many are large, and slow for that
 
     @cached_property
     def _memory(self) -> SegmentMemory | None:

@@ -214,8 +214,12 @@ class _Reader:
         is_not = self._take(r"\[\^?") == "[^"
         if self.next() == "]" or (is_not and self._any_case):
             raise Untranslated("] as a character, or what is not of a set in any case")
-        found: Characters = 0
+        found, common = Characters(0), ASCII
         while not self._take(r"\]"):
+            if self._take("&&"):  # what is before and what is behind it have in common
+                if self._any_case or self._pattern[self._at - 3] in "[^&" or self.next() in ("]", "&"):
+                    raise Untranslated("in any case, or with nothing")
+                common, found = common & found, Characters(0)
             member = self._member()
             if self.next() == "-" and self.next(2) != "-]":  # else it stands for itself
                 self._at += 1
@@ -225,6 +229,7 @@ class _Reader:
                 found |= self._one(first) | self._one(last)
                 member = characters("".join(map(chr, range(ord(first), min(ord(last), 127) + 1))))
             found |= self._one(member) if isinstance(member, str) else member
+        found &= common
         return ASCII & ~found if is_not else self._cased(found)
 
     def _member(self) -> str | Characters:

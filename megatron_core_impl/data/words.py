@@ -58,10 +58,12 @@ class Words:
     Args:
         prefix: what is put before a text that does not begin with one of `prefixed`.
         steps: the splits.
-        finish: how the model sees a word.
+        finish: what becomes of a word then.
+        done: how many steps of the pre-tokenizer this is.
     """
 
-    def __init__(self, prefix: str, prefixed: str, steps: list[Step], finish: Callable[[str], str]) -> None:
+    def __init__(self, prefix: str, prefixed: str, steps: list[Step], finish: Callable[[str], str], done: int) -> None:
+        self.done = done
         self._prefix, self._prefixed, self._finish = prefix, tuple(prefixed), finish
         patterns = [step.pattern() for step in steps if step.part.first or step.drops]
         # Segments are the pieces of the first steps that make short ones of text.
@@ -114,7 +116,7 @@ class Words:
         return least
 
     def words(self, segment: str) -> list[str]:
-        """The words of a segment of ASCII, as the model sees them."""
+        """The words of a segment of ASCII, as what comes next sees them."""
         return [self._finish(word) for word in _pieces(self._within, segment)]
 
 
@@ -131,30 +133,43 @@ def _pieces(patterns: list[re.Pattern[str]], text: str) -> list[str]:
     return pieces
 
 
+def steps_of(definition: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps of the pre-tokenizer in tokenizer.json."""
+    splitter = definition.get("pre_tokenizer")
+    return [] if splitter is None else splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
+
+
+def are_alike(definition: dict[str, Any], steps: list[dict[str, Any]]) -> bool:
+    """Whether these steps, and the model, make of a piece the same wherever it is."""
+    is_first = any(step["type"] == "Sequence" or step.get("prepend_scheme") == "first" for step in steps)
+    return not is_first and not definition["model"].get("dropout")
+
+
 def words_of(definition: dict[str, Any]) -> Words | None:
-    """How a tokenizer finds its words in what its normalizer gives; None where that is not known.
+    """How a tokenizer splits what its normalizer gives, by the first of its steps, up to one that is not known; None where that
+    is none.
 
     Args:
         definition: the content of tokenizer.json.
     """
-    splitter = definition.get("pre_tokenizer") or {}
-    listed = splitter.get("pretokenizers", []) if splitter.get("type") == "Sequence" else [splitter]
-    if definition["model"].get("dropout") or not listed:
+    listed, known = steps_of(definition), list[Step]()
+    if not listed:
         return None
-    first, last = listed[0], listed[-1]
-    if first.get("type") == "Metaspace":
-        return _of_metaspace(first) if len(listed) == 1 else None
-    is_bytes = last.get("type") == "ByteLevel"
-    steps = [_step(step) for step in (listed[:-1] if is_bytes else listed)]
-    if is_bytes and last["use_regex"]:
-        steps.append(_split(GPT_2))
-    known = [step for step in steps if step is not None]
-    if len(known) < len(steps) or not any(step.part.first for step in known):
+    if listed[0]["type"] == "Metaspace":
+        return _of_metaspace(listed[0]) if len(listed) == 1 and are_alike(definition, []) else None
+    for step in map(_step, listed):
+        if step is None:
+            break
+        known.append(step)
+    done, last, prefix = len(known), listed[-1], ""
+    is_bytes = last["type"] == "ByteLevel" and done == len(listed) - 1 and not (last["add_prefix_space"] and done)
+    if is_bytes:
+        done, prefix = len(listed), " " if last["add_prefix_space"] else ""
+        if last["use_regex"] and (step := _split(GPT_2)) is not None:
+            known.append(step)
+    if not any(step.part.first for step in known) or not are_alike(definition, listed[done:]):
         return None
-    is_prefixed = is_bytes and last["add_prefix_space"]
-    if is_prefixed and len(listed) > 1:
-        return None
-    return Words(" " if is_prefixed else "", " ", known, _byte_names if is_bytes else str)
+    return Words(prefix, " ", known, _byte_names if is_bytes else str, done)
 
 
 def _byte_names(word: str) -> str:
@@ -167,7 +182,7 @@ def _of_metaspace(step: dict[str, Any]) -> Words | None:
     if not step["split"] or mark.isascii() or pattern is None:  # a text of ASCII must not hold marks of its own
         return None
     prefix = "" if step["prepend_scheme"] == "never" else " "
-    return Words(prefix, f" {mark}", [pattern], lambda word: word.replace(" ", mark))
+    return Words(prefix, f" {mark}", [pattern], lambda word: word.replace(" ", mark), 1)
 
 
 def _split(pattern: str, *, drops: bool = False) -> Step | None:

@@ -36,7 +36,9 @@ class _Gated(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
         act, _ = _ACTIVATIONS[activation]
-        return act(gate).mul_(up)
+        product = act(gate)
+        # PyTorch 2.11's compiler gives a function no gradient whose result was written in place.
+        return product * up if torch.compiler.is_compiling() else product.mul_(up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -134,4 +134,10 @@ class LaunchSettings(Frozen):
 
 def machine_has_gpus() -> bool:
     """Whether this machine has NVIDIA GPUs, as its kernel says: their driver, or that of WSL."""
-    return any(Path("/proc/driver/nvidia/gpus").glob("*")) or Path("/dev/dxg").exists()
+    return gpus_of_machine() != 0
+
+
+def gpus_of_machine() -> int | None:
+    """How many it has. None: some; WSL does not tell how many."""
+    number = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    return None if not number and Path("/dev/dxg").exists() else number

@@ -1,6 +1,8 @@
 """Blends: golden fact G4, the reference's loop as the oracle, and what becomes of parts that have too little."""
 
 import math
+from functools import reduce
+from operator import add
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from megatron_core_impl.data.samples import Row
 
 def by_the_rule(weights: list[float], num_samples: int) -> list[int]:
     """The reference's helper: place after place, to whom is furthest behind, the first of equals."""
-    total = sum(weights)
+    total = reduce(add, weights)  # Python 3.12's sum rounds otherwise
     shares = np.array([weight / total for weight in weights])
     shares = (shares / shares.sum()).tolist()
     taken, order = [0] * len(weights), []

@@ -15,7 +15,7 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from megatron_core_impl.data import words as words_module
 from megatron_core_impl.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from megatron_core_impl.data.word_patterns import ASCII, members, translated
-from megatron_core_impl.data.words import GPT_2, Step, Words, words_of
+from megatron_core_impl.data.words import GPT_2, Step, Words, steps_of, words_of
 
 ENDS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 CONTRACTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -30,6 +30,9 @@ PATTERNS = {
     r"|\s*[\r\n]|\s+(?!\S)|\s",
     "o200k": rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{CONTRACTED}?|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{CONTRACTED}?"
     rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{ENDS}",
+    "kimi": rf"[\p{{Han}}]+|[^\r\n\p{{L}}\p{{N}}]?{UPPER[:-1]}&&[^\p{{Han}}]]*{LOWER[:-1]}&&[^\p{{Han}}]]+{CONTRACTED}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{UPPER[:-1]}&&[^\p{{Han}}]]+{LOWER[:-1]}&&[^\p{{Han}}]]*{CONTRACTED}?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{ENDS}",
     "tekken": rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*|\p{{N}}"
     rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{ENDS}",
     "deepseek-digits": r"\p{N}{1,3}",
@@ -79,6 +82,8 @@ def test_pieces_of_all_short_texts_are_those_of_the_library(name: str) -> None:
      r"\p{P}", r"\p{Pc}", r"\p{Po}", r"\p{S}", r"\p{Sm}", r"\p{Sc}", r"\p{Z}", r"\p{Zs}", r"\P{L}", r"[^\s\p{L}]", r"[a\-c]",
      "[a-]", "[-a]", "[+--]", "[!-/]", r"[\]\\^]", "(?i:[a-cK])", "(?i:k)", "[é-ü]", "[a-ü]", r"\v", "é", r"[^é]",
      r"\p{Han}", r"\P{Han}", "(?i:')", r"[\n-\r]", "a&b", r"\ ", "~", "&",
+     "[a-c&&b-d]", "[a-c7&&[^b]]", "[^a-c&&b]", r"[\p{Lu}\p{Lo}&&[^\p{Han}]]", r"[\p{L}&&[a-d]&&[^bé]]", "[a[b&&c]]",
+     "[[ab]&&[bc]d]", r"[\p{Han}&&a]", r"[^\p{Han}&&a]", r"[a&&\&b]", "[a-c&&-b]", r"[[^a]&&\^a]",
      "[a[b-d]7]", "[^a[b\\s]]", "[a[^b]]", "[^a[^b]]", "[[a][b]]", "[[[a]]]", "(?i:[a[b]])"],
 )  # fmt: skip
 def test_sets_are_those_of_the_library(one: str) -> None:
@@ -95,8 +100,8 @@ def test_sets_are_those_of_the_library(one: str) -> None:
     ["a*", "a|", "", "(?:a*)+b", "a{1,2}?", "a{2}?", "a{,2}", "a{2", "a{2,1}", "a{0}b", "a+{2}", "a**", "(?m:a)",
      r"(?<n>a)\k<n>", r"(?<n>a|b\g<n>)", r"(?<n>a)\1", "(?<1>a)", "(?<>a)", "(?'n'a)", "(?P<n>a)",
      "(?i)a", "(?-i:a)", "(?>a+)", "(?:ab)++", r"(a)\1", r"\ba", r"\h", r"\R", r"\X", r"\pL", r"\p{^L}", r"\p{Alpha}",
-     r"\p{Latin}", "^a", r"\Aa", r"a\z", "[[:alpha:]]", "[a&&b]", "[a[b&&c]]",
-     "(?i:[a[^b]])", "[a[b]", "[a[]b]]", "[[a]-c]", "[]a]", "[^]a]", r"[a-\d]", "[a-c-e]", "[z-a]",
+     r"\p{Latin}", "^a", r"\Aa", r"a\z", "[[:alpha:]]", "[a&&]", "[&&a]", "[^&&a]", "[a&&&b]", "[a&&b&&]", "[a-&&b]",
+     "(?i:[a&&a])", "(?i:[a[^b]])", "[a[b]", "[a[]b]]", "[[a]-c]", "[]a]", "[^]a]", r"[a-\d]", "[a-c-e]", "[z-a]",
      "[a", "(a", "a)", "(?i:ß)", "(?i:[^a])", r"(?i:\p{Lu})", "(?i:[ſ])", r"\xe9", r"\x{41}", r"\0a", r"\k", "(?=a)*b",
      "(?<=a+)b", "(?#a)b", "a]", "a}", "(?~a)", r"\Ka", r"\Ga", r"\p{}", "a\\"],
 )  # fmt: skip
@@ -116,7 +121,7 @@ def test_where_a_pattern_surely_matches() -> None:
         for character in members(part.alone):
             for after in ["", *LETTERS, "é", " é", "\n\n", "  "]:
                 assert splits.pre_tokenize_str(character + after)[0][1][0] == 0, (name, character, after)
-    assert sure == {"gpt-2", "llama-3", "qwen-2", "cl100k", "cl100k-possessive", "o200k", "tekken"}
+    assert sure == {"gpt-2", "llama-3", "qwen-2", "cl100k", "cl100k-possessive", "o200k", "kimi", "tekken"}
 
 
 # ── Whole tokenizers ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -128,15 +133,21 @@ def split(name: str, behavior: str = "isolated", *, invert: bool = False) -> Any
     return pre_tokenizers.Split(Regex(PATTERNS[name]), behavior, invert=invert)
 
 
+def sequence(*listed: Any) -> Any:
+    return pre_tokenizers.Sequence(list(listed))
+
+
 def steps(*listed: Any) -> Any:
-    return pre_tokenizers.Sequence([*listed, BYTES])
+    return sequence(*listed, BYTES)
 
 
-BERT, NFKC, FIRST = normalizers.BertNormalizer(), normalizers.NFKC(), pre_tokenizers.Metaspace(prepend_scheme="first")
-SPLITTERS: dict[str, tuple[Any, Any, bool]] = {  # name: splitter, normalizer, whether it is known
+BERT = normalizers.BertNormalizer()
+ROBERTA, FIRST = pre_tokenizers.ByteLevel(add_prefix_space=True), pre_tokenizers.Metaspace(prepend_scheme="first")
+NOTHING_BACK = pre_tokenizers.Split(Regex(r"(?>\p{L}+)|."), "isolated")
+SPLITTERS: dict[str, tuple[Any, Any, bool]] = {  # name: splitter, normalizer, whether its first step is known
     **{
         name: (steps(split(name)), None, True)
-        for name in ("llama-3", "cl100k", "cl100k-possessive", "tekken", "seldom", "gives-nothing-back",
+        for name in ("llama-3", "cl100k", "cl100k-possessive", "kimi", "tekken", "seldom", "gives-nothing-back",
                      "looks", "looks-ahead", "looks-far", "looks-back")
     },
     "qwen-2": (steps(split("qwen-2")), normalizers.NFC(), True),
@@ -161,14 +172,17 @@ SPLITTERS: dict[str, tuple[Any, Any, bool]] = {  # name: splitter, normalizer, w
     "roberta-nfkc": (pre_tokenizers.ByteLevel(add_prefix_space=True), normalizers.NFKC(), True),
     "bloom": (steps(split("bloom")), None, True),
     "named": (steps(split("named")), None, True),
-    "nothing-back": (steps(pre_tokenizers.Split(Regex(r"(?>\p{L}+)|."), "isolated")), None, False),
-    "twice": (steps(pre_tokenizers.Split(Regex(r"(?<n>\p{L})\k<n>|\p{N}*"), "isolated"), split("gpt-2")), None, False),
-    "untranslated-prefixed": (
-        pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=True)]),
-        None, False),
-    "xlm": (pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]), NFKC, False),
-    "t5-first": (
-        pre_tokenizers.Sequence([pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), FIRST])]), None, False),
+    "nothing-back": (steps(NOTHING_BACK), None, False),
+    "twice-prefixed": (
+        sequence(pre_tokenizers.Split(Regex(r"(?<n>\p{L})\k<n>|\p{N}*"), "isolated"), split("gpt-2"), ROBERTA), None, False),
+    "spaces-removed": (steps(pre_tokenizers.Split(Regex(" "), "removed")), None, False),
+    "text": (steps(pre_tokenizers.Split("a", "isolated")), None, False),
+    "digits-prefixed": (sequence(pre_tokenizers.Digits(True), ROBERTA), None, True),
+    "digits-nothing-back": (steps(pre_tokenizers.Digits(True), NOTHING_BACK), None, True),
+    "xlm": (sequence(pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()), normalizers.NFKC(), True),
+    "xlm-first": (sequence(pre_tokenizers.WhitespaceSplit(), FIRST), None, False),
+    "xlm-nested": (sequence(pre_tokenizers.WhitespaceSplit(), sequence(FIRST)), None, False),
+    "punctuation-scripts": (sequence(pre_tokenizers.Punctuation(), pre_tokenizers.UnicodeScripts()), None, True),
     "scripts": (pre_tokenizers.UnicodeScripts(), None, False),
     "removed": (steps(split("gpt-2", "removed")), None, False),
     "merged": (steps(split("gpt-2", "merged_with_previous")), None, False),
@@ -188,6 +202,7 @@ SPLITTERS: dict[str, tuple[Any, Any, bool]] = {  # name: splitter, normalizer, w
     "delimiter-letter": (pre_tokenizers.CharDelimiterSplit("s"), None, True),
     "delimiter-other": (pre_tokenizers.CharDelimiterSplit("é"), None, False),
 }  # fmt: skip
+UNCUT = {"merged", "metaspace-ascii", "delimiter-other", "xlm-first", "xlm-nested", "scripts", "text"}
 
 
 def model_of(kind: str) -> tuple[Any, Any]:
@@ -235,12 +250,22 @@ def test_ids_are_those_of_the_library(tmp_path: Path, monkeypatch: pytest.Monkey
     for parse_special in (False, True):
         tokenizer = load_tokenizer(tmp_path, parse_special=parse_special)
         assert isinstance(tokenizer, HuggingFaceTokenizer)
-        assert tokenizer._memory is not None, "words that Python does not find, the library does"
+        assert (tokenizer._memory is None) == (name in UNCUT)
         if parse_special:
             texts = [text for text in texts if "<" in text]  # others hold no token
         expected = tokenizer.encode_batch(texts)
         for _ in range(2):
             assert tokenizer.encode_flat(texts)[0].tolist() == [token for ids in expected for token in ids]
+
+
+@pytest.mark.parametrize("name", ["nothing-back", "metaspace", "whitespace"])
+def test_what_has_other_ids_each_time_is_not_remembered(tmp_path: Path, name: str) -> None:
+    definition = made(tmp_path, name)
+    definition["model"]["dropout"] = 0.5
+    write(tmp_path, "tokenizer.json", definition)
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    assert tokenizer._memory is None
 
 
 @cache
@@ -256,16 +281,23 @@ def mixed_texts() -> list[str]:
 def test_text_of_other_characters_is_cut_where_words_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Each segment split by the library alone: the words of the whole text."""
     monkeypatch.setattr(words_module, "NEAR", 1)
-    found = words_of(made(tmp_path, name))
+    definition = made(tmp_path, name)
+    found = words_of(definition)
     assert isinstance(found, Words)
     library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
 
+    splitter = library.pre_tokenizer
+    left = sequence(*(splitter[number] for number in range(found.done, len(steps_of(definition)))))
+
     @cache
     def words(text: str) -> list[str]:
-        return [word for word, _ in library.pre_tokenizer.pre_tokenize_str(text)]  # type: ignore[union-attr]
+        return [word for word, _ in splitter.pre_tokenize_str(text)]
+
+    def of_ascii(segment: str) -> list[str]:
+        return [word for first in found.words(segment) for word, _ in left.pre_tokenize_str(first)]
 
     def in_segments(text: str) -> list[str]:
-        parts = ((found.words if segment.isascii() else words)(segment) for segment in found.segments(text))
+        parts = ((of_ascii if segment.isascii() else words)(segment) for segment in found.segments(text))
         return [word for part in parts for word in part]
 
     for short in (0, 100):

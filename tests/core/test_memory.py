@@ -196,6 +196,17 @@ def test_activations_by_hand() -> None:
         assert got.activations == tokens * (32 * size + again) + angles
 
 
+@pytest.mark.parametrize(("precision", "measured"), [("fp32", 404_042_240), ("bf16", 280_138_752)])
+def test_what_a_gpu_took(precision: Precision, measured: int) -> None:
+    """The model of configs/demo.yaml on an H100, with PyTorch 2.11; cuBLAS has two work spaces of 32 MiB there."""
+    demo = replace(
+        LLAMA, vocab_size=4096, hidden_size=256, intermediate_size=704, num_key_value_heads=4, head_dim=32,
+        max_position_embeddings=1024,
+    )  # fmt: skip
+    got = estimate(demo, Layout(), precision=precision, micro_batch_size=8, sequence_length=256, num_microbatches=1)
+    assert got.total == pytest.approx(measured - 2 * 2**25, rel=0.02)
+
+
 def test_masks_of_dropout_take_a_byte_a_number() -> None:
     plain, dropout, lima = (
         of_7b(Layout(), dropout=dropout).activations for dropout in (None, Dropout(hidden=0.1), Dropout(hidden=0.1, lima=True))

@@ -1,6 +1,7 @@
 """What only a GPU can show: its attention kernels, training in half precision, batches that arrive while it computes.
 
-Run by `make test-gpu`; skipped where there is none. The oracles are the plain formula of attention and the same training on the CPU, both in float64.
+Run by `make test-gpu`; skipped where there is none. The oracles are the plain formula of attention and the same training on the
+CPU, both in float64.
 """
 
 from collections.abc import Iterator

@@ -17,7 +17,7 @@ from test_launch_docker import config
 from flows.launch import choose, docker, docker_checks, docker_engine
 from flows.launch.docker import DockerLauncher
 from flows.launch.docker import Engine as DockerEngine
-from flows.launch.docker_checks import check_engine, check_settings, look_around, processes_on
+from flows.launch.docker_checks import check_engine, check_settings, look_around
 from flows.launch.docker_container import Container
 from flows.launch.docker_engine import NotReady, connected
 from flows.launch.docker_leftovers import DOCTOR_SECONDS, _is_left, labels, remove_leftovers
@@ -184,7 +184,7 @@ def test_verify_has_all_ranks_on_the_first_machine(tmp_path: Path) -> None:
     hosts = ["ssh://gpu1", "ssh://gpu2"]
     asked = config(tmp_path, {"hosts": hosts, "gpus": 2}, layout={"tp": 4})
     assert asked.processes_per_machine == 2
-    assert [processes_on(asked, host) for host in hosts] == [4, 2]
+    assert [choose.processes_on(asked, host) for host in hosts] == [4, 2]
     with pytest.raises(NotReady, match=r"\(on the first, verify's tp × pp\), and launch.gpus=2 gives them 2 GPUs"):
         check_settings(asked, {})
     check_settings(

@@ -1,11 +1,11 @@
-"""Does an operation again and again in forks of this process, and has it killed, or the disk full, at one moment of each.
+"""Does operations again and again in forks of this process, and has them killed, or the disk full, at one moment of each.
 
-    python tests/stages/interrupted.py FOLDER OPERATION KILLS
+    python tests/stages/interrupted.py FOLDER OPERATION[,OPERATION...] KILLS
 
 Moments are what an operation asks of the file system: opening a file to write, writing (half of it is done), fsync, rename,
 link, removal. They are counted in a first run; then come KILLS of them, drawn with a seed, and some at random times. After
 each, what is published must be the old state or the new one, and the next run must complete and make the same. Prints what it
-did as JSON.
+did as JSON, by operation.
 """
 
 import errno
@@ -201,8 +201,8 @@ def operation(name: str, folder: Path) -> Operation:
     return of_stage(ExportSpec(workspace=workspace, inputs={"weights": ref(merged)}), write_export)
 
 
-def main(folder: Path, name: str, kills: int) -> None:
-    """Interrupt an operation again and again; print what was found."""
+def interrupted(folder: Path, name: str, kills: int) -> dict[str, Any]:
+    """Interrupt an operation again and again. Returns what was found."""
     work, say, count = operation(name, folder), folder / "said", folder / "count"
     draw = random.Random(name)
 
@@ -248,9 +248,13 @@ def main(folder: Path, name: str, kills: int) -> None:
         if fork(watched(moment, True), say) != 0:
             told.append(say.read_text())
         check(f"disk full at moment {moment} of {moments}")
-    print(json.dumps({"moments": moments, "at": at, "old": states.count("old"), "new": states.count(new), "told": told}))
+    return {"moments": moments, "at": at, "old": states.count("old"), "new": states.count(new), "told": told}
 
 
 if __name__ == "__main__":
     MOMENTS = Moments(Path(sys.argv[1]))
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    found = {}
+    for asked in sys.argv[2].split(","):
+        (ours := Path(sys.argv[1], asked)).mkdir()
+        found[asked] = interrupted(ours, asked, int(sys.argv[3]))
+    print(json.dumps(found))

@@ -29,6 +29,7 @@ from download_runs import (
     start,
 )
 from hub_server import Blob, HubServer
+from processes import wait_until
 from safetensors.numpy import load_file, save, save_file
 
 from stages.contracts import artifacts as a
