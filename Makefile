@@ -20,14 +20,14 @@ demo-chat: $(INSTALLED) ## the same for instruction tuning: a small model learns
 	@$(BIN)/python configs/demo_chat_inputs.py workspace/demo-chat
 	@$(BIN)/finetune run configs/demo-chat.yaml $(ARGS)
 
-# Two files at a time: much of a test's time is waiting for processes to start.
+# Four files at a time, on two cores, too: much of a test's time is waiting for other processes.
 test: $(INSTALLED) ## run the tests
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu: $(INSTALLED) ## run the tests that need an NVIDIA GPU; all others compute on the CPU
 	@$(BIN)/python -m pytest -m gpu tests/core/test_on_gpu.py $(ARGS)
 
-# An engine and images where there are none: tests/containers/prepare.sh. Two files at a time, as above.
+# An engine and images where there are none: tests/containers/prepare.sh.
 test-containers: $(INSTALLED) ## run the tests that need a Docker engine and the image megatron-flows:cpu
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m docker tests/containers tests/compose $(ARGS)
 

@@ -16,7 +16,16 @@ from flows.server.local import Server, serving
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Files of half a minute and more. They begin first, so that none is left alone at the end when files run side by side.
-LONG = ("test_end_to_end", "test_parallel", "test_trainer_golden", "test_train", "test_command", "test_serve", "test_ui")
+LONG = (
+    "test_end_to_end",
+    "test_serve",
+    "test_train",
+    "test_ui",
+    "test_command",
+    "test_server",
+    "test_trainer_golden",
+    "test_parallel",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
