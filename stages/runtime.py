@@ -28,13 +28,14 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from megatron_core_impl.checkpoint.durable import sync, sync_tree
-from stages.context import Context, tell
+from stages.context import Context, has_launcher, tell
 from stages.contracts import artifacts as a
 from stages.contracts import intact
 from stages.contracts.process import ExitCode
 from stages.contracts.specs import SPECS, Spec, refused_of
 from stages.outcomes import BadInput, Interrupted, StageError
 from stages.spec_file import read_spec, spec_help
+from stages.unheard import outlive_the_reader
 
 S = TypeVar("S", bound=Spec)
 
@@ -66,6 +67,8 @@ def _main(
     )
     parser.add_argument("spec", metavar="SPEC.json", type=Path, help="what to do, as JSON (see below)")
     arguments = parser.parse_args()
+    if has_launcher():
+        outlive_the_reader()
     try:
         spec = read_spec(arguments.spec, node)
         with _stopped_by_signals():

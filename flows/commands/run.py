@@ -1,6 +1,7 @@
 """`finetune run` and `rerun`: the flow in this process, shown in the terminal."""
 
 import argparse
+import errno
 import os
 import shutil
 import traceback
@@ -115,8 +116,7 @@ def _do(config: PipelineConfig, name: str, option: str, *, keep_server: bool, **
         asked: further parameters of the flow.
     """
     from flows.launch.choose import decided
-    from flows.server.local import NoServer, connect, serving, staying
-    from flows.show.display import server_is_off
+    from flows.server.local import NoServer, connect, serving
 
     workspace = config.workspace_path
     folder = RunFolder(workspace, name)
@@ -128,20 +128,30 @@ def _do(config: PipelineConfig, name: str, option: str, *, keep_server: bool, **
     prepare = partial(connect, workspace, module="flows.finetune")
     with ExitStack() as stack:
         try:
-            (folder.path / "logs").mkdir(parents=True, exist_ok=True)
             server = stack.enter_context(serving(workspace, keep=keep_server, say=say, meanwhile=prepare))
+            (folder.path / "logs").mkdir(parents=True, exist_ok=True)
         except NoServer as error:
-            raise Wrong(_no_space(workspace) or str(error)) from None
+            raise Wrong(_no_space(workspace, error) or str(error)) from None
         except OSError as error:
-            raise Wrong(_no_space(workspace) or f"workspace: {workspace} cannot be used: {error}") from None
+            raise Wrong(_no_space(workspace, error) or f"workspace: {workspace} cannot be used: {error}") from None
         code = _run_flow(config, folder, option, asked)
-        if server.pid is None:  # it is not ours
-            return code
-        if (stays := staying(workspace)) is not None:
-            say(f"the Prefect server stays at {stays.page}; to stop it: kill {stays.pid}")
-        else:
-            say(server_is_off(name, option))
-        return code
+    if server.pid is not None:  # it is ours
+        _say_whether_it_ends(folder, option)
+    return code
+
+
+def _say_whether_it_ends(folder: RunFolder, option: str) -> None:
+    """What becomes of the workspace's server, which this process has left."""
+    from flows.server.local import going_on, is_kept
+    from flows.show.display import server_is_off
+
+    server, record = going_on(folder.workspace), folder.read()
+    if server is None:
+        say(server_is_off(folder.name, option))
+    elif is_kept(folder.workspace):
+        say(f"the Prefect server stays at {server.page}; to stop it: kill {server.pid}")
+    else:
+        say(f"UI:         {(record.page if record is not None else None) or server.page}")
 
 
 def _run_flow(config: PipelineConfig, folder: RunFolder, option: str, asked: dict[str, Any]) -> int:
@@ -179,7 +189,9 @@ def _run_flow(config: PipelineConfig, folder: RunFolder, option: str, asked: dic
             say(f"the Prefect server was away when the run ended ({type(error).__name__}); the next run tells its page")
             print_summary(record, folder, console)
             return ExitCode.OK
-        if told := _no_space(folder.workspace):  # whatever broke first: ours, or the server, whose database is there, too
+        if told := _no_space(
+            folder.workspace, error
+        ):  # whatever broke first: ours, or the server, whose database is there, too
             raise Wrong(f"{told}. {how_to_go_on()}".removesuffix(". ")) from None
         say(lines(traceback.format_exc()))
         say_errors([f"{type(error).__name__}: {error}. This is a defect of ours; Prefect's log: {folder.log('prefect')}"])
@@ -194,9 +206,10 @@ def _run_flow(config: PipelineConfig, folder: RunFolder, option: str, asked: dic
     return ExitCode.OK
 
 
-def _no_space(folder: Path) -> str | None:
-    """What to say when there is no room left to work in, else None."""
-    if not folder.is_dir():
+def _no_space(folder: Path, error: Exception) -> str | None:
+    """What to say when there is no room left to work in, and the error tells nothing else of the disk; else None."""
+    says_why = isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+    if says_why or not folder.is_dir():
         return None
     free = shutil.disk_usage(folder).free
     return f"{folder}: no space left ({size(free)} free): make room" if free < NO_SPACE else None

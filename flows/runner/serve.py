@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.types.entrypoint import EntrypointType
 
+from flows.asked.parameters import workspace_of
 from flows.runner.deployments import Deployment
 from flows.runner.patient import POLL_SECONDS, PatientRunner
 from flows.runner.requests import Requests, stop_requests
@@ -51,6 +53,7 @@ class _Serving:
         with stop_requests() as requests:
             with suppress(*AWAY):  # it is done again, from time to time
                 await self._settle()
+            await self._tell_of_other_workspaces(asked)
             for each in asked:
                 await self.runner.aadd_flow(
                     each.flow, name=each.name, parameters=each.parameters, description=each.about,
@@ -62,6 +65,22 @@ class _Serving:
                     await self._round(takes_runs=True)
                     await _sleep(POLL_SECONDS, requests)
                 await self._drain(requests)
+
+    async def _tell_of_other_workspaces(self, asked: Sequence[Deployment]) -> None:
+        """A server has one deployment of a name: who deploys it again says where the runs of all its runners work."""
+        moved: dict[tuple[Path | None, Path | None], list[str]] = {}
+        async with get_client() as client:
+            for each in asked:
+                with suppress(ObjectNotFound):
+                    known = await client.read_deployment_by_name(each.full_name)
+                    before, now = workspace_of(known.parameters), workspace_of(each.parameters)
+                    if before != now:
+                        moved.setdefault((before, now), []).append(each.full_name)
+        for (before, now), names in moved.items():
+            self.say(
+                f"{', '.join(names)}: on this server for the workspace {before} so far, from now on for {now}, also where "
+                "another runner does them; runners of several workspaces want servers, or configurations, of their own"
+            )
 
     async def _drain(self, requests: Requests) -> None:
         told = 0

@@ -26,6 +26,7 @@ from flows.running.quiet import logs_to_file
 from flows.running.ready import refuse_what_cannot_run
 from flows.running.results import ArtifactSerializer
 from flows.running.schedule import Node, Schedule
+from flows.running.settle import tell_before_it_is_forgotten
 from flows.running.watch import watched
 from flows.server.local import kept_alive as server_kept_alive
 from flows.show.ending import tell_end
@@ -117,6 +118,7 @@ def open_run(asked: Asked, name: str | None) -> Iterator[Run]:
             (folder.path / "logs").mkdir(parents=True, exist_ok=True)
             logs_to_file(folder.log("prefect"))
         at_the_end.enter_context(folder.held())
+        tell_before_it_is_forgotten(folder.stored(), str(flow_run.id))
         record = LiveRecord(
             folder,
             RunRecord(

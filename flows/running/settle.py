@@ -89,11 +89,29 @@ def reconcile(workspaces: Collection[Path], on_trouble: Callable[[str], None] = 
         for flow_run in going_on:
             record = ended.get(str(flow_run.id))
             if record is not None and flow_run.run_count <= record.attempt:
-                was_cancelled = flow_run.state is not None and flow_run.state.is_cancelling()
-                with suppress(ObjectNotFound):  # it was deleted meanwhile
-                    client.set_flow_run_state(flow_run.id, _state_of(record, was_cancelled), force=True)
-                    _end_tasks(client, flow_run, record)
+                _tell(client, flow_run, record)
     return marked
+
+
+def tell_before_it_is_forgotten(record: RunRecord | None, flow_run_id: str) -> None:
+    """Tell Prefect how a run ended whose record is about to be replaced by that of another flow run, if it does not know yet.
+
+    For who holds the run's lock: its process, which may still try to tell it, has no part in it any more.
+    """
+    if record is None or record.flow_run_id in (None, flow_run_id):
+        return
+    with suppress(*AWAY, ObjectNotFound), get_client(sync_client=True) as client:
+        flow_run = client.read_flow_run(UUID(record.flow_run_id))
+        if flow_run.state is not None and (flow_run.state.is_running() or flow_run.state.is_cancelling()):
+            _tell(client, flow_run, record.crashed() if record.state == "running" else record)
+
+
+def _tell(client: SyncPrefectClient, flow_run: FlowRun, record: RunRecord) -> None:
+    """Tell Prefect how a run ended."""
+    was_cancelled = flow_run.state is not None and flow_run.state.is_cancelling()
+    with suppress(ObjectNotFound):  # it was deleted meanwhile
+        client.set_flow_run_state(flow_run.id, _state_of(record, was_cancelled), force=True)
+        _end_tasks(client, flow_run, record)
 
 
 def _is_over(record: RunRecord) -> bool:

@@ -9,6 +9,8 @@ from base64 import b64encode
 from dataclasses import dataclass
 from pathlib import Path
 
+ANSWER_SECONDS = 10.0  # a server that works answers within these
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -62,16 +64,21 @@ def page_is_lost(page: str | None, flow_run_id: str | None) -> bool:
 
 def what_is_wrong_with(api: str) -> str | None:
     """Why a server that somebody named is of no use to us: asked as Prefect's own client asks, with the login, the certificates
-    and the proxies of its settings. None: nothing.
+    and the proxies of its settings, but once: its retries take minutes. None: nothing.
     """
     import httpx
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.exceptions import PrefectHTTPStatusError
-    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
     login = {"auth_string": PREFECT_API_AUTH_STRING.value(), "api_key": PREFECT_API_KEY.value()}
+    timeout = httpx.Timeout(ANSWER_SECONDS, connect=ANSWER_SECONDS / 4)  # Prefect's client connects four times
+    patience = {"timeout": timeout, "trust_env": not is_here(api)}
     try:
-        with SyncPrefectClient(api, **login) as client:
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+            SyncPrefectClient(api, **login, httpx_settings=patience) as client,
+        ):
             if client.request("GET", "/health").json() is True:
                 client.request("GET", "/admin/version")
                 return None
@@ -82,6 +89,11 @@ def what_is_wrong_with(api: str) -> str | None:
                 "user:password"
             )
         told = f"status {error.response.status_code}"
+    except httpx.TimeoutException:
+        return (
+            f"PREFECT_API_URL={api} does not answer within {ANSWER_SECONDS:.0f} s. See what is there, start it anew, or unset "
+            "PREFECT_API_URL to use a server in the workspace"
+        )
     except httpx.HTTPError as error:
         return (
             f"no Prefect server answers at PREFECT_API_URL={api} ({str(error) or type(error).__name__}). "

@@ -125,15 +125,17 @@ def serving(
     meanwhile: Callable[[Server], None] = lambda server: None,
 ) -> Iterator[Server]:
     """A server for as long as this lasts; longer with `keep`, if it is ours. Should ours die, it is started again, at its
-    address. `meanwhile` is called before it answers, and once more where another server took its port and it is started anew.
+    address. `meanwhile` is called before ours answers, and once more where another server took its port and it is started anew;
+    for the named one when it has answered.
 
     Raises:
         NoServer: the named one does not answer or refuses us, or the local one does not start.
     """
     if named := os.environ.get("PREFECT_API_URL"):
-        meanwhile(Server(api=named))
+        os.environ["DO_NOT_TRACK"] = "1"  # before Prefect is imported, which reports that
         if told := what_is_wrong_with(named):
             raise NoServer(told)
+        meanwhile(Server(api=named))
         yield Server(api=named)
         return
     home = server_home(workspace)
@@ -143,6 +145,7 @@ def serving(
         server = _own(home, keep, say)
         meanwhile(server)
         while not _wait_for(server, home, threading.Event()):
+            say(f"another server has taken {server.page} meanwhile")
             server = _own(home, keep, say)
             meanwhile(server)
         with _revived(server, home, keep, say):
@@ -157,7 +160,8 @@ def kept_alive(*, revives: bool) -> Iterator[tuple[int, ...]]:
     processes can inherit.
 
     Args:
-        revives: start it again should it die; where nobody else in this process does.
+        revives: nobody else in this process keeps it: it is started again should it die, and kept until the process ends, which
+            tells Prefect how its run ended after this.
     """
     home = Path(os.environ.get("PREFECT_HOME", "/nowhere"))
     server = _running(home)
@@ -168,6 +172,8 @@ def kept_alive(*, revives: bool) -> Iterator[tuple[int, ...]]:
         locked(home / "users.lock", fcntl.LOCK_SH) as descriptor,
         _revived(server, home, False, lambda told: None) if revives else contextlib.nullcontext(),
     ):
+        if revives:
+            os.dup(descriptor)  # never closed
         yield (descriptor,)
 
 
@@ -208,10 +214,20 @@ def _revived(server: Server, home: Path, keep: bool, say: Callable[[str], None])
         thread.join()
 
 
-def staying(workspace: Path) -> Server | None:
-    """The workspace's server, if it was asked to stay, by this run or by another."""
+def going_on(workspace: Path) -> Server | None:
+    """The workspace's server, if it goes on when this process has left it: it was asked to stay, or others use it."""
     home = server_home(workspace)
-    return _running(home) if (home / "server.keep").exists() else None
+    try:
+        with locked(home / "users.lock", fcntl.LOCK_EX | fcntl.LOCK_NB):
+            is_used = False
+    except BlockingIOError:
+        is_used = not is_locked(home / "users.lock")  # the shim of one that ends has it for itself
+    return _running(home) if is_used or is_kept(workspace) else None
+
+
+def is_kept(workspace: Path) -> bool:
+    """Whether the workspace's server was asked to stay, by this run or by another."""
+    return (server_home(workspace) / "server.keep").exists()
 
 
 def _running(home: Path) -> Server | None:
@@ -225,7 +241,8 @@ def _running(home: Path) -> Server | None:
 def _start(home: Path, say: Callable[[str], None], port: int | None = None) -> Server:
     is_first = not (home / "prefect.db").exists()
     say(f"starting a Prefect server in the workspace{' (the first time takes longer)' if is_first else ''} …")
-    port = port or _free_port()
+    if port is None and (port := _free_port()) != USUAL_PORT:
+        say(f"port {USUAL_PORT} is taken: the UI will be at http://127.0.0.1:{port}")
     command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     options = ["--while-used", str(home / "users.lock"), "--keep", str(home / "server.keep")]
     with _log(home).open("wb") as log, locked(home / "server.lock") as alive:

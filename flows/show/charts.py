@@ -205,7 +205,8 @@ class _Axis(NamedTuple):
 
     def ticks(self) -> list[tuple[float, str]]:
         """Places and labels."""
-        return [(self.at(n * self.step), _label(n * self.step, self.step)) for n in _multiples(self.low, self.high, self.step)]
+        values = [n * self.step for n in _multiples(self.low, self.high, self.step)]
+        return list(zip(map(self.at, values), _labels(values, self.step), strict=True))
 
 
 def _multiples(low: float, high: float, step: float) -> range:
@@ -221,12 +222,12 @@ def _between_ticks(low: float, high: float, count: int) -> float:
     return max(step for step in steps if step <= coarse and len(_multiples(low, high, step)) > 1)
 
 
-def _label(value: float, step: float) -> str:
-    """A value with as many digits as tell it from the ticks beside it."""
-    unit, name = short_unit(abs(value)) if abs(value) >= 10_000 else (1.0, "")
-    value, step = value / unit, step / unit
-    exponent = math.floor(math.log10(step) + 1e-9)
-    if exponent >= -3:
-        return f"{value:.{max(0, -exponent)}f}{name}"
-    digits = math.floor(math.log10(abs(value)) + 1e-9) - exponent + 1 if value else 1
-    return f"{value:.{digits}g}{name}".replace("e-0", "e-")
+def _labels(values: Sequence[float], step: float) -> list[str]:
+    """The values at ticks, all in one form and unit, with as many digits as tell each from those beside it."""
+    largest = max(map(abs, values))
+    unit, name = short_unit(largest) if largest >= 10_000 else (1.0, "")
+    exponent = math.floor(math.log10(step / unit) + 1e-9)
+    if exponent >= -3 or largest >= 0.999e-3:
+        return [f"{value / unit:.{max(0, -exponent)}f}{name}" if value or not name else "0" for value in values]
+    digits = next(k for k in range(17) if all(abs(float(f"{value:.{k}e}") - value) < step / 100 for value in values))
+    return [f"{value:.{digits}e}".replace("e-0", "e-") if value else "0" for value in values]

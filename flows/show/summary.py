@@ -1,5 +1,7 @@
 """What a person reads at the end of a run: did it help, what does it say now, where is it, how to load it."""
 
+from pathlib import Path
+
 from rich.console import Console
 from rich.text import Text
 
@@ -24,7 +26,8 @@ def print_summary(record: RunRecord, folder: RunFolder, console: Console) -> Non
             Text(f'Load it:    AutoModelForCausalLM.from_pretrained("{model}")'),
         ]
     if (target := story.published()) is not None:
-        lines.append(Text(f"Published:  {plain(target)}"))
+        is_folder = Path(target).is_absolute()  # no name on the Hub begins with a slash
+        lines.append(Text(f"Published:  {plain(shown_path(Path(target)) if is_folder else target)}"))
     if folder.report.exists():
         lines.append(Text(f"Report:     {shown_path(folder.report)}"))
     lines.append(Text(f"Logs:       {shown_path(folder.path / 'logs')}"))

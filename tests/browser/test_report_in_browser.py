@@ -46,6 +46,50 @@ def test_it_fits(report: str, open_page: OpenPage, width: int) -> None:
     assert overlapping == 0, "no word is cut off by its picture"
 
 
+@pytest.mark.parametrize("width", [320, 390])
+def test_tables_are_read_on_a_phone(report: str, open_page: OpenPage, width: int) -> None:
+    page = open_page(report, viewport={"width": width, "height": 800})
+    for details in page.locator("details").all():
+        details.evaluate("element => element.open = true")
+    cut = page.evaluate("[...document.querySelectorAll('.scroll')].filter(it => it.scrollWidth > it.clientWidth).length")
+    assert cut == 0, "nothing of a row is cut off"
+    narrowest = page.evaluate("Math.min(...[...document.querySelectorAll('tbody th')].map(it => it.clientWidth))")
+    assert narrowest >= 120, "names are not one letter a line"
+    assert broken_values(page) == []
+    misplaced = page.evaluate("""
+        [...document.querySelectorAll(".numbers")].filter(table => {
+            const right = of => [...table.querySelector(of).children].map(it => Math.round(it.getBoundingClientRect().right));
+            return right("thead tr").join() !== right("tbody tr").join();
+        }).length
+    """)
+    assert misplaced == 0, "values stand below what they are"
+
+
+def test_tables_are_read_on_paper(report: str, open_page: OpenPage) -> None:
+    page = open_page(report, viewport={"width": 680, "height": 900})
+    page.emulate_media(media="print")
+    assert broken_values(page) == []
+    below = page.evaluate("""
+        [...document.querySelectorAll("table")].filter(table => {
+            const [head, first] = ["thead tr > :last-child", "tbody tr"].map(it => table.querySelector(it).getBoundingClientRect());
+            return head.bottom > first.top + 1;
+        }).length
+    """)
+    assert below == 0, "what columns are stands above them"
+
+
+def broken_values(page: Page) -> list[str]:
+    """The numbers and digests in tables that have several lines."""
+    found = page.evaluate("""
+        [...document.querySelectorAll(".numbers td")].filter(cell => {
+            const text = document.createRange();
+            text.selectNodeContents(cell);
+            return /^[^ ]+( %)?$/.test(cell.textContent) && text.getClientRects().length > 1;
+        }).map(cell => cell.textContent)
+    """)
+    return list(found)
+
+
 def test_it_runs_nothing_and_asks_nobody(report: str, open_page: OpenPage) -> None:
     page = open_page("about:blank")
     asked: list[str] = []

@@ -12,7 +12,7 @@ import pytest
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from stories import GATES, HOSTILE, done_run, metrics_lines, told, with_artifact, with_file, write_metrics
 
-from flows.records.run_record import NodeRecord, RunFolder
+from flows.records.run_record import NodeRecord, RunFolder, RunState
 from flows.records.story import story_of
 from flows.show.ending import tell_end
 from flows.show.pages.board import Board, Data, Kind
@@ -87,6 +87,7 @@ def test_everything_of_a_run_is_in_it(folder: RunFolder) -> None:
         "4,096", "somebody/model", "sequence_length: 16", "global_batch_size",  # data, configuration
     ):  # fmt: skip
         assert wanted in text, wanted
+    assert "To go on" not in text
 
 
 def test_questions_that_were_asked(folder: RunFolder) -> None:
@@ -167,6 +168,8 @@ def test_a_run_that_failed_says_why(folder: RunFolder) -> None:
     folder.log("train").write_text("".join(f"line {n}\n" for n in range(100)))
     page = Page(render(told(folder)))
     assert "train failed" in page.text
+    assert "The run was stopped" not in page.text
+    assert "finetune rerun brisk-otter" in page.text
     assert "rank 3 ran out of memory" in page.text
     assert "line 99" in page.text
     assert "line 1\n" not in page.text
@@ -174,6 +177,30 @@ def test_a_run_that_failed_says_why(folder: RunFolder) -> None:
     assert "not run" in page.text
     assert {("href", "#train"), ("id", "train"), ("href", "#shard"), ("id", "shard")} <= set(page.attributes)
     assert ("href", "#merge") not in page.attributes, "the page tells no more of it"
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "wanted"),
+    [
+        ("stopped", "cancelled in Prefect", "The run was stopped\ncancelled in Prefect\nTo go on, type:"),
+        ("stopped", "stopped", "The run was stopped\nTo go on, type:"),  # by Ctrl-C
+        ("crashed", "its process is gone", "The run did not end well\nits process is gone\nTo go on, type:"),
+    ],
+)
+def test_a_run_that_was_stopped_is_none_that_failed(folder: RunFolder, state: RunState, error: str, wanted: str) -> None:
+    record = folder.read()
+    assert record is not None
+    result = folder.workspace / str(record.nodes["train"].path)
+    result.rename(scratch_of(result))
+    record.nodes["train"] = NodeRecord(state="stopped", error="stopped", path=record.nodes["train"].path)
+    record.nodes |= {node: NodeRecord() for node in ("merge", "export", "push")}
+    record.state, record.error = state, error
+    page = Page(render(story_of(folder, record)))
+    assert (("class", "failure") in page.attributes) is (state != "stopped")
+    told = re.sub(r"\n+", "\n", page.text)
+    assert f"{wanted}\nfinetune rerun brisk-otter --workspace {folder.workspace}\nloss" in told, "above all figures"
+    assert "loss7.50 → 6.00, step 40" in page.text
+    assert "held-out loss8.37 → 4.89, step 40" in page.text
 
 
 def test_a_training_that_failed_has_its_own_curves(folder: RunFolder) -> None:

@@ -1,5 +1,7 @@
 """`finetune run` and `rerun` where something is in the way that nothing could tell before: words, and no traceback."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +25,33 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     return folder
 
 
-def test_a_server_whose_folder_is_another_person_s(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EROFS])  # another person's folder; a small disk that is read-only
+def test_a_server_whose_folder_cannot_be_used(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
     def refuse(path: Path, mode: int) -> None:
-        raise PermissionError(1, "Operation not permitted", str(path))
+        raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setattr(Path, "chmod", refuse)
+    monkeypatch.setattr(run, "NO_SPACE", 1 << 62)
     monkeypatch.chdir(folder.workspace)
     monkeypatch.setattr(
         choose, "decided", lambda settings: (settings, "stages run as plain processes of this machine: no luck")
     )
     assert cli.main(["rerun", "calm-heron", "--workspace", str(folder.workspace)]) == 2
-    told = f"error: workspace: {folder.workspace} cannot be used: [Errno 1] Operation not permitted: "
+    told = f"error: workspace: {folder.workspace} cannot be used: [Errno {number}] {os.strerror(number)}: "
     assert (
         capsys.readouterr().err
         == f"stages run as plain processes of this machine: no luck\n{told}'{folder.workspace}/prefect'\n"
     )
+
+
+def test_a_server_that_is_not_there_leaves_no_folder_of_the_run(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    with pytest.raises(run.Wrong, match="no Prefect server answers"):
+        run._do(config(folder.workspace), "new-name", "", keep_server=False)
+    assert not (folder.workspace / "runs" / "new-name").exists()
 
 
 def test_a_run_that_another_process_began_meanwhile(

@@ -16,15 +16,18 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from fake_stages import config
 from prefect.runner import Runner
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Failed, Running, State
 
 from flows import cli
 from flows.commands import serve as command
+from flows.finetune import finetune
 from flows.launch.process import grace_of
 from flows.records.flock import is_locked, locked
 from flows.runner import patient
+from flows.runner.deployments import Deployment
 from flows.runner.patient import PatientRunner
 from flows.runner.requests import Requests
 from flows.runner.serve import _Serving
@@ -136,6 +139,30 @@ def test_an_error_that_nobody_foresaw_does_not_end_the_runner() -> None:
     for _ in range(2):
         asyncio.run(served._round(takes_runs=False))
     assert said == ["LookupError: something new "]
+
+
+def test_deployments_that_change_their_workspace(server: Server, tmp_path: Path) -> None:
+    """Another runner of the same server has them, too."""
+    said: list[str] = []
+    served, _ = serving(said)
+    name = f"moved-{uuid4().hex[:8]}"
+    first, second = (
+        Deployment(finetune, name, {"config": config(tmp_path / each).model_dump(mode="json")}, "") for each in ("one", "two")
+    )
+
+    async def deploy_and_ask() -> None:
+        await served._tell_of_other_workspaces([first])
+        await PatientRunner().aadd_flow(finetune, name=name, parameters=first.parameters)
+        await served._tell_of_other_workspaces([first])
+        assert said == []
+        await served._tell_of_other_workspaces([second])
+
+    with temporary_settings({PREFECT_API_URL: server.api}):
+        asyncio.run(deploy_and_ask())
+    assert said == [
+        f"finetune-llama2/{name}: on this server for the workspace {tmp_path}/one so far, from now on for {tmp_path}/two, also "
+        "where another runner does them; runners of several workspaces want servers, or configurations, of their own"
+    ]
 
 
 class Handle:

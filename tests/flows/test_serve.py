@@ -1,6 +1,7 @@
 """A runner with real processes and a real server: deployments, retries, and every way in which something can be killed."""
 
 import os
+import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Running, Scheduled
 from processes import lives, wait_until
-from runners import Seen, Serving
+from runners import ROOT, Seen, Serving
 
 from flows.finetune import finetune
 from flows.records.run_record import RunFolder, RunRecord, now
@@ -24,7 +25,7 @@ AFTER_TRAIN = ["merge", "export", "push"]
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[Serving]:
     """A runner, whose workspace has all results up to the verification."""
-    runner = Serving(tmp_path_factory.mktemp("serve"), server.api, "served")
+    runner = Serving(tmp_path_factory.mktemp("serve"), server.api, "demo")
     try:
         runner.make(until="verify")
         runner.wait_until_said("stop         Ctrl-C")
@@ -47,7 +48,7 @@ def test_run_fail_retry(serving: Serving, seen: Seen) -> None:
     """As README says: start with overrides, see it fail, retry in the UI and in the terminal."""
     serving.wish("train", "fail")
     made = serving.cli(
-        "deployment", "run", "finetune-llama2/served", "-p", 'overrides=["train.lr=2e-4"]', "-p", "run_name=patient-crane"
+        "deployment", "run", "finetune-llama2/demo", "-p", 'overrides=["train.lr=2e-4"]', "-p", "run_name=patient-crane"
     )
     assert made.returncode == 0, made.stderr
     wait_until((serving.workspace / "runs" / "patient-crane" / "run.json").exists)
@@ -79,15 +80,24 @@ def test_run_fail_retry(serving: Serving, seen: Seen) -> None:
     assert "Traceback" not in serving.said()
 
 
+def test_the_command_as_the_readme_has_it(serving: Serving) -> None:
+    [line] = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("prefect deployment run")]
+    done = serving.cli(*shlex.split(line)[1:])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "finetune-llama2/demo" in line
+    assert "--watch" in line
+    assert "Flow run finished successfully in 'Completed'." in " ".join(done.stdout.split())
+
+
 def test_what_is_wrong_is_said(serving: Serving, seen: Seen) -> None:
     with pytest.raises(PrefectHTTPStatusError) as refused:
-        seen.start("finetune-llama2/served", refresh=["trian"])
+        seen.start("finetune-llama2/demo", refresh=["trian"])
     assert "'trian' is not one of" in refused.value.response.text
-    wrong = seen.start("finetune-llama2/served", overrides=["train.optimiser=sgd"])
+    wrong = seen.start("finetune-llama2/demo", overrides=["train.optimiser=sgd"])
     seen.wait_for(wrong.id, "Failed")
     assert "overrides: train.optimiser=sgd: unknown key. Did you mean train.optimizer?" in seen.message(wrong.id)
     assert not (serving.workspace / "runs" / wrong.name).exists()
-    nowhere = seen.start("finetune-llama2/served", overrides=["model.source=/nowhere"])
+    nowhere = seen.start("finetune-llama2/demo", overrides=["model.source=/nowhere"])
     hosts = {"by": "docker", "hosts": ["unix:///nowhere.sock"]}
     engine = seen.start("stage/train", start_from=results(serving), train={"steps": 2, "sequence_length": 16}, launch=hosts)
     for run, told in ((nowhere, "config: model.source: /nowhere: no such file"), (engine, "launch: ")):
@@ -121,7 +131,7 @@ def results(serving: Serving) -> list[str]:
 
 def test_cancelled(serving: Serving, seen: Seen) -> None:
     serving.wish("train", "hang")
-    run = seen.start("finetune-llama2/served", run_name="cancelled", overrides=["train.lr=3e-4"])
+    run = seen.start("finetune-llama2/demo", run_name="cancelled", overrides=["train.lr=3e-4"])
     stage = serving.wait_until_hangs("train")
     seen.client.set_flow_run_state(run.id, Cancelling())
     seen.wait_for(run.id, "Cancelled")
@@ -134,7 +144,7 @@ def test_cancelled(serving: Serving, seen: Seen) -> None:
 
 def test_the_process_of_a_run_is_killed(serving: Serving, seen: Seen) -> None:
     serving.wish("train", "hang")
-    run = seen.start("finetune-llama2/served", run_name="killed", overrides=["train.lr=4e-4"])
+    run = seen.start("finetune-llama2/demo", run_name="killed", overrides=["train.lr=4e-4"])
     stage = serving.wait_until_hangs("train")
     wait_until(lambda: "## train, 50%" in seen.pages(run.id).get("train", ""))
     os.kill(serving.record("killed").pid, signal.SIGKILL)
@@ -184,7 +194,7 @@ def test_runner_and_run_are_killed(tmp_path: Path, server: Server, seen: Seen) -
 def test_the_runner_drains(serving: Serving, seen: Seen) -> None:
     """Asked to stop, the runner waits; run and runner end well. It is the last test of this runner."""
     serving.wish("train", "hang")
-    run = seen.start("finetune-llama2/served", run_name="slow", overrides=["train.lr=5e-4"])
+    run = seen.start("finetune-llama2/demo", run_name="slow", overrides=["train.lr=5e-4"])
     serving.wait_until_hangs("train")
     os.killpg(serving.process.pid, signal.SIGINT)  # as a terminal does: to all that it started
     serving.wait_until_said("takes no more runs, and waits for the run that goes on")

@@ -1,5 +1,6 @@
 """The local server: shared by the runs of a workspace, gone when nobody uses it, clear when it does not start."""
 
+import fcntl
 import json
 import os
 import re
@@ -66,7 +67,7 @@ def test_shared_while_used_and_gone_with_the_last_user(
     put_database(tmp_path / "other")
     keeper = use(tmp_path, "keep")
     api = api_of(keeper)
-    stays = servers.staying(tmp_path)
+    stays = servers.going_on(tmp_path)
     assert stays is not None
     assert stays.api == api
     page = api.replace("/api", "/runs/flow-run/x")
@@ -88,8 +89,11 @@ def test_shared_while_used_and_gone_with_the_last_user(
     ports = [int(api.removesuffix("/api").rpartition(":")[2]), free_port()]
     monkeypatch.setattr(servers, "_free_port", lambda: ports.pop(0))
     told: list[Server] = []
-    with serving(tmp_path / "other", say=lambda text: None, meanwhile=told.append) as other:
+    said: list[str] = []
+    with serving(tmp_path / "other", say=said.append, meanwhile=told.append) as other:
         assert [server.api for server in told] == [api, other.api]
+        start, changed = "starting a Prefect server in the workspace …", f"another server has taken {told[0].page} meanwhile"
+        assert [line for line in said if "4200" not in line] == [start, changed, start]
         assert asking.is_of(other.api, tmp_path / "other" / "prefect")
     assert asking.answers(api)
 
@@ -315,5 +319,7 @@ def test_a_run_of_a_runner_starts_its_server_again_itself(tmp_path: Path, monkey
             assert is_locked(tmp_path / "server.lock")
             server.close()
             assert started.wait(60)
+    with pytest.raises(BlockingIOError), locked(tmp_path / "users.lock", fcntl.LOCK_EX | fcntl.LOCK_NB):
+        pytest.fail("the process has yet to tell the server how its run ended")
     with servers.kept_alive(revives=True) as holds:
         assert holds == (), "there is none to keep"

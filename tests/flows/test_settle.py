@@ -109,6 +109,18 @@ def test_a_run_that_another_process_does_by_now_is_left_alone(
     settle.main(tmp_path, flow_run.name, str(UUID(int=7)), 1)  # it was deleted
 
 
+def test_a_record_that_is_about_to_be_replaced(client: SyncPrefectClient, flow_run: FlowRun, tmp_path: Path) -> None:
+    """Whoever takes a run's name up has its lock: its process, though it lives, tells nothing any more that counts."""
+    ended(tmp_path, flow_run, os.getpid(), "failed")
+    record = RunFolder(tmp_path, flow_run.name).stored()
+    settle.tell_before_it_is_forgotten(record, str(flow_run.id))  # a retry
+    assert client.read_flow_run(flow_run.id).state_name == "Running"
+    settle.tell_before_it_is_forgotten(record, str(UUID(int=1)))
+    assert client.read_flow_run(flow_run.id).state_name == "Failed"
+    client.delete_flow_run(flow_run.id)
+    settle.tell_before_it_is_forgotten(record, str(UUID(int=1)))
+
+
 def test_a_run_that_was_to_be_cancelled_is_called_cancelled(
     client: SyncPrefectClient, flow_run: FlowRun, tmp_path: Path, dead: int
 ) -> None:

@@ -1,9 +1,9 @@
 """The page of a stage that failed: why, what it said last, and how to go on."""
 
 from flows.launch.protocol import StageFailed
-from flows.records.go_on import damaged_sources, go_on, workspace_option
 from flows.records.run_record import RunFolder, RunRecord
 from flows.records.story import last_lines
+from flows.show.going_on import ways_to_go_on
 from flows.show.pages.details import of_card
 from flows.show.pages.markdown import block, code, facts, page
 from stages.contracts.specs import refused_of
@@ -36,10 +36,6 @@ def failed_page(node: str, folder: RunFolder, record: RunRecord, error: BaseExce
 
 
 def how_to_go_on(folder: RunFolder, record: RunRecord) -> str:
-    """What to do, wherever the reader is: a page is read in any folder, and on any machine.
-
-    Retrying is a runner's, so nobody does it for a run of a terminal; and it meets a damaged input again.
-    """
-    retry = "retry this run, or " if record.has_deployment and not damaged_sources(record) else ""
-    command = go_on(folder.workspace, record, workspace_option(folder.workspace, anywhere=True))
-    return f"To go on, {retry}type:\n\n{block(command)}"
+    """What to do, as Markdown."""
+    words, command = ways_to_go_on(folder, record)
+    return f"{words}\n\n{block(command)}"

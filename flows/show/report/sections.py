@@ -28,11 +28,12 @@ from stages.contracts.figures import (
     told_versions,
 )
 from stages.contracts.specs import SOURCES, refused_of
+from stages.contracts.training_curves import Points
 from stages.contracts.words import count, seconds, short
 
 CHART = {"width": 400, "height": 230}  # small enough for a phone to show its words, and two beside each other elsewhere
 MOST_FILES = 200  # of a result
-COLOURS = {"ran": "d", "failed": "b", "stopped": "b"}
+COLOURS = {"ran": "d", "failed": "b", "stopped": "c"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def tiles(story: Story) -> list[tuple[str, str]]:
             ("held-out loss", f"{before:.2f} → {after:.2f}"),
             ("perplexity", f"{perplexity(before)} → {perplexity(after)}"),
         ]
+    elif story.curves is not None:
+        found += [("loss", _so_far(story.curves.loss)), ("held-out loss", _so_far(story.curves.held_out))]
     if (export := story.of("export", a.ExportArtifact)) is not None and (right := right_answers(export)):
         found.append(("right answers", right.split(" of ")[0]))
     if (checkpoint := story.of("train", a.CheckpointArtifact)) is not None:
@@ -73,6 +76,16 @@ def tiles(story: Story) -> list[tuple[str, str]]:
     if (model := story.of("download-model", a.ModelArtifact)) is not None:
         found.append(("parameters", short(model.model.parameters)))
     return [(name, value) for name, value in found if value]
+
+
+def _so_far(points: Points) -> str | None:
+    """From where to where a loss came in a training that is not done, and in which step."""
+    known = [(step, value) for step, value in points if value is not None]
+    if not known:
+        return None
+    (_, first), (step, last) = known[0], known[-1]
+    course = f"{first:.2f} → {last:.2f}" if len(known) > 1 else f"{first:.2f}"
+    return f"{course}, step {count(step)}"
 
 
 def failures(story: Story) -> list[tuple[str, str, str]]:

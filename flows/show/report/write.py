@@ -7,6 +7,7 @@ import jinja2
 from markupsafe import Markup
 
 from flows.records.story import Story, flow_of
+from flows.show.going_on import ways_to_go_on
 from flows.show.report import sections
 from flows.show.report.lineage_graph import lineage_graph
 from stages.contracts.words import lines
@@ -45,6 +46,8 @@ def render(story: Story) -> str:
         took=story.took,
         tiles=sections.tiles(story),
         failures=failures,
+        is_stopped=record.state == "stopped",  # on purpose: no failure
+        go_on=None if story.is_done else ways_to_go_on(story.folder, record),
         charts=list(map(Markup, sections.charts(story))),
         evaluation=sections.evaluation(story),
         samples=[sample.told() for sample in story.samples()],
