@@ -24,6 +24,11 @@ def takes_config(parser: argparse.ArgumentParser) -> None:
     """CONFIG.yaml, what overrides it, and where to work."""
     parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="the configuration; see configs/")
     takes_overrides(parser)
+    takes_workspace(parser)
+
+
+def takes_workspace(parser: argparse.ArgumentParser) -> None:
+    """Where to work, instead of where a configuration says."""
     parser.add_argument(
         "--workspace", metavar="FOLDER", type=workspace, help="where everything is kept; default: the configuration's"
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flows.asked.load_config import check_ready, load_config
+from flows.asked.load_config import check_ready
 from flows.commands.arguments import (
     Add,
     configuration,
@@ -15,6 +15,7 @@ from flows.commands.arguments import (
     run_name,
     takes_config,
     takes_overrides,
+    takes_workspace,
 )
 from flows.commands.outcome import FAILED, Wrong
 from stages.contracts import words
@@ -44,6 +45,7 @@ def add_to(add: Add) -> None:
     doctor = add("doctor", _doctor, help="whether this machine can run stages in containers", description=DOCTOR_HELP)
     doctor.add_argument("config", metavar="CONFIG.yaml", nargs="?", type=Path, help="for what this configuration asks for")
     takes_overrides(doctor)
+    takes_workspace(doctor)
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -72,5 +74,5 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     if arguments.config is None and arguments.overrides:
         raise Wrong("--set overrides a configuration: name one")
-    config = load_config(arguments.config, arguments.overrides) if arguments.config is not None else None
-    return FAILED if doctor.main(config) else 0
+    config = configuration(arguments) if arguments.config is not None else None
+    return FAILED if doctor.main(config, arguments.workspace or "workspace") else 0

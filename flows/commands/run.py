@@ -20,7 +20,7 @@ from flows.commands.arguments import Add, configuration, find_run, has_workspace
 from flows.commands.outcome import BAD, FAILED, GATE, Wrong, say, say_errors
 from flows.launch.protocol import StageFailed
 from flows.records.go_on import go_on, other_failures, workspace_option
-from flows.records.run_record import RunFolder, RunIsLive, new_name, now
+from flows.records.run_record import CANCELLED, RunFolder, RunIsLive, new_name, now
 from flows.running.ready import refuse_what_cannot_run
 from stages.contracts.config import PipelineConfig
 from stages.contracts.process import ExitCode
@@ -197,6 +197,8 @@ def _run_flow(config: PipelineConfig, folder: RunFolder, option: str, asked: dic
         say_errors([f"{type(error).__name__}: {error}. This is a defect of ours; Prefect's log: {folder.log('prefect')}"])
         return FAILED
     except BaseException:
+        if (record := folder.read()) is not None and record.error == CANCELLED:
+            say(f"the run was {CANCELLED}")
         if told := how_to_go_on():
             say(f"Report: {shown_path(folder.report)}\n{told}" if folder.report.exists() else told)
         raise

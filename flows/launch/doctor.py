@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from flows.launch.choose import engines_of, gpus_of, in_containers, in_the_way, processes_on
+from flows.launch.choose import engines_of, gpus_in_use, gpus_of, in_containers, in_the_way, processes_on
 from flows.launch.docker_mounts import Bind, binds_of, check_place, workspace_bind
-from stages.contracts.config import PipelineConfig
+from stages.contracts.config import PipelineConfig, workspace_folder
 from stages.contracts.launch_settings import LaunchSettings, machine_has_gpus
 from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec
-from stages.contracts.words import size
+from stages.contracts.words import count, size
 
 LITTLE_SPACE = 10_000_000_000  # bytes: less is hardly enough for a model of any use
 
@@ -35,14 +35,15 @@ class Finding:
         return line if self.mend is None else f"{line}\n  {'':<{width}}  → {self.mend}"
 
 
-def main(config: PipelineConfig | None) -> int:
+def main(config: PipelineConfig | None, workspace: str = "workspace") -> int:
     """Look at everything, print what was found; returns the number of problems.
 
     Args:
         config: the job; without one, this machine alone is looked at.
+        workspace: what is looked at where no job names its own.
     """
     problems = 0
-    for finding in examine(config, os.environ):
+    for finding in examine(config, os.environ, workspace):
         print(finding.lines(width=10), flush=True)
         problems += finding.mend is not None
     if problems:
@@ -50,10 +51,10 @@ def main(config: PipelineConfig | None) -> int:
     return problems
 
 
-def examine(config: PipelineConfig | None, ours: Mapping[str, str]) -> Iterator[Finding]:
+def examine(config: PipelineConfig | None, ours: Mapping[str, str], named: str = "workspace") -> Iterator[Finding]:
     """Everything that is looked at, one after the other."""
     yield Finding("version", ", ".join(_versions()))
-    workspace = config.workspace_path if config is not None else Path("workspace").resolve()
+    workspace = config.workspace_path if config is not None else workspace_folder(named)
     yield _space(workspace)
     if config is not None and config.push.to == "hub":
         is_set = bool(ours.get("HF_TOKEN"))
@@ -64,9 +65,7 @@ def examine(config: PipelineConfig | None, ours: Mapping[str, str]) -> Iterator[
         yield from _engines(config, settings, workspace)
     else:
         yield from _processes(settings)
-        if config is not None and (told := in_the_way(config)):
-            what, _, mend = told.partition(". ")
-            yield Finding("gpus", what, mend)
+        yield from _gpus(config, settings, ours)
 
 
 def _versions() -> Iterator[str]:
@@ -105,6 +104,16 @@ def _processes(settings: LaunchSettings) -> Iterator[Finding]:
             yield Finding("containers", f"not used here, and could not be: {error.problems[0].what}")
     else:
         yield Finding("containers", "not used here; launch.by: docker would")
+
+
+def _gpus(config: PipelineConfig | None, settings: LaunchSettings, ours: Mapping[str, str]) -> Iterator[Finding]:
+    """What stages that are processes compute on."""
+    if config is not None and (told := in_the_way(config)):
+        what, _, mend = told.partition(". ")
+        yield Finding("gpus", what, mend)
+    elif not machine_has_gpus() or gpus_in_use(settings, ours).known == 0:
+        at_once = f", {count(processes_on(config))} at once" if config is not None and processes_on(config) > 1 else ""
+        yield Finding("gpus", f"{'not used' if machine_has_gpus() else 'none here'}: stages compute on the CPU{at_once}")
 
 
 def _engines(config: PipelineConfig | None, settings: LaunchSettings, workspace: Path) -> Iterator[Finding]:

@@ -241,8 +241,10 @@ def _running(home: Path) -> Server | None:
 def _start(home: Path, say: Callable[[str], None], port: int | None = None) -> Server:
     is_first = not (home / "prefect.db").exists()
     say(f"starting a Prefect server in the workspace{' (the first time takes longer)' if is_first else ''} …")
-    if port is None and (port := _free_port()) != USUAL_PORT:
-        say(f"port {USUAL_PORT} is taken: the UI will be at http://127.0.0.1:{port}")
+    if port is None:
+        port = _free_port()
+        if port != USUAL_PORT:
+            say(f"port {USUAL_PORT} is taken: the UI will be at http://127.0.0.1:{port}")
     command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     options = ["--while-used", str(home / "users.lock"), "--keep", str(home / "server.keep")]
     with _log(home).open("wb") as log, locked(home / "server.lock") as alive:

@@ -34,6 +34,7 @@ def test_a_run_in_a_terminal(tmp_path: Path, server: Server) -> None:
             ours = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run]))
             assert all(task.state is not None and task.state.is_final() for task in client.read_task_runs(flow_run_filter=ours))
     assert process.returncode == 143, err
+    assert "the run was cancelled in Prefect\n" in err
     assert "Traceback" not in err
     assert not lives(int((place.workspace / "download-data.pid").read_text()))
     record = RunFolder(place.workspace, "calm-heron").read()

@@ -214,7 +214,10 @@ def test_a_terminal_without_the_characters(tmp_path: Path, monkeypatch: pytest.M
     assert out.getvalue().startswith(b"finetune-llama2 ? run calm-heron\ndone ? started ")
 
 
-def test_a_run_of_a_version_with_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_a_version_with_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # as rerun does itself, for good
     folder = RunFolder(tmp_path, "calm-heron")
     folder.path.mkdir(parents=True)
     asked = config(tmp_path).model_dump(mode="json")

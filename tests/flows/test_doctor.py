@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from fake_stages import config
 
+from flows import cli
 from flows.launch import choose, docker_engine, doctor
 from flows.launch.docker_engine import NotReady, Problem
 from stages.contracts.config import PipelineConfig
@@ -26,9 +27,34 @@ def test_a_laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(docker_engine, "default_host", lambda: f"unix://{tmp_path}/none")
     found = findings(config(tmp_path))
     assert found["stages"].text == "run as plain processes of this machine"
+    assert found["gpus"].text == "none here: stages compute on the CPU"
     assert found["containers"].text.startswith(f"not used here, and could not be: no Docker engine answers at {tmp_path}/none")
     assert doctor.main(config(tmp_path)) == 0
     assert "✓ workspace" in capsys.readouterr().out
+
+
+def test_a_layout_of_many_processes_on_a_laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (choose, doctor):
+        monkeypatch.setattr(module, "machine_has_gpus", lambda: False)
+    monkeypatch.setattr(docker_engine, "default_host", lambda: f"unix://{tmp_path}/none")
+    asked = changed(tmp_path, layout={"tp": 2, "dp": 4})
+    assert findings(asked)["gpus"] == doctor.Finding("gpus", "none here: stages compute on the CPU, 8 at once")
+    for module in (choose, doctor):
+        monkeypatch.setattr(module, "machine_has_gpus", lambda: True)
+    asked = changed(tmp_path, launch={"by": "process", "gpus": "none"})
+    assert findings(asked)["gpus"] == doctor.Finding("gpus", "not used: stages compute on the CPU")
+    assert "gpus" not in findings(changed(tmp_path, launch={"by": "process"})), "they are used"
+
+
+def test_a_workspace_of_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(choose, "machine_has_gpus", lambda: False)
+    monkeypatch.setattr(doctor, "LITTLE_SPACE", 0)
+    file = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
+    for arguments in ([], [file]):
+        assert cli.main(["doctor", *arguments, "--workspace", str(tmp_path / "elsewhere")]) == 0
+        assert f"workspace   {tmp_path}/elsewhere: " in capsys.readouterr().out
 
 
 def test_gpus_without_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

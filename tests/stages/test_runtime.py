@@ -40,12 +40,6 @@ def run(spec, ctx):
         case "read-only": raise OSError(errno.EROFS, "Read-only file system", "data.jsonl")
         case "not allowed": raise OSError(errno.EACCES, "Permission denied", "data.jsonl")
         case "hang": sys.stdin.read()
-        case "tell":
-            sys.stdin.read()
-            ctx.progress(1, 2, "half of it")
-            os.system("echo so does a child")
-            print("and this", file=sys.stderr, flush=True)
-            print("more than a pipe holds" * 10_000, flush=True)
     return ctx.artifact(a.RawDataArtifact, figure="1 document", documents=1, source="s", revision=None, text_bytes=3, sets=())
 
 if __name__ == "__main__":
@@ -205,22 +199,6 @@ def test_errors_are_events_for_a_launcher(start: Callable[..., subprocess.Popen[
     stdout, _ = start(DO="gate", STAGE_EVENTS="1").communicate()
     events = [json.loads(line.removeprefix(EVENT_PREFIX)) for line in stdout.splitlines() if line.startswith("@@")]
     assert events == [{"event": "error", "message": "layer 14 differs", "code": 3}]
-
-
-def test_work_goes_on_where_nobody_listens_any_more(
-    start: Callable[..., subprocess.Popen[str]], spec: DownloadDataSpec
-) -> None:
-    """Its launcher was killed: what a stage does before it ends is done in order, whatever it says meanwhile."""
-    process = start(DO="tell", STAGE_EVENTS="1")
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stderr is not None
-    assert process.stdout.readline() == "working\n"
-    process.stdout.close()
-    process.stderr.close()
-    process.stdin.close()
-    assert process.wait(timeout=60) == 0
-    assert a.load_artifact(spec.folder).figure == "1 document"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 4), (signal.SIGKILL, -9)])
