@@ -8,10 +8,11 @@ from pathlib import Path
 
 def wait_until(true: Callable[[], bool], seconds: float = 60.0) -> None:
     """Until something is so; fails when it takes too long."""
-    deadline = time.monotonic() + seconds
+    deadline, pause = time.monotonic() + seconds, 0.01
     while not true():
         assert time.monotonic() < deadline, "took too long"
-        time.sleep(0.01)  # for conditions that nothing tells of
+        time.sleep(pause)  # for conditions that nothing tells of
+        pause = min(1.2 * pause, 0.25)  # to look costs the cores: a request to a server, a look at all processes
 
 
 def lives(pid: int) -> bool:
