@@ -20,9 +20,9 @@ demo-chat: $(INSTALLED) ## the same for instruction tuning: a small model learns
 	@$(BIN)/python configs/demo_chat_inputs.py workspace/demo-chat
 	@$(BIN)/finetune run configs/demo-chat.yaml $(ARGS)
 
-# Four files at a time, on two cores, too: much of a test's time is waiting for other processes.
+# Three files at a time, on two cores, too: much of a test's time is waiting for other processes. Four gain nothing there.
 test: $(INSTALLED) ## run the tests
-	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu: $(INSTALLED) ## run the tests that need an NVIDIA GPU; all others compute on the CPU
 	@$(BIN)/python -m pytest -m gpu tests/core/test_on_gpu.py $(ARGS)
