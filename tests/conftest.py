@@ -41,6 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
+@pytest.fixture(autouse=True)
+def same_folder() -> Iterator[None]:
+    """`finetune rerun` goes to the folder of its run; the next test is to be where it would be alone."""
+    before = Path.cwd()
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[GlooPool]:
     """Processes that run a function together: `pool.run(fn, world_size, *args)`; see tests/distributed.py."""
