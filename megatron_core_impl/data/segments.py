@@ -34,8 +34,8 @@ from tokenizers.pre_tokenizers import PreTokenizer
 
 from megatron_core_impl.data.found_first import Piece, found_first
 from megatron_core_impl.data.indexed_dataset import Tokens
-from megatron_core_impl.data.library_split import library_split
 from megatron_core_impl.data.normalizing import normalizing
+from megatron_core_impl.data.untranslated_split import untranslated_split
 from megatron_core_impl.data.words import steps_of, words_of
 
 WORD_MARK = "▁"
@@ -312,7 +312,7 @@ def _way(
             return list(chain.from_iterable(map(rest, words.words(segment)))) if segment.isascii() else whole(segment)
 
         return words.segments, encode_words
-    if (split := library_split(definition)) is not None:
+    if (split := untranslated_split(definition)) is not None:
         return split, _encoder(model, steps[1:])
     return None
 

@@ -140,6 +140,18 @@ def test_who_waits_can_be_stopped(tmp_path: Path) -> None:
         assert waiter.stopped
 
 
+def go_together(first: list[Lock], second: list[Lock]) -> bool:
+    """Whether who wants the second locks has them while others hold the first."""
+    with held(first, "first", stop=threading.Event(), on_wait=print):
+        waiter = Waiter(*second)
+        wait_until(lambda: waiter.has.is_set() or bool(waiter.told))
+        has_them = waiter.has.is_set()
+        waiter.stop.set()
+        waiter.leave.set()
+        waiter.thread.join(60)
+    return has_them
+
+
 @pytest.mark.parametrize(
     ("one", "other", "together"),
     [
@@ -154,14 +166,7 @@ def test_who_waits_can_be_stopped(tmp_path: Path) -> None:
     ],
 )
 def test_who_waits_for_whom(tmp_path: Path, one: Gpus, other: Gpus, together: bool) -> None:
-    first, second = locks_of("train", tmp_path, one), locks_of("train", tmp_path, other)
-    with held(first, "first", stop=threading.Event(), on_wait=print):
-        waiter = Waiter(*second)
-        wait_until(lambda: waiter.has.is_set() or bool(waiter.told))
-        assert waiter.has.is_set() == together
-        waiter.stop.set()
-        waiter.leave.set()
-        waiter.thread.join(60)
+    assert go_together(locks_of("train", tmp_path, one), locks_of("train", tmp_path, other)) == together
 
 
 def test_other_workspaces_train_on_the_cpu_meanwhile(tmp_path: Path) -> None:
@@ -184,14 +189,7 @@ def test_other_workspaces_train_on_the_cpu_meanwhile(tmp_path: Path) -> None:
 def test_runs_on_other_machines_wait_for_the_gpus_there(
     tmp_path: Path, gpus: Gpus, one: list[str], other: list[str], together: bool
 ) -> None:
-    first, second = (locks_of("train", tmp_path, gpus, engines) for engines in (one, other))
-    with held(first, "first", stop=threading.Event(), on_wait=print):
-        waiter = Waiter(*second)
-        wait_until(lambda: waiter.has.is_set() or bool(waiter.told))
-        assert waiter.has.is_set() == together
-        waiter.stop.set()
-        waiter.leave.set()
-        waiter.thread.join(60)
+    assert go_together(*(locks_of("train", tmp_path, gpus, engines) for engines in (one, other))) == together
 
 
 def test_what_is_waited_for_on_other_machines(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from megatron_core_impl.data.words import are_alike, steps_of
 BEHAVIORS = ("Isolated", "Removed", "Contiguous")
 
 
-def library_split(definition: dict[str, Any]) -> Callable[[str], Iterable[str]] | None:
+def untranslated_split(definition: dict[str, Any]) -> Callable[[str], Iterable[str]] | None:
     """What splits a normalized text as the first step of a tokenizer does; None where that is no plain split, or no step is
     behind it: then there is less to gain than to remember costs.
 
