@@ -16,8 +16,9 @@ What is compared:
 Tokenizers: Llama-2's where it can be found (--llama, by default that of the golden files), else a BPE model like it, trained on
 the spot; a unigram model of sentencepiece; byte-level BPE of tokenizers, trained on the spot, with GPT-2's words, Llama 3's,
 GPT-4o's, those behind a normalizer that Python does not do (normalized), and in a pattern that is not translated
-(library-words); one like Gemma's, with its added tokens for rows of newlines and spaces; the same without bytes for what it
-does not know, of which the library does all (no-cuts); and a list of words, for which the library has least to do.
+(library-words); one that splits at numbers alone, as SuperBPE's, so that pieces go beyond words and the library does all
+(superwords); one like Gemma's, with its added tokens for rows of newlines and spaces; and a list of words, for which the
+library has least to do.
 
 The text is Python source: that of the golden files where there, and the files of this Python's library and packages, up to
 --megabytes.
@@ -59,8 +60,8 @@ NAMES = (
     "other-words",
     "normalized",
     "library-words",
+    "superwords",
     "gemma",
-    "no-cuts",
     "word-list",
 )
 SIDES = ("ours", "library", "library-2")
@@ -130,6 +131,8 @@ def make_tokenizers(folder: Path, llama: Path) -> dict[str, Path]:
     splits, models, trainers = tokenizers.pre_tokenizers, tokenizers.models, tokenizers.trainers
     settings = {"special_tokens": ["<|endoftext|>"], "show_progress": False}
     after = splits.ByteLevel(add_prefix_space=False, use_regex=False)
+    numbers = splits.Split(tokenizers.Regex(r"\p{N}+"), "isolated")
+    thousands = splits.Split(tokenizers.Regex(r"(?=(\d{3})+(?!\d))"), "isolated")
     splitters = {"byte-level": splits.ByteLevel(add_prefix_space=False), "word-list": splits.Whitespace()}
     patterns = {
         "llama3": LLAMA3_WORDS,
@@ -137,6 +140,7 @@ def make_tokenizers(folder: Path, llama: Path) -> dict[str, Path]:
         "normalized": OTHER_WORDS,
         "library-words": f"(?>{OTHER_WORDS})",
     }
+    splitters["superwords"] = splits.Sequence([numbers, thousands, after])
     for name, words in patterns.items():
         splitters[name] = splits.Sequence([splits.Split(tokenizers.Regex(words), "isolated"), after])
     normalizer = tokenizers.normalizers.Sequence(
@@ -144,9 +148,6 @@ def make_tokenizers(folder: Path, llama: Path) -> dict[str, Path]:
     )
     if not (folders["gemma"] / "tokenizer.json").is_file():
         train_gemma(lines).save(str(folders["gemma"] / "tokenizer.json"))
-    definition = json.loads((folders["gemma"] / "tokenizer.json").read_text())
-    definition["model"]["byte_fallback"] = False
-    (folders["no-cuts"] / "tokenizer.json").write_text(json.dumps(definition))
     for name, splitter in splitters.items():
         if (folders[name] / "tokenizer.json").is_file():
             continue

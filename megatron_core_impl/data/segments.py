@@ -21,7 +21,7 @@ around it.
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, islice, pairwise
+from itertools import chain, islice, pairwise, product
 from string import ascii_letters, digits
 from typing import Any
 
@@ -74,13 +74,18 @@ def sentencepiece_cuts(model: bytes) -> re.Pattern[str] | None:
     return _cuts_between(pairs, " ") if is_known and not touches_guard else None
 
 
-def _cuts_between(pairs: set[tuple[str, str]], mark: str) -> re.Pattern[str] | None:
+def _cuts_between(
+    pairs: set[tuple[str, str]], mark: str, *, is_fused: Callable[[str], bool] = lambda character: False
+) -> re.Pattern[str] | None:
     """The same, of the characters that pieces have side by side.
 
     Args:
         mark: how the text has the word mark.
+        is_fused: whether a character becomes one unknown with neighbours of its kind.
     """
-    if any(b != a and b in (WORD_MARK, "\n") for a, b in pairs):
+    unknown = [chr(i) for i in range(128) if is_fused(chr(i))]
+    pairs = pairs | set(product(unknown, unknown))
+    if any(b == WORD_MARK != a for a, b in pairs) or is_fused(WORD_MARK):
         return None
     # Classes of ASCII characters that no piece joins are cut apart, and a class that no piece has two of in a row, into single
     # characters.
@@ -93,8 +98,9 @@ def _cuts_between(pairs: set[tuple[str, str]], mark: str) -> re.Pattern[str] | N
     classes = ["".join(sorted(group)) for group in joined]
     runs = [f"[{re.escape(cls)}]{'+' if any(a in cls and b in cls for a, b in pairs) else ''}" for cls in classes]
     # The last alternative is a text that ends in spaces, or begins with something else than ASCII.
-    # With that go what follows, up to the next word: few pieces are known apart there.
-    return re.compile(f"{mark}*(?:{'|'.join(runs)}|)(?:[^\\x00-\\x7f{mark}][^{mark}\\n]*)?")
+    # With that go what follows, up to the next word, or line, where no line's end is joined: few pieces are known apart there.
+    ends = mark if is_fused("\n") or any(b == "\n" != a for a, b in pairs) else f"{mark}\\n"
+    return re.compile(f"{mark}*(?:{'|'.join(runs)}|)(?:[^\\x00-\\x7f{mark}][^{ends}]*)?")
 
 
 def _is_ascii(character: str) -> bool:
@@ -110,6 +116,7 @@ def merge_cuts(definition: dict[str, Any]) -> Callable[[str], Iterable[str]] | N
     """
     model, splitter = definition["model"], definition.get("pre_tokenizer") or {}
     names = {f"<0x{byte:02X}>" for byte in range(256)}
+    unknown = names | {model.get("unk_token")}  # what a character becomes that has no piece
     is_marked = splitter.get("type") == "Metaspace" and splitter["replacement"] == WORD_MARK and not splitter["split"]
     is_known = (
         (not splitter or is_marked or (splitter == AT_SPACES and _leaves_no_space(definition.get("normalizer"))))
@@ -118,11 +125,15 @@ def merge_cuts(definition: dict[str, Any]) -> Callable[[str], Iterable[str]] | N
         and not model.get("ignore_merges")
         and not model.get("continuing_subword_prefix")
         and not model.get("end_of_word_suffix")
-        and model.get("byte_fallback")  # else neighbours without a piece are one unknown
-        and names <= model["vocab"].keys()
-        and not any(a in names or b in names for a, b in model["merges"])  # no merge of what the fallback gives
+        # What has no piece is left out where there is nothing for it to become, and its neighbours touch.
+        and (names <= model["vocab"].keys() if model.get("byte_fallback") else model.get("unk_token") is not None)
+        and not any(part in unknown for merge in model["merges"] for part in merge)
     )
-    cuts = _cuts_between({pair for a, b in model["merges"] for pair in pairwise(a + b)}, WORD_MARK) if is_known else None
+    if not is_known:
+        return None
+    is_fused = model.get("fuse_unk") and not model.get("byte_fallback")
+    pairs = {pair for a, b in model["merges"] for pair in pairwise(a + b)}
+    cuts = _cuts_between(pairs, WORD_MARK, is_fused=lambda character: bool(is_fused) and character not in model["vocab"])
     if cuts is None:
         return None
     cut = cutter(cuts, WORD_MARK if is_marked and splitter["prepend_scheme"] != "never" else "")

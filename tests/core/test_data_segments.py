@@ -129,6 +129,9 @@ def llama() -> dict[str, Any]:
     return definition | {"pre_tokenizer": WHOLE}
 
 
+UNKNOWN = ["\x01\x02", "a\x01\x02b", "é\nß\n\n\x01é \x01\n a", "x0 ax a0xa 0\n0é\nx", "é)\n\n)\né\n(é e\nee\n"]
+
+
 @pytest.mark.parametrize(
     ("changes", "of_model", "is_cut"),
     [
@@ -147,11 +150,18 @@ def llama() -> dict[str, Any]:
         ({"normalizer": {"type": "NFC"}}, {}, True),
         ({}, {"merge": ("\n", "\n")}, True),
         ({}, {"merge": ("\n", "e")}, True),
-        ({}, {"byte_fallback": False}, False),
+        ({}, {"byte_fallback": False}, True),
+        ({}, {"byte_fallback": False, "fuse_unk": False}, True),
+        ({}, {"byte_fallback": False, "unk_token": None}, False),
+        ({}, {"byte_fallback": False, "merge": ("<unk>", "e")}, False),
+        ({}, {"byte_fallback": False, "without": "▁"}, False),
+        ({}, {"byte_fallback": False, "merge": ("\n", "\n")}, True),
+        ({}, {"byte_fallback": False, "without": "ax0"}, True),
         ({}, {"ignore_merges": True}, False),
         ({}, {"merge": ("<0x0A>", "e")}, False),
         ({}, {"merge": ("e", "▁")}, False),
-        ({}, {"merge": ("e", "\n")}, False),
+        ({}, {"merge": ("e", "\n")}, True),
+        ({}, {"merge": ("é", "\n")}, True),
         ({}, {"merge": ("e", "1")}, True),
         ({}, {"merge": ("-", "e")}, True),
     ],
@@ -162,16 +172,20 @@ def test_text_that_is_not_split_is_cut_where_no_merge_joins(
 ) -> None:
     definition = json.loads(json.dumps(llama | changes))
     model = definition["model"]
-    if merge := of_model.get("merge"):
+    of_model = dict(of_model)
+    if merge := of_model.pop("merge", None):
         for piece in (*merge, "".join(merge)):
             model["vocab"].setdefault(piece, len(model["vocab"]))
         model["merges"].insert(0, list(merge))
-    else:
-        model.update(of_model)
+    without = set(of_model.pop("without", ""))
+    model["merges"] = [merge for merge in model["merges"] if not without & set("".join(merge))]
+    for number, piece in enumerate(sorted(without)):  # which has no piece then; ids stay
+        model["vocab"][f"unused-{number}"] = model["vocab"].pop(piece)
+    model.update(of_model)
     write(tmp_path, "tokenizer.json", definition)
     assert (merge_cuts(definition) is not None) == is_cut
     tokenizer = load_tokenizer(tmp_path, parse_special=parse_special)
-    texts = [*AWKWARD, *fuzz(1000, seed=6), "▁x", " ▁ x", "a1b e1 e\ne\n\ne -e--e", "e e  e"]
+    texts = [*AWKWARD, *fuzz(1000, seed=6), "▁x", " ▁ x", "a1b e1 e\ne\n\ne -e--e", "e e  e", *UNKNOWN]
     expected = tokenizer.encode_batch(texts)
     for _ in range(2):
         assert tokenizer.encode_flat(texts)[0].tolist() == [token for ids in expected for token in ids]
