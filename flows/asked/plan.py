@@ -3,7 +3,7 @@
 finetune plan CONFIG.yaml
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,10 +29,16 @@ class NodePlan:
     artifact: a.Artifact | None = None
 
 
-def plan(config: PipelineConfig) -> list[NodePlan]:
-    """The pipeline's nodes in order, each with what a run would do. Looks at the workspace, changes nothing there."""
-    plans: dict[str, NodePlan] = {}
+def plan(config: PipelineConfig, given: Mapping[str, a.Artifact] | None = None) -> list[NodePlan]:
+    """The pipeline's nodes in order, each with what a run would do. Looks at the workspace, changes nothing there.
+
+    Args:
+        given: by node, results that the run starts from.
+    """
+    plans = {node: NodePlan(node, "cached", artifact.figure, artifact) for node, artifact in (given or {}).items()}
     for node, spec_type in SPECS.items():
+        if node in plans:
+            continue
         inputs = {name: plans[source].artifact for name, source in SOURCES[node].items()}
         to_come = sorted({SOURCES[node][name] for name, artifact in inputs.items() if artifact is None}, key=list(SPECS).index)
         if to_come:
@@ -40,7 +46,7 @@ def plan(config: PipelineConfig) -> list[NodePlan]:
         else:
             known = {name: artifact for name, artifact in inputs.items() if artifact is not None}
             plans[node] = _plan_node(spec_type.of(config, **known))
-    return list(plans.values())
+    return [plans[node] for node in SPECS]
 
 
 def _runs(nodes: list[str]) -> str:

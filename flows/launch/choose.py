@@ -1,57 +1,54 @@
-"""Which launcher a run gets, and which GPUs. Docker's client is loaded only where it may be needed: it takes a while."""
+"""Which launcher a run gets. Docker's client is loaded only where it may be needed: it takes a while."""
 
 import contextlib
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from flows.launch.gpus import check_number, gpus_of, processes_on
+from flows.launch.problems import NotReady, Problem
 from flows.launch.process import ProcessLauncher
 from flows.launch.protocol import Launcher
+from stages.contracts import launch_settings
 from stages.contracts.config import PipelineConfig
-from stages.contracts.launch_settings import Gpus, LaunchSettings, gpus_of_machine, machine_has_gpus
+from stages.contracts.launch_settings import GPU_STAGES, Gpus, LaunchSettings, machine_has_gpus
 
 
-def launcher_for(config: PipelineConfig) -> Launcher:
-    """The launcher of a configuration."""
+def launcher_for(config: PipelineConfig, stages: Collection[str] = GPU_STAGES) -> Launcher:
+    """The launcher of a configuration, for some stages."""
     if not in_containers(config.launch):
         return ProcessLauncher(visible_gpus=config.launch.visible_to_processes(os.environ.get("CUDA_VISIBLE_DEVICES")))
     from flows.launch.docker import DockerLauncher
 
-    return DockerLauncher(config)
+    return DockerLauncher(config, stages)
 
 
-def in_the_way(config: PipelineConfig) -> str | None:
-    """Why stages could not run, as far as it is seen without starting one. None: nothing is known."""
-    if not in_containers(config.launch):
-        return _too_few_gpus(config)
-    from flows.launch.docker_checks import check_engines
-    from flows.launch.docker_engine import NotReady
-
+def in_the_way(config: PipelineConfig, stages: Collection[str] = GPU_STAGES) -> tuple[Problem, ...]:
+    """Why some stages could not run, as far as it is seen without starting one."""
+    config = config.model_copy(update={"launch": decided(config.launch)[0]})
     try:
-        check_engines(config, os.environ)
+        if config.launch.by == "process":
+            _check_gpus(config, stages)
+        else:
+            from flows.launch.docker_checks import check_engines
+
+            check_engines(config, os.environ, stages)
     except NotReady as error:
-        return str(error)
-    return None
+        return error.problems
+    return ()
 
 
-def _too_few_gpus(config: PipelineConfig) -> str | None:
-    """Whether this machine has no GPU for each of its processes, where they compute on GPUs."""
-    counts = (gpus_of_machine(), gpus_in_use(config.launch, os.environ).known)
-    gpus = min((count for count in counts if count is not None), default=None)
-    processes = processes_on(config)
-    if not gpus or gpus >= processes:
-        return None
-    return (
-        f"layout has {processes} processes (at once: dp × tp × pp of train, or tp × pp of verify), each on a GPU of its own, "
-        f"and they see {gpus}. Lower layout.dp, tp or pp, or compute on the CPU: launch.gpus: none"
-    )
+def _check_gpus(config: PipelineConfig, stages: Collection[str]) -> None:
+    """Whether this machine has a GPU for each of its processes, where they compute on GPUs.
 
-
-def processes_on(config: PipelineConfig, host: str | None = None) -> int:
-    """The most processes that compute at the same time on an engine's machine, by default the first: it has all of verify's."""
-    is_first = host is None or host in (config.launch.hosts or (host,))[:1]
-    return max(config.processes_per_machine, config.layout.tp * config.layout.pp if is_first else 0)
+    Raises:
+        NotReady: it has not.
+    """
+    counts = (launch_settings.gpus_of_machine(), gpus_in_use(config.launch, os.environ).known)
+    if gpus := min((count for count in counts if count is not None), default=None):
+        mend = "lower layout.dp, tp or pp, or compute on the CPU: launch.gpus: none"
+        check_number(gpus, processes_on(config, stages), "they see", mend)
 
 
 def in_containers(settings: LaunchSettings) -> bool:
@@ -73,7 +70,7 @@ def decided(settings: LaunchSettings) -> tuple[LaunchSettings, str | None]:
 
 def _no_engine() -> str | None:
     """Why this machine's engine cannot be used; None: it answers."""
-    from flows.launch.docker_engine import NotReady, connected, default_host
+    from flows.launch.docker_engine import connected, default_host
 
     try:
         with connected(default_host()):
@@ -90,17 +87,12 @@ def engines_of(stage: str, settings: LaunchSettings) -> tuple[str, ...]:
     return hosts if stage == "train" else hosts[:1]
 
 
-def gpus_of(settings: LaunchSettings, ours: Mapping[str, str]) -> Gpus:
-    """The GPUs of each machine that stages get which compute.
+def gpus_in_use(settings: LaunchSettings, ours: Mapping[str, str]) -> Gpus:
+    """The GPUs that stages get which compute, in containers or as processes, which see those that CUDA_VISIBLE_DEVICES names.
 
     Args:
         ours: our environment.
     """
-    return settings.wanted_gpus(visible=ours.get("CUDA_VISIBLE_DEVICES"), has_gpus=machine_has_gpus())
-
-
-def gpus_in_use(settings: LaunchSettings, ours: Mapping[str, str]) -> Gpus:
-    """The same, whether stages are containers or processes, which see those that CUDA_VISIBLE_DEVICES names."""
     if in_containers(settings):
         return gpus_of(settings, ours)
     visible = settings.visible_to_processes(ours.get("CUDA_VISIBLE_DEVICES"))
@@ -111,7 +103,7 @@ def remove_left(config: PipelineConfig, workspace: Path) -> None:
     """Remove containers of runs of a workspace that nobody does any more; one that still saves its work is waited for."""
     if not in_containers(config.launch):
         return
-    from flows.launch.docker_engine import NotReady, connected
+    from flows.launch.docker_engine import connected
     from flows.launch.docker_leftovers import remove_leftovers
 
     for host in dict.fromkeys(engines_of("train", config.launch)):

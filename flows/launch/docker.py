@@ -10,23 +10,25 @@ import socket
 import threading
 import urllib.parse
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.launch.choose import engines_of, gpus_of, processes_on
+from flows.launch.choose import engines_of
 from flows.launch.docker_checks import Image, check_engine, check_settings, look_around
 from flows.launch.docker_container import Container
-from flows.launch.docker_engine import NotReady, connected
+from flows.launch.docker_engine import connected
 from flows.launch.docker_group import Group, Member
 from flows.launch.docker_leftovers import labels, remove_leftovers
 from flows.launch.docker_mounts import Bind, binds_of, hidden_of, make_folders, workspace_bind
 from flows.launch.docker_refusals import ENGINE_ERRORS, refusals_told
 from flows.launch.docker_request import HUB_NETWORK, Ask, Place, container_name, request
 from flows.launch.environment import hub_environment
+from flows.launch.gpus import gpus_of, processes_on
 from flows.launch.listener import Listener, explain, last_lines, not_started, open_log
 from flows.launch.output import Redactor
+from flows.launch.problems import NotReady
 from flows.launch.process import grace_of
 from flows.launch.protocol import Caller, Reason, StageFailed, StageJob
 from flows.records.locks import Stopped
@@ -47,12 +49,18 @@ class Engine:
 
 
 class DockerLauncher:
-    """Runs stages in containers."""
+    """Runs stages in containers.
 
-    def __init__(self, config: PipelineConfig, *, grace: float | None = None) -> None:
+    Args:
+        stages: those that it is for.
+        grace: seconds that a stage has to end when it is stopped; None: what suits it.
+    """
+
+    def __init__(self, config: PipelineConfig, stages: Collection[str] = GPU_STAGES, *, grace: float | None = None) -> None:
         self.config = config
+        self.stages = stages
         self.settings = config.launch
-        self.grace = grace  # None: what suits the stage
+        self.grace = grace
         self.attempt = uuid.uuid4().hex
         self._looked_at: set[str] = set()  # hosts that are ready
         self._looking = threading.Lock()
@@ -101,7 +109,7 @@ class DockerLauncher:
             NotReady: one of them cannot run our containers.
             Stopped: the run was stopped.
         """
-        check_settings(self.config, os.environ)
+        check_settings(self.config, os.environ, self.stages)
         first, *others = engines_of("train", self.settings)
         with self._looking:
             for host in dict.fromkeys([first, *others]):
@@ -124,7 +132,7 @@ class DockerLauncher:
         )
         look_around(
             engine.client, engine.host, self.settings, engine.image, binds, self._labels(job, spec, 0.0),
-            workspace=workspace, processes=processes_on(self.config, engine.host),
+            workspace=workspace, processes=processes_on(self.config, self.stages, engine.host),
         )  # fmt: skip
 
     def _labels(self, job: StageJob, spec: Spec, grace: float) -> dict[str, str]:

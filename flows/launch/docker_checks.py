@@ -7,25 +7,28 @@ import shlex
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from docker.errors import ImageNotFound
 
-from flows.launch.choose import engines_of, gpus_of, processes_on
+from flows.launch.choose import engines_of
 from flows.launch.docker_container import Container
-from flows.launch.docker_engine import HERE, NotReady, Problem, connected, default_host
+from flows.launch.docker_engine import HERE, connected, default_host
 from flows.launch.docker_leftovers import PROBE_SECONDS
 from flows.launch.docker_mounts import Bind, check_places, told_as
 from flows.launch.docker_refusals import TOOLKIT, refusals_told
 from flows.launch.docker_request import Ask, container_name, request
+from flows.launch.gpus import check_number, gpus_of, processes_on
 from flows.launch.probe import code_digest
+from flows.launch.problems import NotReady, Problem
 from stages.contracts import words
 from stages.contracts.config import PipelineConfig
-from stages.contracts.launch_settings import CPU_IMAGE, GPU_IMAGE, LaunchSettings
+from stages.contracts.launch_settings import CPU_IMAGE, GPU_IMAGE, GPU_STAGES, LaunchSettings
 
+MORE_GPUS = "set launch.gpus to all or to a larger number, or lower layout.dp, tp or pp"
 NCCL_SHM = 1_000_000_000  # bytes: less has failed trainings of several GPUs
 OURS = {CPU_IMAGE: "make image-cpu", GPU_IMAGE: "make image-gpu"}
 
@@ -39,30 +42,19 @@ class Image:
     digest: str  # what artifacts record: of the registry it came from, else its id
 
 
-def check_settings(config: PipelineConfig, ours: Mapping[str, str]) -> None:
-    """What can be said without an engine.
+def check_settings(config: PipelineConfig, ours: Mapping[str, str], stages: Collection[str] = GPU_STAGES) -> None:
+    """What can be said of some stages without an engine.
 
     Raises:
         NotReady: a path that no container can have, too few GPUs, too little shared memory for them.
     """
     check_places(config)
     settings, gpus = config.launch, gpus_of(config.launch, ours)
-    processes = processes_on(config)
+    processes = processes_on(config, stages)
     if gpus.known:
-        _check_number(gpus.known, processes, f"launch.gpus={settings.gpus} gives them")
+        check_number(gpus.known, processes, f"launch.gpus={settings.gpus} gives them", MORE_GPUS)
     if gpus.known != 0 and processes > 1 and settings.ipc == "private" and settings.shm_size < NCCL_SHM:
         raise NotReady(_too_little_shm(f"launch.shm_size={words.size(settings.shm_size)}"))
-
-
-def _check_number(gpus: int, processes: int, why: str) -> None:
-    if gpus < processes:
-        raise NotReady(
-            Problem(
-                f"layout has {processes} processes on one machine (on the first, verify's tp × pp), and {why} "
-                f"{gpus} GPU{'s' * (gpus != 1)}",
-                "set launch.gpus to all or to a larger number, or lower layout.dp, tp or pp",
-            )
-        )
 
 
 def _too_little_shm(what: str) -> Problem:
@@ -72,13 +64,13 @@ def _too_little_shm(what: str) -> Problem:
     )
 
 
-def check_engines(config: PipelineConfig, ours: Mapping[str, str]) -> None:
-    """All that can be seen without starting a container.
+def check_engines(config: PipelineConfig, ours: Mapping[str, str], stages: Collection[str]) -> None:
+    """All that can be seen of some stages without starting a container.
 
     Raises:
         NotReady: what is in the way first.
     """
-    check_settings(config, ours)
+    check_settings(config, ours, stages)
     for host in dict.fromkeys(engines_of("train", config.launch)):
         with connected(host) as client:
             check_engine(client, host, config.launch, ours)
@@ -145,7 +137,7 @@ def look_around(
         try:
             seen = _seen(client, host, image, request(ask, settings, os.environ))
         except TimeoutError:
-            slow = f"ls {shlex.quote(str(workspace))}{'; nvidia-smi' * (gpus.known != 0)}"
+            slow = f"ls {shlex.quote(str(workspace))}"
             raise NotReady(
                 Problem(
                     f"a container of {image.name} at {host} hangs: it said nothing within {PROBE_SECONDS} seconds",
@@ -170,7 +162,7 @@ def look_around(
     if seen["code"] != code_digest():
         raise NotReady(_other_code(image, host, "another version of megatron-flows than this one"))
     if gpus.known != 0 and seen["gpus"] is not None:
-        _check_number(seen["gpus"], processes, f"that of {host} has")
+        check_number(seen["gpus"], processes, f"that of {host} has", MORE_GPUS)
     if gpus.known != 0 and processes > 1 and seen["shm_size"] < NCCL_SHM:
         raise NotReady(_too_little_shm(f"{words.size(seen['shm_size'])} at {host}"))
 

@@ -14,10 +14,10 @@ import tempfile
 import time
 import urllib.parse
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.launch.problems import NotReady, Problem
 from flows.launch.process import shim_command
 from stages.contracts.launch_settings import HOST, HOST_FORMS
 
@@ -26,25 +26,6 @@ TIMEOUT = 60  # seconds for one answer of an engine
 SSH_SECONDS = 30.0
 LEAST_API = "1.40"  # the first with GPUs
 INSPECT_CONTEXT = "docker context inspect -f '{{.Endpoints.docker.Host}}'"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is in the way, and the command, or the setting, that mends it."""
-
-    what: str
-    mend: str
-
-    def __str__(self) -> str:
-        return f"{self.what}. To mend it: {self.mend}"
-
-
-class NotReady(Exception):
-    """Containers cannot run. `problems` says why, each with what mends it."""
-
-    def __init__(self, *problems: Problem) -> None:
-        super().__init__("; ".join(map(str, problems)))
-        self.problems = problems
 
 
 def default_host() -> str:
@@ -130,9 +111,9 @@ def _knock(host: str) -> None:
 
 def _context_mend(host: str) -> str:
     """How to get to the engine of a context that the docker command uses: rootless Docker, Docker Desktop, colima."""
-    file = Path(os.environ.get("DOCKER_CONFIG") or "~/.docker").expanduser() / "config.json"
     context = "default"
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):  # no file, or no home
+        file = Path(os.environ.get("DOCKER_CONFIG") or "~/.docker").expanduser() / "config.json"
         context = json.loads(file.read_text()).get("currentContext") or context
     if host != HERE or context == "default":
         return ""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flows.launch.docker_engine import NotReady, Problem
+from flows.launch.problems import NotReady, Problem
 from flows.records.server_home import server_home
 from stages.contracts import publishing
 from stages.contracts.config import ModelSettings, PipelineConfig, PushSettings

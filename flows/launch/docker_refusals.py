@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from docker.errors import DockerException
 from requests import RequestException
 
-from flows.launch.docker_engine import NotReady, Problem, ssh_machine
+from flows.launch.docker_engine import ssh_machine
+from flows.launch.problems import NotReady, Problem
 
 ENGINE_ERRORS = (DockerException, RequestException, OSError)
 TOOLKIT = (

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from flows.launch.choose import engines_of, gpus_in_use, gpus_of, in_containers, in_the_way, processes_on
+from flows.launch.choose import decided, engines_of, gpus_in_use, in_the_way
 from flows.launch.docker_mounts import Bind, binds_of, check_place, workspace_bind
+from flows.launch.gpus import gpus_of, processes_on
+from flows.launch.problems import NotReady
 from stages.contracts.config import PipelineConfig, workspace_folder
 from stages.contracts.launch_settings import LaunchSettings, machine_has_gpus
 from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec
@@ -60,11 +62,13 @@ def examine(config: PipelineConfig | None, ours: Mapping[str, str], named: str =
         is_set = bool(ours.get("HF_TOKEN"))
         mend = None if is_set else f"export HF_TOKEN=… (one that may write to {config.push.repo})"
         yield Finding("token", f"HF_TOKEN is {'set' if is_set else 'not set, and push.to=hub needs it'}", mend)
-    settings = config.launch if config is not None else LaunchSettings()
-    if in_containers(settings):
+    asked = config.launch if config is not None else LaunchSettings()
+    settings, _ = decided(asked)
+    config = config and config.model_copy(update={"launch": settings})
+    if settings.by == "docker":
         yield from _engines(config, settings, workspace)
     else:
-        yield from _processes(settings)
+        yield from _processes(asked)
         yield from _gpus(config, settings, ours)
 
 
@@ -89,7 +93,7 @@ def _space(workspace: Path) -> Finding:
 
 
 def _processes(settings: LaunchSettings) -> Iterator[Finding]:
-    from flows.launch.docker_engine import NotReady, connected, default_host
+    from flows.launch.docker_engine import connected, default_host
 
     yield Finding("stages", "run as plain processes of this machine")
     if settings.by == "process":
@@ -108,9 +112,8 @@ def _processes(settings: LaunchSettings) -> Iterator[Finding]:
 
 def _gpus(config: PipelineConfig | None, settings: LaunchSettings, ours: Mapping[str, str]) -> Iterator[Finding]:
     """What stages that are processes compute on."""
-    if config is not None and (told := in_the_way(config)):
-        what, _, mend = told.partition(". ")
-        yield Finding("gpus", what, mend)
+    if config is not None and (problems := in_the_way(config)):
+        yield from (Finding("gpus", problem.what, problem.mend) for problem in problems)
     elif not machine_has_gpus() or gpus_in_use(settings, ours).known == 0:
         at_once = f", {count(processes_on(config))} at once" if config is not None and processes_on(config) > 1 else ""
         yield Finding("gpus", f"{'not used' if machine_has_gpus() else 'none here'}: stages compute on the CPU{at_once}")
@@ -119,7 +122,7 @@ def _gpus(config: PipelineConfig | None, settings: LaunchSettings, ours: Mapping
 def _engines(config: PipelineConfig | None, settings: LaunchSettings, workspace: Path) -> Iterator[Finding]:
     """The engines, one after the other; where one has a problem, the next is looked at."""
     from flows.launch.docker_checks import check_engine, check_settings, look_around
-    from flows.launch.docker_engine import NotReady, connected
+    from flows.launch.docker_engine import connected
     from flows.launch.docker_leftovers import labels
     from flows.launch.docker_refusals import refusals_told
 
@@ -142,7 +145,7 @@ def _engines(config: PipelineConfig | None, settings: LaunchSettings, workspace:
                 look_around(
                     client, host, settings, image, _binds(config, workspace, host),
                     labels(workspace=workspace, run="", node="probe", attempt=uuid.uuid4().hex, grace=0.0),
-                    workspace=workspace, processes=processes_on(config, host) if config is not None else 1,
+                    workspace=workspace, processes=processes_on(config, host=host) if config is not None else 1,
                 )  # fmt: skip
                 gpus = gpus_of(settings, os.environ).known
                 yield Finding("containers", f"work: image {image.digest[:26]}…, GPUs: {settings.gpus if gpus != 0 else 'none'}")

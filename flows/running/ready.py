@@ -19,6 +19,14 @@ def refuse_what_cannot_run(asked: Asked, where: str = "config") -> None:
         check_ready(asked.config, where)
     elif asked.stage == "push":  # the sources of the downloads are no business of a single stage
         check_push(asked.config, where)
-    is_all_there = asked.stage is None and not asked.refresh and all(node.state == "cached" for node in plan(asked.config))
-    if not is_all_there and (told := in_the_way(asked.config)):
-        raise BadConfig([f"launch: {told}"])
+    stages = nodes_to_do(asked)
+    if stages and (problems := in_the_way(asked.config, stages)):
+        raise BadConfig([f"launch: {problem}" for problem in problems])
+
+
+def nodes_to_do(asked: Asked) -> frozenset[str]:
+    """The nodes that would be launched, as far as it is seen now."""
+    if asked.stage is not None:
+        return frozenset([asked.stage])
+    to_come = {node.node for node in plan(asked.config, asked.given) if node.state == "run"}
+    return asked.refresh | to_come

@@ -2,20 +2,24 @@
 
 import contextlib
 import os
+import signal
 import socket
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fake_ssh
 import pytest
-from processes import wait_until
+from processes import children, lives, wait_until
 from scripted import config_of, containers_of, scripted
 from tls_engine import engine_behind_tls, write_certificates
 from watched import Watched
 
 from flows.launch import docker, docker_checks, docker_container, doctor
 from flows.launch.docker_container import Container
-from flows.launch.docker_engine import NotReady, connected, default_host
+from flows.launch.docker_engine import connected, default_host
+from flows.launch.problems import NotReady
 from flows.launch.protocol import StageFailed
 
 BASE = f"python:{sys.version_info[0]}.{sys.version_info[1]}-slim"
@@ -95,21 +99,41 @@ def test_a_workspace_that_cannot_be_written_to(workspace: Path, tmp_path: Path, 
     assert f"To mend it: sudo chown -R 12345:12345 {workspace}" in told
 
 
-def test_a_connection_that_breaks(client: Any, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run fails and says so. The stage, over there, saves its work and ends; what remains goes at the next start."""
+def ssh_of_ours() -> list[int]:
+    """The stand-ins for ssh that run for us, each behind its shim."""
+    found = [pid for shim in children(os.getpid()) for pid in children(shim)]
+    return [pid for pid in found if b"fake_ssh.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.fixture(params=["tls", "ssh"])
+def breakable(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The address of an engine, and what breaks the connection to it."""
+    engine = default_host().removeprefix("unix://")
+    if request.param == "ssh":
+        fake_ssh.install(tmp_path / "bin")
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+        yield f"ssh://me@there{engine}", lambda: [os.kill(pid, signal.SIGKILL) for pid in ssh_of_ours()]
+        return
     write_certificates(tmp_path / "ours")
     monkeypatch.setenv("DOCKER_CERT_PATH", str(tmp_path / "ours"))
+    with contextlib.ExitStack() as network:
+        yield network.enter_context(engine_behind_tls(tmp_path / "ours", engine)), network.close
+
+
+def test_a_connection_that_breaks(client: Any, workspace: Path, breakable: tuple[str, Callable[[], object]]) -> None:
+    """The run fails and says so. The stage, over there, saves its work and ends; what remains goes at the next start."""
+    host, break_it = breakable
     code = (
         "import os, signal, sys, time\ndef save(*_):\n"
         f"    open({str(workspace / 'saved')!r}, 'w').close()\n    sys.exit(4)\n"
         "signal.signal(15, save); print('ready', flush=True); time.sleep(600)"
     )
-    with contextlib.ExitStack() as network:
-        host = network.enter_context(engine_behind_tls(tmp_path / "ours", default_host().removeprefix("unix://")))
-        watched = scripted(workspace, code, hosts=[host], grace=60)
-        watched.on_line = lambda line: network.close()
-        with pytest.raises(StageFailed, match="the Docker engine is gone: ") as caught:
-            watched.run()
+    watched = scripted(workspace, code, hosts=[host], grace=60)
+    watched.on_line = lambda line: break_it()
+    with pytest.raises(StageFailed, match="the Docker engine is gone: ") as caught:
+        watched.run()
     assert caught.value.reason == "killed"
     wait_until(lambda: [container.status for container in containers_of(client, workspace)] == ["exited"])
     assert (workspace / "saved").exists()
@@ -148,6 +172,15 @@ def test_a_connection_to_a_container_that_breaks(workspace: Path, monkeypatch: p
     assert (workspace / "saved").exists()
 
 
+# Tells that it has the token, and that it was asked to end.
+ASKED = """
+import os, signal, sys, time
+signal.signal(15, lambda *_: (print("asked", flush=True), sys.exit(4)))
+print(len(os.environ["HF_TOKEN"]), flush=True)
+time.sleep(600)
+"""
+
+
 def keeps_alive(port: int) -> bool:
     """Whether the kernel looks after a connection of ours to a port of loopback that is silent: it has a timer for it."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
@@ -166,11 +199,7 @@ def test_an_engine_behind_tls(client: Any, workspace: Path, tmp_path: Path, monk
         with pytest.raises(NotReady, match=f"the Docker engine at {host} does not answer: .*certificate"), connected(host):
             pass
         monkeypatch.setenv("DOCKER_CERT_PATH", str(tmp_path / "ours"))
-        code = (
-            "import os, signal, sys, time; signal.signal(15, lambda *_: (print('asked', flush=True), sys.exit(4)))\n"
-            "print(len(os.environ['HF_TOKEN']), flush=True); time.sleep(600)"
-        )
-        watched = scripted(workspace, code, stage="push", hosts=[host])
+        watched = scripted(workspace, ASKED, node="push", hosts=[host])
 
         def on_line(line: str) -> None:
             watched.lines.append(line)
@@ -183,3 +212,25 @@ def test_an_engine_behind_tls(client: Any, workspace: Path, tmp_path: Path, monk
             watched.run()
         assert watched.lines == ["29", "asked"]
         assert containers_of(client, workspace) == []
+
+
+def test_an_engine_over_ssh(client: Any, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output, stop and the environment of the Hub go through the socket that ssh forwards, and ssh ends with the run."""
+    fake_ssh.install(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("HF_TOKEN", "hf_averysecrettokenofsomebody")
+    watched = scripted(workspace, ASKED, node="push", hosts=[f"ssh://me@there{default_host().removeprefix('unix://')}"])
+    programs: list[int] = []
+
+    def on_line(line: str) -> None:
+        watched.lines.append(line)
+        programs.extend(ssh_of_ours())
+        watched.stop.set()
+
+    watched.on_line = on_line
+    with pytest.raises(StageFailed, match="stopped"):
+        watched.run()
+    assert watched.lines == ["29", "asked"]
+    assert programs
+    assert not any(map(lives, programs))
+    assert containers_of(client, workspace) == []

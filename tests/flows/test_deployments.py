@@ -68,4 +68,6 @@ def test_prefect_yaml_deploys_the_same() -> None:
             [(function, arguments)] = step.items()
             assert function == "flows.runner.deployments.parameters_of"
             made = parameters_of(str(ROOT / arguments["file"]), arguments["overrides"])
+            # A relative workspace is there where the worker is; the runner's deployments say where that is.
+            made["config"]["workspace"] = str(Path(made["config"]["workspace"]).resolve())
             assert made == ours[each["name"]].parameters

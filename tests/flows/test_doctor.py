@@ -6,8 +6,9 @@ import pytest
 from fake_stages import config
 
 from flows import cli
-from flows.launch import choose, docker_engine, doctor
-from flows.launch.docker_engine import NotReady, Problem
+from flows.launch import docker_engine, doctor
+from flows.launch.problems import NotReady, Problem
+from stages.contracts import launch_settings
 from stages.contracts.config import PipelineConfig
 
 
@@ -21,8 +22,7 @@ def findings(asked: PipelineConfig | None, **ours: str) -> dict[str, doctor.Find
 
 def test_a_laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is missing where stages run as processes."""
-    monkeypatch.setattr(choose, "machine_has_gpus", lambda: False)
-    monkeypatch.setattr(doctor, "machine_has_gpus", lambda: False)
+    monkeypatch.setattr(launch_settings, "gpus_of_machine", lambda: 0)
     monkeypatch.setattr(doctor, "LITTLE_SPACE", 0)
     monkeypatch.setattr(docker_engine, "default_host", lambda: f"unix://{tmp_path}/none")
     found = findings(config(tmp_path))
@@ -34,13 +34,11 @@ def test_a_laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_a_layout_of_many_processes_on_a_laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (choose, doctor):
-        monkeypatch.setattr(module, "machine_has_gpus", lambda: False)
+    monkeypatch.setattr(launch_settings, "gpus_of_machine", lambda: 0)
     monkeypatch.setattr(docker_engine, "default_host", lambda: f"unix://{tmp_path}/none")
     asked = changed(tmp_path, layout={"tp": 2, "dp": 4})
     assert findings(asked)["gpus"] == doctor.Finding("gpus", "none here: stages compute on the CPU, 8 at once")
-    for module in (choose, doctor):
-        monkeypatch.setattr(module, "machine_has_gpus", lambda: True)
+    monkeypatch.setattr(launch_settings, "gpus_of_machine", lambda: 8)
     asked = changed(tmp_path, launch={"by": "process", "gpus": "none"})
     assert findings(asked)["gpus"] == doctor.Finding("gpus", "not used: stages compute on the CPU")
     assert "gpus" not in findings(changed(tmp_path, launch={"by": "process"})), "they are used"
@@ -49,7 +47,7 @@ def test_a_layout_of_many_processes_on_a_laptop(tmp_path: Path, monkeypatch: pyt
 def test_a_workspace_of_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(choose, "machine_has_gpus", lambda: False)
+    monkeypatch.setattr(launch_settings, "gpus_of_machine", lambda: 0)
     monkeypatch.setattr(doctor, "LITTLE_SPACE", 0)
     file = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
     for arguments in ([], [file]):
@@ -58,8 +56,7 @@ def test_a_workspace_of_the_command_line(
 
 
 def test_gpus_without_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(choose, "machine_has_gpus", lambda: True)
-    monkeypatch.setattr(doctor, "machine_has_gpus", lambda: True)
+    monkeypatch.setattr(launch_settings, "gpus_of_machine", lambda: 8)
     monkeypatch.setattr(docker_engine, "default_host", lambda: f"unix://{tmp_path}/none")
     problem = findings(None)["containers"]
     assert problem.text.startswith("this machine has GPUs, but no Docker engine answers")
@@ -70,7 +67,7 @@ def test_gpus_without_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_a_folder_that_no_container_can_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a configuration the folder that a person is in is looked at, which may be any."""
-    monkeypatch.setattr(doctor, "in_containers", lambda settings: True)
+    monkeypatch.setattr(doctor, "decided", lambda settings: (settings.model_copy(update={"by": "docker"}), None))
     monkeypatch.chdir("/")
     problem = findings(None)["launch"]
     assert problem.text.startswith("the current folder: /, mounted in a container, would hide /bin of the container itself")

@@ -12,11 +12,12 @@ from fake_stages import make_results
 from flows import cli
 from flows.launch import choose
 from flows.launch.docker import DockerLauncher, _machine
-from flows.launch.docker_engine import NotReady
 from flows.launch.docker_mounts import Bind, _without_doubles, binds_of, check_place, check_places, make_folders
 from flows.launch.docker_request import Ask, Place, container_name, request
+from flows.launch.problems import NotReady
 from flows.launch.process import ProcessLauncher
 from flows.records.run_record import RunFolder, RunRecord, now
+from stages.contracts import launch_settings
 from stages.contracts.config import PipelineConfig
 from stages.contracts.launch_settings import Gpus, LaunchSettings
 from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec, PushSpec, TrainSpec
@@ -79,10 +80,10 @@ def test_settings_that_mean_nothing(tmp_path: Path, launch: dict[str, Any], told
 
 
 def test_which_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(choose, "machine_has_gpus", lambda: False)
+    monkeypatch.setattr(launch_settings, "gpus_of_machine", lambda: 0)
     assert isinstance(choose.launcher_for(config(tmp_path, {})), ProcessLauncher)
     assert isinstance(choose.launcher_for(config(tmp_path, {"by": "docker"})), DockerLauncher)
-    monkeypatch.setattr(choose, "machine_has_gpus", lambda: True)
+    monkeypatch.setattr(launch_settings, "gpus_of_machine", lambda: 8)
     assert isinstance(choose.launcher_for(config(tmp_path, {"hosts": ["ssh://gpu1"]})), DockerLauncher)
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
     assert isinstance(choose.launcher_for(config(tmp_path, {})), ProcessLauncher)
@@ -93,7 +94,7 @@ def test_which_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 def test_auto_is_decided_once_and_says_why_it_is_no_containers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On a machine with GPUs: an engine that answers for the first time in the middle of a run changes nothing in it."""
-    monkeypatch.setattr(choose, "machine_has_gpus", lambda: True)
+    monkeypatch.setattr(launch_settings, "gpus_of_machine", lambda: 8)
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
     settings, told = choose.decided(LaunchSettings())
     assert told is not None
@@ -107,7 +108,7 @@ def test_auto_is_decided_once_and_says_why_it_is_no_containers(monkeypatch: pyte
         assert choose.decided(LaunchSettings()) == (LaunchSettings(by="docker"), None)
     hosts = ("ssh://gpu1",)
     assert choose.decided(LaunchSettings(hosts=hosts)) == (LaunchSettings(by="docker", hosts=hosts), None)
-    monkeypatch.setattr(choose, "machine_has_gpus", lambda: False)
+    monkeypatch.setattr(launch_settings, "gpus_of_machine", lambda: 0)
     assert choose.decided(LaunchSettings()) == (LaunchSettings(by="process"), None)
 
 
@@ -117,10 +118,10 @@ def test_a_run_says_at_once_what_is_in_the_way(
     """Before a server is started, and where all is there but a stage is to be done again."""
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none")
     asked = config(tmp_path, {"by": "docker"})
-    told = choose.in_the_way(asked)
-    assert told is not None
+    (problem,) = choose.in_the_way(asked)
+    told = str(problem)
     assert told.startswith(f"no Docker engine answers at {tmp_path}/none (No such file or directory). To mend it: ")
-    assert choose.in_the_way(config(tmp_path, {"by": "process"})) is None
+    assert choose.in_the_way(config(tmp_path, {"by": "process"})) == ()
     make_results(asked)
     record = RunRecord(name="brisk-otter", state="done", config=asked.model_dump(mode="json"), cwd="/", pid=1, started=now())
     folder = RunFolder(tmp_path, "brisk-otter")

@@ -14,16 +14,19 @@ from processes import wait_until
 from requests import ConnectionError as RequestsError
 from test_launch_docker import config
 
-from flows.launch import choose, docker, docker_checks, docker_engine
+from flows.launch import docker, docker_checks, docker_engine
 from flows.launch.docker import DockerLauncher
 from flows.launch.docker import Engine as DockerEngine
 from flows.launch.docker_checks import check_engine, check_settings, look_around
 from flows.launch.docker_container import Container
-from flows.launch.docker_engine import NotReady, connected
+from flows.launch.docker_engine import connected
 from flows.launch.docker_leftovers import DOCTOR_SECONDS, _is_left, labels, remove_leftovers
 from flows.launch.docker_refusals import problem_of, refusals_told
 from flows.launch.docker_request import Place
+from flows.launch.gpus import processes_on
+from flows.launch.problems import NotReady
 from flows.launch.protocol import Caller, StageJob
+from stages.contracts import launch_settings
 from stages.contracts.launch_settings import LaunchSettings
 from stages.contracts.specs import SPECS, TrainSpec
 
@@ -144,7 +147,7 @@ class Engine:
     ],
 )
 def test_a_missing_image(launch: dict[str, Any], host: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "machine_has_gpus", lambda: False)
+    monkeypatch.setattr(launch_settings, "gpus_of_machine", lambda: 0)
     monkeypatch.delenv("DOCKER_HOST", raising=False)
     with pytest.raises(NotReady) as caught:
         check_engine(Engine(Runtimes={"nvidia": {}}), host, LaunchSettings.model_validate(launch), {})
@@ -184,20 +187,27 @@ def test_verify_has_all_ranks_on_the_first_machine(tmp_path: Path) -> None:
     hosts = ["ssh://gpu1", "ssh://gpu2"]
     asked = config(tmp_path, {"hosts": hosts, "gpus": 2}, layout={"tp": 4})
     assert asked.processes_per_machine == 2
-    assert [choose.processes_on(asked, host) for host in hosts] == [4, 2]
-    with pytest.raises(NotReady, match=r"\(on the first, verify's tp × pp\), and launch.gpus=2 gives them 2 GPUs"):
+    assert [processes_on(asked, host=host) for host in hosts] == [4, 2]
+    with pytest.raises(NotReady, match=r"tp × pp of verify, all on the first\).*, and launch.gpus=2 gives them 2 GPUs"):
         check_settings(asked, {})
     check_settings(
         config(tmp_path, {"hosts": hosts, "gpus": 2}, layout={"tp": 2}, train={"steps": 2, "sequence_length": 16}), {}
     )
 
 
-@pytest.mark.parametrize(("gpus", "told"), [(1, "has 2 processes on one machine .* that of here has 1 GPU[.]"), (None, "")])
-def test_fewer_gpus_than_processes_where_all_are_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int | None, told: str
+@pytest.mark.parametrize(
+    ("gpus", "shm_size", "told"),
+    [
+        (1, 8 << 30, "has 2 processes on one machine .* that of here has 1 GPU[.]"),
+        (None, 8 << 30, ""),
+        (2, 64 << 20, "67.1 MB at here is too little shared memory for NCCL"),
+    ],
+)
+def test_too_little_for_the_processes_where_all_gpus_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int | None, shm_size: int, told: str
 ) -> None:
-    """How many that are is what a container sees; WSL does not show it."""
-    seen = {"is_visible": True, "is_writable": True, "shm_size": 8 << 30, "code": docker_checks.code_digest(), "gpus": gpus}
+    """How much that is is what a container sees; WSL does not show its GPUs."""
+    seen = {"is_visible": True, "is_writable": True, "shm_size": shm_size, "code": docker_checks.code_digest(), "gpus": gpus}
     monkeypatch.setattr(docker_checks, "_seen", lambda *asked: seen)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     image = docker_checks.Image("mine", "sha256:1", "sha256:1")
@@ -205,18 +215,17 @@ def test_fewer_gpus_than_processes_where_all_are_given(
         look_around(None, "here", LaunchSettings(gpus="all"), image, [], {}, workspace=tmp_path, processes=2)
 
 
-@pytest.mark.parametrize(("gpus", "look"), [("none", ""), ("all", "; nvidia-smi")])
-def test_a_container_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: str, look: str) -> None:
-    """A disk or a GPU does not answer: no signal ends it, so its end is not waited for."""
+def test_a_container_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk does not answer: no signal ends it, so its end is not waited for."""
     monkeypatch.setattr(docker_checks, "PROBE_SECONDS", 0.2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     image, engine = docker_checks.Image("mine", "sha256:1", "sha256:1"), SocketEngine()
     marks = labels(workspace=tmp_path, run="", node="probe", attempt="1", grace=0.0)
     with pytest.raises(NotReady) as caught:
-        look_around(engine, "here", LaunchSettings(gpus=gpus), image, [], marks, workspace=tmp_path, processes=1)
+        look_around(engine, "here", LaunchSettings(gpus="none"), image, [], marks, workspace=tmp_path, processes=1)
     assert str(caught.value) == (
         "a container of mine at here hangs: it said nothing within 0.2 seconds. "
-        f"To mend it: see what does not answer on that machine: ls {tmp_path}{look}"
+        f"To mend it: see what does not answer on that machine: ls {tmp_path}"
     )
     wait_until(lambda: sorted(engine.calls) == ["kill", "remove"])  # another thread kills it
     assert list(tmp_path.iterdir()) == []

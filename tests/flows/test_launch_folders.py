@@ -13,8 +13,8 @@ from test_launch_docker import config
 
 from flows.launch import doctor
 from flows.launch.docker_checks import Image, look_around
-from flows.launch.docker_engine import NotReady
 from flows.launch.docker_mounts import binds_of, check_places, hidden_of, make_folders
+from flows.launch.problems import NotReady
 from stages.contracts.launch_settings import LaunchSettings
 from stages.contracts.specs import DownloadDataSpec, PushSpec
 

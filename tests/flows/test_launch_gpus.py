@@ -3,14 +3,27 @@
 from pathlib import Path
 
 import pytest
+from fake_stages import config as small
+from fake_stages import make_results
 from test_launch_docker import config
 
+from flows.asked.load_config import BadConfig
+from flows.asked.parameters import Asked
 from flows.launch import choose, doctor
+from flows.launch.gpus import processes_on
+from flows.launch.problems import Problem
+from flows.running.ready import nodes_to_do, refuse_what_cannot_run
+from stages.contracts import launch_settings
+from stages.contracts.launch_settings import LaunchSettings
+from stages.contracts.specs import SPECS
+from stages.contracts.train_settings import LayoutSettings
+from stages.contracts.words import counted
 
 TOO_FEW = (
-    "layout has 4 processes (at once: dp × tp × pp of train, or tp × pp of verify), each on a GPU of its own, and they see {}. "
-    "Lower layout.dp, tp or pp, or compute on the CPU: launch.gpus: none"
+    "layout has 4 processes on one machine (dp × tp × pp of train, or tp × pp of verify, all on the first), each of which "
+    "needs a GPU of its own, and they see {}"
 )
+MEND = "lower layout.dp, tp or pp, or compute on the CPU: launch.gpus: none"
 
 
 @pytest.mark.parametrize(
@@ -31,13 +44,46 @@ TOO_FEW = (
 def test_a_gpu_for_every_process(
     of_machine: int | None, visible: str | None, gpus: str, told: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choose, "gpus_of_machine", lambda: of_machine)
-    monkeypatch.setattr(choose, "machine_has_gpus", lambda: of_machine != 0)
+    monkeypatch.setattr(launch_settings, "gpus_of_machine", lambda: of_machine)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     asked = config(tmp_path, {"by": "process", "gpus": gpus}, layout={"tp": 2, "dp": 2})
-    expected = None if told is None else TOO_FEW.format(told)
-    assert choose.in_the_way(asked) == expected
-    problems = [finding for finding in doctor.examine(asked, {}) if finding.subject == "gpus" and finding.mend]
-    assert [f"{finding.text}. {finding.mend}" for finding in problems] == ([] if expected is None else [expected])
+    expected = [] if told is None else [Problem(TOO_FEW.format(counted(told, "GPU")), MEND)]
+    assert list(choose.in_the_way(asked)) == expected
+    found = [finding for finding in doctor.examine(asked, {}) if finding.subject == "gpus" and finding.mend]
+    assert [Problem(finding.text, str(finding.mend)) for finding in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("stages", "processes"), [(["push"], 0), (["export", "push"], 1), (["verify"], 2), (["verify", "train", "export"], 4)]
+)
+def test_what_is_not_done_needs_no_gpus(
+    stages: list[str], processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was trained on many is exported, and published, on one."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    asked = config(tmp_path, {"by": "process"}, layout={"tp": 2, "dp": 2})
+    assert processes_on(asked, stages) == processes
+    for of_machine in (1, 2, 4):
+        monkeypatch.setattr(launch_settings, "gpus_of_machine", lambda number=of_machine: number)
+        assert bool(choose.in_the_way(asked, stages)) == (of_machine < processes)
+
+
+def test_a_run_needs_gpus_for_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_settings, "gpus_of_machine", lambda: 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    asked = small(tmp_path).model_copy(update={"layout": LayoutSettings(tp=2), "launch": LaunchSettings(by="process")})
+    assert nodes_to_do(Asked(asked)) == frozenset(SPECS)
+    with pytest.raises(BadConfig, match=r"^launch: layout has 2 processes on .*, and they see 1 GPU\. To mend it: lower"):
+        refuse_what_cannot_run(Asked(asked))
+    made = make_results(asked, until="train")
+    assert nodes_to_do(Asked(asked)) == {"merge", "export", "push"}
+    refuse_what_cannot_run(Asked(asked))
+    assert nodes_to_do(Asked(asked, refresh=frozenset(["train"]))) == {"train", "merge", "export", "push"}
+    other = asked.model_copy(update={"train": asked.train.model_copy(update={"lr": 0.5})})  # what --from takes as it is
+    assert nodes_to_do(Asked(other, given=made)) == {"merge", "export", "push"}
+    refuse_what_cannot_run(Asked(other, given=made))
+    refuse_what_cannot_run(Asked(asked, stage="export"))
+    with pytest.raises(BadConfig, match="layout has 2 processes"):
+        refuse_what_cannot_run(Asked(asked, stage="train"))

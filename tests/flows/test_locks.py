@@ -18,6 +18,7 @@ from flows.launch.protocol import Caller, StageFailed, StageJob
 from flows.records import locks
 from flows.records.flock import is_locked
 from flows.records.locks import Lock, Stopped, held, in_turn, locks_of, wait_until_free
+from stages.contracts import launch_settings
 from stages.contracts.launch_settings import Gpus, LaunchSettings
 
 HOLD = """
@@ -226,7 +227,7 @@ def test_every_stage_that_computes_waits_for_the_gpus(tmp_path: Path) -> None:
 def test_the_gpus_that_processes_see_are_those_that_are_locked(
     gpus: str, visible: str | None, seen: str | None, locked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choose, "machine_has_gpus", lambda: True)
+    monkeypatch.setattr(launch_settings, "gpus_of_machine", lambda: 8)
     settings = LaunchSettings(by="process", gpus=gpus)
     assert settings.visible_to_processes(visible) == seen
     found = choose.gpus_in_use(settings, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
