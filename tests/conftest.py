@@ -1,6 +1,7 @@
 """What tests of several parts share."""
 
 import os
+import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -19,12 +20,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 LONG = (
     "test_end_to_end",
     "test_serve",
+    "test_parallel",
+    "test_command",
+    "test_flow",
     "test_train",
     "test_ui",
-    "test_command",
     "test_server",
+    "test_download",
+    "test_trainer_resume",
     "test_trainer_golden",
-    "test_parallel",
 )
 
 
@@ -33,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     The others start more processes than there are GPUs, and want the same bits each time.
     """
-    if config.option.markexpr not in ("gpu", "docker"):
+    if not re.search(r"(?<!not )\b(gpu|docker)\b", config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from flows.asked.graph import nodes_of
 from flows.asked.lineage import NoResult, find_result
 from flows.asked.load_config import BadConfig, given_config
-from flows.asked.parameters import Asked
+from flows.asked.parameters import what_is_asked
 from flows.commands.arguments import Add, configuration, find_run, has_workspace, keeps_server, run_name, takes_config
 from flows.commands.outcome import BAD, FAILED, GATE, Wrong, say, say_errors
 from flows.launch.protocol import StageFailed
@@ -76,14 +76,14 @@ def add_to(add: Add) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     config = configuration(arguments)
-    refuse_what_cannot_run(Asked(config), str(arguments.config))
-    name = arguments.name or new_name(config.workspace_path)
-    option = workspace_option(config.workspace_path)
     try:
         for result in arguments.start_from:
             find_result(config.workspace_path, result)
     except NoResult as error:
         raise Wrong(f"--from {error}") from None
+    refuse_what_cannot_run(what_is_asked(config, start_from=arguments.start_from), str(arguments.config))
+    name = arguments.name or new_name(config.workspace_path)
+    option = workspace_option(config.workspace_path)
     return _do(config, name, option, keep_server=arguments.keep_server, start_from=arguments.start_from)
 
 
@@ -103,8 +103,8 @@ def _rerun(arguments: argparse.Namespace) -> int:
     workspace, option = str(folder.workspace), workspace_option(folder.workspace)  # where the person is
     os.chdir(record.cwd)  # relative paths of its configuration start there
     config = given_config({**record.config, "workspace": workspace}, where=f"run {record.name}")
-    refuse_what_cannot_run(Asked(config, frozenset(refresh)), f"run {record.name}")
     asked = {"refresh": refresh, "fresh": arguments.fresh, "start_from": record.start_from}
+    refuse_what_cannot_run(what_is_asked(config, **asked), f"run {record.name}")
     return _do(config, record.name, option, keep_server=arguments.keep_server, **asked)
 
 
@@ -121,7 +121,7 @@ def _do(config: PipelineConfig, name: str, option: str, *, keep_server: bool, **
     workspace = config.workspace_path
     folder = RunFolder(workspace, name)
     if folder.is_live():
-        raise Wrong(f"run {name} is going on in another process; see: finetune status {name}{option}")
+        raise _is_live(name, option)
 
     if told := decided(config.launch)[1]:  # the run logs it, and a terminal does not show logs
         say(told)
@@ -140,12 +140,16 @@ def _do(config: PipelineConfig, name: str, option: str, *, keep_server: bool, **
     return code
 
 
+def _is_live(name: str, option: str) -> Wrong:
+    return Wrong(f"run {name} is going on in another process; see: finetune status {name}{option}")
+
+
 def _say_whether_it_ends(folder: RunFolder, option: str) -> None:
     """What becomes of the workspace's server, which this process has left."""
-    from flows.server.local import going_on, is_kept
+    from flows.server.local import is_kept, still_used
     from flows.show.display import server_is_off
 
-    server, record = going_on(folder.workspace), folder.read()
+    server, record = still_used(folder.workspace), folder.read()
     if server is None:
         say(server_is_off(folder.name, option))
     elif is_kept(folder.workspace):
@@ -157,7 +161,8 @@ def _say_whether_it_ends(folder: RunFolder, option: str) -> None:
 def _run_flow(config: PipelineConfig, folder: RunFolder, option: str, asked: dict[str, Any]) -> int:
     from flows.finetune import finetune
     from flows.running.quiet import logs_to_file
-    from flows.running.settle import AWAY, reconcile
+    from flows.running.settle import reconcile
+    from flows.server.client import AWAY
     from flows.show.display import Display
     from flows.show.summary import print_summary
 
@@ -173,7 +178,8 @@ def _run_flow(config: PipelineConfig, folder: RunFolder, option: str, asked: dic
     begun = now()
     try:
         with Display(folder, console):
-            finetune(config=config, run_name=folder.name, **asked)
+            # Where its parameters are read, by a runner say, relative paths begin elsewhere.
+            finetune(config=config.model_copy(update={"workspace": str(folder.workspace)}), run_name=folder.name, **asked)
     except StageFailed as error:
         record = folder.read()
         say_errors([str(error), *(other_failures(record) if record is not None else [])])
@@ -181,17 +187,16 @@ def _run_flow(config: PipelineConfig, folder: RunFolder, option: str, asked: dic
         return exit_code(error)
     except BadConfig:
         raise
-    except RunIsLive as error:  # since we looked, or it is being settled
-        raise Wrong(f"{error} {folder.name}{option}") from None
+    except RunIsLive:  # since we looked, or it is being settled
+        raise _is_live(folder.name, option) from None
     except Exception as error:
         record = folder.read()
         if record is not None and record.started >= begun and record.state == "done":
             say(f"the Prefect server was away when the run ended ({type(error).__name__}); the next run tells its page")
             print_summary(record, folder, console)
             return ExitCode.OK
-        if told := _no_space(
-            folder.workspace, error
-        ):  # whatever broke first: ours, or the server, whose database is there, too
+        # Whatever broke first: ours, or the server, whose database is there, too.
+        if told := _no_space(folder.workspace, error):
             raise Wrong(f"{told}. {how_to_go_on()}".removesuffix(". ")) from None
         say(lines(traceback.format_exc()))
         say_errors([f"{type(error).__name__}: {error}. This is a defect of ours; Prefect's log: {folder.log('prefect')}"])

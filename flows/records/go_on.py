@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from flows.asked.graph import with_dependents
-from flows.records.run_record import RunRecord
+from flows.records.run_record import RunFolder, RunRecord
 from stages.contracts.artifacts import ARTIFACT_FILE
 from stages.contracts.specs import SOURCES
 
@@ -31,7 +31,8 @@ def go_on(workspace: Path, record: RunRecord, option: str) -> str:
     damaged folder is removed instead: the same bits, made again, leave everything after them as it is.
     """
     if record.stage is not None:  # of a deployment of one stage: a runner does it
-        return f"prefect flow-run retry {record.flow_run_id}"
+        api = f"PREFECT_API_URL={record.page.partition('/runs/')[0]}/api " if record.page else ""
+        return f"{api}prefect flow-run retry {record.flow_run_id}"
     command = f"finetune rerun {record.name}{option}"
     damaged = damaged_sources(record)
     trained = any((workspace / "train").glob(f"*/{ARTIFACT_FILE}"))
@@ -39,6 +40,17 @@ def go_on(workspace: Path, record: RunRecord, option: str) -> str:
     if folders and trained and "train" not in damaged and "train" in with_dependents(damaged):
         return f"rm -r {shlex.join(map(str, folders))} && {command}"
     return command + "".join(f" --stage {node}" for node in damaged)
+
+
+def ways_to_go_on(folder: RunFolder, record: RunRecord) -> tuple[str, str]:
+    """What to do, in words that end before a command, and the command, wherever the reader is: what was written down is read in
+    any folder, and on any machine.
+
+    Retrying is a runner's, so nobody does it for a run of a terminal; and it meets a damaged input again.
+    """
+    can_retry = record.has_deployment and record.stage is None and not damaged_sources(record)
+    command = go_on(folder.workspace, record, workspace_option(folder.workspace, anywhere=True))
+    return f"To go on, {'retry this run, or ' * can_retry}type:", command
 
 
 def damaged_sources(record: RunRecord) -> list[str]:

@@ -62,7 +62,7 @@ def _locks_of_gpus(gpus: Gpus, machine: str) -> list[Lock]:
 
 
 def _machine(engine: str) -> str:
-    """The name of an engine's machine, whichever way leads to it. Empty: this one."""
+    """The name of an engine's machine, as its address has it. Empty: this one."""
     name = urllib.parse.urlsplit(engine).hostname
     return "" if name is None or name in ("localhost", "127.0.0.1", socket.gethostname().lower()) else name
 

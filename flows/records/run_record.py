@@ -64,6 +64,7 @@ class RunRecord(BaseModel):
     start_from: list[str] = []  # results that were taken as they are, with what they were made from
     stage: str | None = None  # the only node that was done, of a run that does one
     pid: int
+    machine: str = ""  # whose process that is: a machine's, or a container's, name
     started: datetime
     finished: datetime | None = None
     flow_run_id: str | None = None
@@ -163,7 +164,7 @@ class RunFolder:
                     break
                 except BlockingIOError:
                     if last:
-                        raise RunIsLive(f"run {self.name} is going on in another process; see: finetune status") from None
+                        raise RunIsLive(f"run {self.name} is going on in another process") from None
                     time.sleep(0.05)  # as little as that, to ask again
             yield
 

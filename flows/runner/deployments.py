@@ -14,6 +14,7 @@ from prefect.types import BANNED_CHARACTERS
 from flows.asked.load_config import BadConfig, load_config
 from flows.finetune import finetune
 from flows.stage_flows import STAGES
+from stages.contracts.config import workspace_folder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Name -> configuration, and how it is launched. Without GPUs `auto` would download for hours before anything is wrong.
@@ -59,8 +60,8 @@ def deployments(files: Sequence[Path], workspace: str | None) -> list[Deployment
             raise BadConfig([f"{file}: {told}"])
         if name in found:
             raise BadConfig([f"{file}: its deployment would be called {name}, as another is: rename the file"])
-        found[name] = Deployment(finetune, name, parameters_of(str(file), overrides), file.name)
-    place = {"workspace": workspace} if workspace is not None else {}
+        found[name] = Deployment(finetune, name, _absolute(parameters_of(str(file), overrides)), file.name)
+    place = {"workspace": str(workspace_folder(workspace or "workspace"))}
     stages = [Deployment(stage, stage.fn.__name__, place, _first_line(stage)) for stage in STAGES]
     return [*found.values(), *stages]
 
@@ -72,6 +73,12 @@ def parameters_of(file: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         BadConfig: it cannot be read.
     """
     return {"config": load_config(Path(file), overrides).model_dump(mode="json")}
+
+
+def _absolute(parameters: dict[str, Any]) -> dict[str, Any]:
+    """With the workspace as it is here: who else reads a deployment, another runner say, is in another folder."""
+    config = parameters["config"]
+    return {"config": {**config, "workspace": str(workspace_folder(config["workspace"]))}}
 
 
 def _first_line(stage: Flow[..., Any]) -> str:

@@ -11,7 +11,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.runner import Runner
 
-from flows.running.settle import AWAY
+from flows.server.client import AWAY
 
 POLL_SECONDS = 1.5
 GRACE_SECONDS = 660.0  # of a run that is cancelled: a training may take 600 to save its checkpoint (flows.launch)

@@ -22,7 +22,8 @@ from flows.asked.parameters import workspace_of
 from flows.runner.deployments import Deployment
 from flows.runner.patient import POLL_SECONDS, PatientRunner
 from flows.runner.requests import Requests, stop_requests
-from flows.running.settle import AWAY, reconcile
+from flows.running.settle import reconcile
+from flows.server.client import AWAY
 from stages.contracts.words import plain
 
 SETTLE_SECONDS = 15.0

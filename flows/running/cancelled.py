@@ -8,13 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from uuid import UUID
 
-import httpx
-from prefect.client.orchestration import get_client
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.exceptions import ObjectNotFound
+
+from flows.server.client import AWAY, impatient_client
 
 LOOK_SECONDS = 5.0
-REQUEST_SECONDS = 15.0
 
 
 @contextmanager
@@ -23,13 +21,13 @@ def heeded(flow_run_id: str | None) -> Iterator[threading.Event]:
     is_cancelled, ended = threading.Event(), threading.Event()
 
     def look(flow_run: UUID) -> None:
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
-            while not ended.wait(LOOK_SECONDS):
-                with suppress(httpx.HTTPError, PrefectHTTPStatusError, ObjectNotFound):  # away, or deleted: the run goes on
-                    if _was_cancelled(flow_run) and not ended.is_set():
-                        is_cancelled.set()
-                        os.kill(os.getpid(), signal.SIGTERM)
-                        return
+        while not ended.wait(LOOK_SECONDS):
+            # Away, or deleted, or what answers is no server of Prefect: the run goes on.
+            with suppress(*AWAY, ObjectNotFound, ValueError):
+                if _was_cancelled(flow_run) and not ended.is_set():
+                    is_cancelled.set()
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
 
     if flow_run_id is not None:
         context = contextvars.copy_context()  # with Prefect's settings
@@ -42,6 +40,6 @@ def heeded(flow_run_id: str | None) -> Iterator[threading.Event]:
 
 def _was_cancelled(flow_run: UUID) -> bool:
     """Cancelled, too: so Prefect calls, after some minutes, what nobody has ended."""
-    with get_client(httpx_settings={"timeout": REQUEST_SECONDS}, sync_client=True) as client:
+    with impatient_client() as client:
         state = client.read_flow_run(flow_run).state
     return state is not None and (state.is_cancelling() or state.is_cancelled())

@@ -15,6 +15,8 @@ def _aside(folder: Path) -> Path:
 @contextmanager
 def set_aside(folder: Path, *, wanted: bool) -> Iterator[None]:
     """Move a result out of the way, and back if what replaces it fails. Unfinished work stays where it can be resumed."""
+    if wanted:
+        put_back(folder)  # what another has set aside, and not removed yet, is in the way
     if not wanted or not folder.exists():
         yield
         return

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,7 +24,7 @@ from flows.launch.protocol import Launcher, StageFailed
 from flows.records.run_record import CANCELLED, LiveRecord, RunFolder, RunRecord, new_name, now
 from flows.running.cancelled import heeded
 from flows.running.quiet import logs_to_file
-from flows.running.ready import refuse_what_cannot_run
+from flows.running.ready import nodes_to_do, refuse_what_cannot_run
 from flows.running.results import ArtifactSerializer
 from flows.running.schedule import Node, Schedule
 from flows.running.settle import tell_before_it_is_forgotten
@@ -129,6 +130,7 @@ def open_run(asked: Asked, name: str | None) -> Iterator[Run]:
                 start_from=list(asked.start_from),
                 stage=asked.stage,
                 pid=os.getpid(),
+                machine=socket.gethostname(),
                 started=now(),
                 flow_run_id=flow_run.id,
                 has_deployment=deployment.id is not None,
@@ -142,7 +144,7 @@ def open_run(asked: Asked, name: str | None) -> Iterator[Run]:
         asked = replace(asked, config=asked.config.model_copy(update={"launch": launch}))
         if told:
             get_run_logger().warning("%s", told)
-        run = Run(asked, choose.launcher_for(asked.config), record)
+        run = Run(asked, choose.launcher_for(asked.config, nodes_to_do(asked)), record)
         if asked.stage is not None:  # what it starts from is there; in a whole run the nodes' tasks say so
             for node, artifact in asked.given.items():
                 run.made(node, artifact, cached=True)

@@ -7,6 +7,7 @@ process died, or the server was away when the run ended.
 """
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import httpx
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
@@ -28,7 +28,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Completed, Crashed, Failed
 from pydantic import ValidationError
 
@@ -36,13 +36,13 @@ from flows.asked.graph import SINGLE, WHOLE
 from flows.asked.parameters import workspace_of
 from flows.launch import choose
 from flows.records.run_record import CANCELLED, RunFolder, RunIsLive, RunRecord, all_runs, now
+from flows.server.client import AWAY
 from flows.show.ending import tell_end
 from flows.show.pages.board import Board
 from stages.contracts.config import PipelineConfig
 
 PATIENCE = 120.0  # seconds that a run's process may take, after the run's end, to tell Prefect of it: it tries for a minute
 AGAIN = 60.0, 3.0  # seconds that a watcher tries to reach Prefect, and between two attempts
-AWAY = (httpx.HTTPError, PrefectHTTPStatusError, OSError)  # what Prefect's client raises where its server does not answer
 
 
 def settle(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
@@ -102,8 +102,13 @@ def tell_before_it_is_forgotten(record: RunRecord | None, flow_run_id: str) -> N
         return
     with suppress(*AWAY, ObjectNotFound), get_client(sync_client=True) as client:
         flow_run = client.read_flow_run(UUID(record.flow_run_id))
-        if flow_run.state is not None and (flow_run.state.is_running() or flow_run.state.is_cancelling()):
+        if _goes_on(flow_run):
             _tell(client, flow_run, record.crashed() if record.state == "running" else record)
+
+
+def _goes_on(flow_run: FlowRun) -> bool:
+    """Whether Prefect believes that somebody does it now."""
+    return flow_run.state is not None and (flow_run.state.is_running() or flow_run.state.is_cancelling())
 
 
 def _tell(client: SyncPrefectClient, flow_run: FlowRun, record: RunRecord) -> None:
@@ -116,9 +121,12 @@ def _tell(client: SyncPrefectClient, flow_run: FlowRun, record: RunRecord) -> No
 
 def _is_over(record: RunRecord) -> bool:
     """Whether nobody will tell Prefect any more how a run ended: its process is gone, or should have told it long ago."""
+    if record.state == "crashed":  # also where that could not be written down
+        return True
     if record.finished is None:
         return False
-    return record.state == "crashed" or not _lives(record.pid) or (now() - record.finished).total_seconds() > PATIENCE
+    is_gone = record.machine == socket.gethostname() and not _lives(record.pid)
+    return is_gone or (now() - record.finished).total_seconds() > PATIENCE
 
 
 def _lives(pid: int) -> bool:
@@ -214,8 +222,9 @@ def _crash(client: SyncPrefectClient, flow_run_id: UUID, attempt: int) -> None:
     """Tell Prefect that a flow run's process is gone, unless another does it by now."""
     with suppress(ObjectNotFound):
         flow_run = client.read_flow_run(flow_run_id)
-        if flow_run.run_count <= attempt and flow_run.state is not None and not flow_run.state.is_final():
+        if flow_run.run_count <= attempt and _goes_on(flow_run):
             client.set_flow_run_state(flow_run_id, Crashed(message="its process is gone"), force=True)
+            _end_tasks(client, flow_run, None)
 
 
 def _remove_left(record: RunRecord, workspace: Path) -> None:

@@ -69,6 +69,7 @@ def _maker(run: Run, spec: Spec) -> str | None:
     """The other run that makes a result, as far as the workspace knows."""
     for record in all_runs(run.workspace):
         node = record.nodes.get(spec.NODE)
-        if record.name != run.folder.name and record.state == "running" and node is not None and node.key == spec.key:
+        is_at_it = record.state == "running" and node is not None and node.state == "running" and node.key == spec.key
+        if is_at_it and record.name != run.folder.name:
             return f"run {record.name}"
     return None

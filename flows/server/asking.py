@@ -1,5 +1,6 @@
 """What Prefect servers answer: whether they are there, whose they are, whether they know a run, whether they let us in."""
 
+import http.client
 import json
 import re
 import urllib.error
@@ -28,7 +29,10 @@ def answers(api: str) -> bool:
 
 def is_here(api: str) -> bool:
     """Whether an address is this machine's own, where no proxy leads."""
-    return urllib.parse.urlsplit(api).hostname in ("127.0.0.1", "localhost")
+    try:
+        return urllib.parse.urlsplit(api).hostname in ("127.0.0.1", "localhost")
+    except ValueError:  # it is no address
+        return False
 
 
 def is_of(api: str, home: Path, login: str | None = None) -> bool:
@@ -94,6 +98,11 @@ def what_is_wrong_with(api: str) -> str | None:
             f"PREFECT_API_URL={api} does not answer within {ANSWER_SECONDS:.0f} s. See what is there, start it anew, or unset "
             "PREFECT_API_URL to use a server in the workspace"
         )
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        return (
+            f"PREFECT_API_URL={api} is no address ({error}): set it to one such as http://127.0.0.1:4200/api, or unset it "
+            "to use a server in the workspace"
+        )
     except httpx.HTTPError as error:
         return (
             f"no Prefect server answers at PREFECT_API_URL={api} ({str(error) or type(error).__name__}). "
@@ -123,5 +132,5 @@ def _ask(api: str, path: str, login: str | None = None) -> Answer | None:
             return Answer(response.status, bytes(response.read()))
     except urllib.error.HTTPError as error:
         return Answer(error.code)
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):  # the last: the port is that of a program that speaks otherwise
         return None

@@ -8,8 +8,11 @@ is never used: it is started anew by every process, and gives up after 20 second
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
+import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,6 +33,8 @@ CLOSED_SECONDS = 15.0
 LOOK_SECONDS, MOST_SECONDS = 1.0, 60.0  # between two looks whether it lives, and at most where it does not start again
 USUAL_PORT = 4200
 UI_FILES = "ui"  # in the server's home: what browsers get; by default Prefect writes these into its own package
+UI_ROOT = Path(UI_FILES, "v1")  # of these, what is at the root of the address; those of v2 are below it
+REPORTS = "reports"  # there: copies of the runs' reports, which are handed out without a login
 
 # Of our environment, what the server needs. No token in particular: what it has, its API can be asked for.
 ALLOWED = ("PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH")
@@ -56,10 +61,16 @@ class NoServer(RuntimeError):
 def own_login(ours: Mapping[str, str]) -> str | None:
     """The user:password of the workspace's own server, where the person wants one: by either of Prefect's names for it, in the
     environment, or in the current folder's `.env`, which Prefect reads as well.
+
+    Raises:
+        NoServer: that file cannot be read.
     """
     from dotenv import dotenv_values  # Prefect's own reader of it
 
-    said = {**dotenv_values(".env"), **ours}
+    try:
+        said = {**dotenv_values(".env"), **ours}
+    except (OSError, UnicodeDecodeError) as error:
+        raise NoServer(f"{Path.cwd() / '.env'}, of which Prefect's settings are read, cannot be: {error}") from None
     return said.get(SERVER_LOGIN) or said.get("PREFECT_API_AUTH_STRING") or None
 
 
@@ -214,7 +225,7 @@ def _revived(server: Server, home: Path, keep: bool, say: Callable[[str], None])
         thread.join()
 
 
-def going_on(workspace: Path) -> Server | None:
+def still_used(workspace: Path) -> Server | None:
     """The workspace's server, if it goes on when this process has left it: it was asked to stay, or others use it."""
     home = server_home(workspace)
     try:
@@ -245,6 +256,9 @@ def _start(home: Path, say: Callable[[str], None], port: int | None = None) -> S
         port = _free_port()
         if port != USUAL_PORT:
             say(f"port {USUAL_PORT} is taken: the UI will be at http://127.0.0.1:{port}")
+    login = own_login(os.environ)
+    if login is not None:
+        shutil.rmtree(home / UI_ROOT / REPORTS, ignore_errors=True)  # of the time when everybody was let in
     command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     options = ["--while-used", str(home / "users.lock"), "--keep", str(home / "server.keep")]
     with _log(home).open("wb") as log, locked(home / "server.lock") as alive:
@@ -259,7 +273,7 @@ def _start(home: Path, say: Callable[[str], None], port: int | None = None) -> S
         )
         server = Server(api=f"http://127.0.0.1:{port}/api", pid=process.pid)
         draft = home / "server.json.new"  # a reader sees the old one or the new one
-        draft.write_text(json.dumps({"api": server.api, "pid": process.pid}))
+        draft.write_text(json.dumps({"api": server.api, "pid": process.pid, "login": _login_mark(login)}))
         draft.replace(home / "server.json")
     threading.Thread(target=process.wait, name="server's end", daemon=True).start()  # it may outlive us
     return server
@@ -272,7 +286,7 @@ def _own(home: Path, keep: bool, say: Callable[[str], None]) -> Server:
         if server is None:
             (home / "server.keep").unlink(missing_ok=True)  # of one that was killed
             server = _start(home, say)
-        elif _login_of(server) != own_login(os.environ):  # nobody may believe an open one protected, or wait for a closed one
+        elif not _is_marked(home, own_login(os.environ)):  # nobody may believe an open one protected, or wait for a closed one
             raise NoServer(
                 f"the workspace's Prefect server was started with another login than this environment has, or with none: make "
                 f"PREFECT_API_AUTH_STRING the same, or stop the server (kill {server.pid}) to have it started with yours"
@@ -281,11 +295,20 @@ def _own(home: Path, keep: bool, say: Callable[[str], None]) -> Server:
     return server
 
 
-def _login_of(server: Server) -> str | None:
-    """What our server was started with: its shim has it in its environment, which only this account can read."""
-    environment = Path(f"/proc/{server.pid}/environ").read_bytes().split(b"\0")
-    said = [os.fsdecode(entry.partition(b"=")[2]) for entry in environment if entry.startswith(SERVER_LOGIN.encode() + b"=")]
-    return said[0] if said else None
+def _login_mark(login: str | None, salt: str | None = None) -> str | None:
+    """What tells a login from another, and not what it is."""
+    if login is None:
+        return None
+    salt = salt or secrets.token_hex(16)
+    return f"{salt} {hashlib.pbkdf2_hmac('sha256', login.encode(), salt.encode(), 100_000).hex()}"
+
+
+def _is_marked(home: Path, login: str | None) -> bool:
+    """Whether our server was started with this login."""
+    mark = json.loads((home / "server.json").read_text()).get("login")
+    if mark is None or login is None:
+        return mark is login
+    return bool(mark == _login_mark(login, salt=mark.partition(" ")[0]))
 
 
 def _keep(home: Path, keep: bool) -> None:

@@ -179,7 +179,7 @@ def _as_stage(spec_file: Path) -> None:
         return fake_run(spec, ctx)
 
     sys.argv = [sys.argv[0], str(spec_file)]
-    runtime.main(node, run, "A stand-in.")
+    runtime.main(node, run, "A stand-in.", resumable=node == "train")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from flows.records.run_record import RunFolder, RunRecord
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "model: {source: somebody/model}\ndata: {source: somebody/data}\ntrain: {steps: 2, sequence_length: 16}\n"
+CONFIG += "launch: {by: process, gpus: none}\n"  # whatever the machine has
 
 
 class Place:
@@ -47,6 +48,11 @@ class Place:
     def make(self, until: str) -> None:
         """The results of the nodes up to one."""
         make_results(load_config(self.folder / f"{self.name}.yaml", [f"workspace={self.workspace}"]), until=until)
+
+    def record(self, run: str) -> RunRecord:
+        record = RunFolder(self.workspace, run).read()
+        assert record is not None
+        return record
 
     def wait_until_hangs(self, node: str) -> int:
         """The process of a node's stage, once it hangs."""
@@ -84,11 +90,6 @@ class Serving(Place):
         """Those of the runs: they have the runs' locks."""
         records = [RunFolder(self.workspace, folder.name).read() for folder in (self.workspace / "runs").glob("*")]
         return [record.pid for record in records if record is not None and record.state == "running"]
-
-    def record(self, run: str) -> RunRecord:
-        record = RunFolder(self.workspace, run).read()
-        assert record is not None
-        return record
 
     def cli(self, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Prefect's own command, in the runner's folder or another."""

@@ -1,10 +1,11 @@
 """The flow against a real Prefect server, with stand-in stages: what runs, what is reused, what is seen."""
 
-import asyncio
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -34,14 +35,16 @@ from flows.finetune import Node, finetune
 from flows.launch import choose
 from flows.launch.protocol import StageFailed
 from flows.records.run_record import LiveRecord, RunFolder, RunRecord, now
-from flows.runner import serve as runner
-from flows.running import settle
+from flows.running import run_stage, settle
+from flows.running.run import Run
 from flows.running.settle import reconcile
+from flows.running.turns import in_turn
 from flows.server.local import Server
 from flows.show.pages import board
 from stages.contracts import artifacts as a
 from stages.contracts import intact
-from stages.contracts.specs import SPECS, scratch_of
+from stages.contracts.config import PipelineConfig
+from stages.contracts.specs import SPECS, Spec, scratch_of
 
 ALL = list(SPECS)
 AFTER_VERIFY = ["train", "merge", "export", "push"]
@@ -53,6 +56,7 @@ class World:
     def __init__(self, workspace: Path, launcher: InProcess) -> None:
         self.workspace = workspace
         self.launcher = launcher
+        self.launchers: list[tuple[str, frozenset[str]]] = []  # that were asked for: what starts stages, and which
 
     def run(
         self, name: str, refresh: list[Node] | None = None, *, fresh: bool = False, start_from: list[str] | None = None,
@@ -76,8 +80,13 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    launcher = InProcess()
-    monkeypatch.setattr(choose, "launcher_for", lambda config: launcher)
+    world = World(tmp_path, InProcess())
+
+    def launcher_for(config: PipelineConfig, stages: frozenset[str]) -> InProcess:
+        world.launchers.append((config.launch.by, stages))
+        return world.launcher
+
+    monkeypatch.setattr(choose, "launcher_for", launcher_for)
     monkeypatch.setattr(board, "LAST_SECONDS", 60.0)  # on a busy machine, too, all pages are there at the end
     settings = {
         PREFECT_API_URL: server.api,
@@ -85,7 +94,7 @@ def world(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> It
         PREFECT_RESULTS_LOCAL_STORAGE_PATH: tmp_path / "prefect" / "results",
     }
     with temporary_settings(settings), _temporary_global_settings_context(get_settings_context()):
-        yield World(tmp_path, launcher)
+        yield world
 
 
 def states(record: RunRecord) -> dict[str, str]:
@@ -110,7 +119,7 @@ def pages_of(record: RunRecord) -> dict[str | None, Artifact]:
         return {page.key: page for page in client.read_artifacts(artifact_filter=wanted)}
 
 
-def test_run_then_all_cached_then_another_learning_rate(world: World) -> None:
+def test_run_then_all_cached_then_another_learning_rate(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     first = world.run("first")
     assert sorted(world.launcher.ran) == sorted(ALL)
     assert (first.state, set(states(first).values())) == ("done", {"ran"})
@@ -125,9 +134,23 @@ def test_run_then_all_cached_then_another_learning_rate(world: World) -> None:
     wait_until(lambda: task_states(again) == dict.fromkeys(ALL, "Cached"))
     assert (world.workspace / "runs" / "again" / "export" / "content.txt").read_text() == exported.read_text()
 
+    waited = [0.0]
+
+    @contextmanager
+    def waiting(run: Run, spec: Spec) -> Iterator[tuple[int, ...]]:
+        with in_turn(run, spec) as holds:
+            waited[0] += 1e6
+            yield holds
+
+    monkeypatch.setattr(run_stage, "in_turn", waiting)
+    monkeypatch.setattr(run_stage, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + waited[0]))
     other = world.run("other", lr=1e-4)
     assert world.launcher.ran == AFTER_VERIFY
     assert [node for node, state in states(other).items() if state == "cached"] == ALL[:6]
+    assert all((other.nodes[node].wall_seconds or 0) < 1e6 for node in AFTER_VERIFY), "to wait for one's turn is no work"
+
+    # What `auto` is was decided before the first stage; and each launcher knew what it was for.
+    assert world.launchers == [("process", frozenset(nodes)) for nodes in (ALL, [], AFTER_VERIFY)]
 
     # Prefect's own records are a convenience: without them the folders still count.
     shutil.rmtree(world.workspace / "prefect")
@@ -275,7 +298,7 @@ def test_names_that_are_none_are_refused(world: World) -> None:
     assert set(Node.__args__) == set(SPECS)  # type: ignore[attr-defined]
 
 
-def test_runs_of_dead_processes_are_marked(world: World) -> None:
+def test_runs_of_dead_processes_are_marked(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     done = RunRecord(name="run", config={}, cwd="/", pid=1, started=now(), finished=now(), state="done")
     for name in ("run", "dead"):
         RunFolder(world.workspace, name).path.mkdir(parents=True)
@@ -297,6 +320,9 @@ def test_runs_of_dead_processes_are_marked(world: World) -> None:
         assert {node: client.read_task_run(each).state_name for node, each in began.items()} == {
             "preprocess": "Completed", "train": "Crashed",
         }  # fmt: skip
+        going_on = settle._going_on
+        # Other tests' runs go on side by side, on the same server.
+        monkeypatch.setattr(settle, "_going_on", lambda client: [run for run in going_on(client) if run.id == flow_run.id])
         assert reconcile([]) == ["dead"]
         assert reconcile([]) == []
         assert client.read_flow_run(flow_run.id).state_name == "Crashed"
@@ -307,74 +333,3 @@ def test_runs_of_dead_processes_are_marked(world: World) -> None:
     assert str(pages["train"].data).startswith("## train was stopped")
     assert str(pages["summary"].data).startswith("## dead: crashed")
     assert world.record("run") == done
-
-
-def test_what_a_watcher_does_while_the_server_is_away(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The record, the report and the containers are of this machine: they wait for nobody."""
-    cleaned: list[Path] = []
-    monkeypatch.setattr(choose, "remove_left", lambda config, workspace: cleaned.append(workspace))
-    monkeypatch.setattr(settle, "AGAIN", (0.0, 0.0))
-    folder = RunFolder(world.workspace, "dead")
-    folder.path.mkdir(parents=True)
-    asked = config(world.workspace).model_dump(mode="json")
-    folder.write(RunRecord(name="dead", config=asked, cwd="/", pid=1, started=now(), flow_run_id=str(UUID(int=1))))
-    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
-        settle.main(world.workspace, "dead", str(UUID(int=1)), 1)
-    assert (world.record("dead").state, cleaned) == ("crashed", [world.workspace])
-    assert "its process is gone" in folder.report.read_text()
-
-
-def test_runs_that_cannot_be_settled_keep_no_other_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As those of another person, which may be read and not written. Whoever tests may write everywhere."""
-    monkeypatch.setattr(settle, "_going_on", lambda client: [])
-    theirs, ours = RunFolder(tmp_path, "theirs"), RunFolder(tmp_path, "ours")
-    for folder in (ours, theirs):  # the newest one is looked at first
-        folder.path.mkdir(parents=True)
-        folder.write(RunRecord(name=folder.name, config={}, cwd="/", pid=1, started=now(), flow_run_id=str(UUID(int=1))))
-    (theirs.path / ".lock").mkdir()
-    unreadable = tmp_path / ("x" * 300)
-    troubles: list[str] = []
-    assert reconcile([unreadable, tmp_path], troubles.append) == ["ours"]
-    assert (ours.read() or RunRecord(name="", config={}, cwd="/", pid=1, started=now())).finished is not None
-    assert sum(str(theirs.path) in told for told in troubles) == 1
-    assert {told.partition(": ")[0] for told in troubles} == {
-        f"the runs of {unreadable} cannot be read, and are left as they are",
-        f"the run {theirs.path} seems to have crashed; only who may write there can mark it",
-    }
-    settle.main(tmp_path, "theirs", str(UUID(int=1)), 1)  # its watcher: it does what is left to do
-
-
-def test_a_runner_names_a_trouble_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def of_another(workspaces: Sequence[Path], on_trouble: Callable[[str], None]) -> list[str]:
-        on_trouble("a run of another person")
-        return []
-
-    monkeypatch.setattr(runner, "reconcile", of_another)
-    said: list[str] = []
-
-    async def settle_twice() -> None:
-        serving = runner._Serving([tmp_path], said.append)
-        await serving._settle()
-        await serving._settle()
-
-    asyncio.run(settle_twice())
-    assert said == ["a run of another person"]
-
-
-class EndsMeanwhile(RunFolder):
-    """A run that ends, and is done, between a look at it and the moment in which one has its lock."""
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        with super().held():
-            if (record := self.stored()) is not None:
-                self.write(record.model_copy(update={"state": "done", "finished": now()}))
-            yield
-
-
-def test_a_run_that_ended_meanwhile_is_not_marked(tmp_path: Path) -> None:
-    folder = EndsMeanwhile(tmp_path, "run")
-    folder.path.mkdir(parents=True)
-    folder.write(RunRecord(name="run", config={}, cwd="/", pid=1, started=now()))
-    assert not settle._mark(folder)
-    assert (folder.read() or RunRecord(name="", config={}, cwd="/", pid=1, started=now())).state == "done"

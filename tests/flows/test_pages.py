@@ -168,7 +168,11 @@ def test_how_to_go_on_is_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     of_terminal = record.model_copy(update={"has_deployment": False})
     assert how_to_go_on(folder, of_terminal).startswith("To go on, type:"), "no runner does it when it is retried"
     of_stage = record.model_copy(update={"stage": "verify", "flow_run_id": "1234"})
-    assert "prefect flow-run retry 1234" in how_to_go_on(folder, of_stage)
+    assert how_to_go_on(folder, of_stage).startswith("To go on, type:\n")
+    assert "\nprefect flow-run retry 1234\n" in how_to_go_on(folder, of_stage)
+    of_stage.page = "http://127.0.0.1:4201/runs/flow-run/1234"
+    there = "\nPREFECT_API_URL=http://127.0.0.1:4201/api prefect flow-run retry 1234\n"
+    assert there in how_to_go_on(folder, of_stage), "in whichever folder, it is asked of the run's server"
     refused = f"inputs.dataset: {tmp_path}/preprocess/k: data.bin is damaged. Remove {tmp_path}/preprocess/k and run again"
     folder, record = failed_run(tmp_path, "verify", error=refused)
     told = how_to_go_on(folder, record)

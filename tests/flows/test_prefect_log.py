@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from flows.running import run_stage
+from flows.running.quiet import _LogFile
 from flows.running.run_stage import PrefectLog
 
 
@@ -28,3 +29,12 @@ def test_so_many_lines_a_second_and_the_rest_is_counted(
         log.line(f"line {number}")
     log.end()
     assert caplog.messages[22:] == [*(f"line {number}" for number in range(19)), "… 1 more lines in train.log"]
+
+
+def test_a_log_that_cannot_be_opened_is_not_worth_a_run(tmp_path: Path) -> None:
+    log = _LogFile(tmp_path / "gone" / "prefect.log", delay=True)
+    log.handle(logging.makeLogRecord({"msg": "a line"}))
+    (tmp_path / "gone").mkdir()
+    log.handle(logging.makeLogRecord({"msg": "another"}))
+    log.close()
+    assert (tmp_path / "gone" / "prefect.log").read_text() == "another\n"

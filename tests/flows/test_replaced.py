@@ -1,5 +1,6 @@
 """An old result while it is made anew: it is there again unless something good has taken its place."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,3 +50,14 @@ def test_one_that_succeeded_before_its_process_died(folder: Path, tmp_path: Path
     put_back(folder)
     assert find_intact(folder) is not None
     assert not old.exists()
+
+
+def test_one_that_another_has_not_removed_yet(folder: Path) -> None:
+    """Who made the new result removes the old one when that is there: it may be at that, or was killed at it."""
+    old = folder.parent / f".{folder.name}.replaced"
+    shutil.copytree(folder, old)
+    (old / "other").touch()
+    before = find_intact(folder)
+    with set_aside(folder, wanted=True):
+        assert find_intact(old) == before
+        assert not (old / "other").exists()

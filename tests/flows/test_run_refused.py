@@ -18,6 +18,7 @@ from flows.records.run_record import RunFolder, RunIsLive, RunRecord, now
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """A run that was stopped, of a configuration that can be run."""
     monkeypatch.setattr(run, "refuse_what_cannot_run", lambda *asked: None)
+    monkeypatch.setattr("flows.running.quiet.logs_to_file", lambda file: None)  # of this process, for good
     folder = RunFolder(tmp_path / "ws", "calm-heron")
     folder.path.mkdir(parents=True)
     asked = config(tmp_path / "ws").model_dump(mode="json")
@@ -58,7 +59,7 @@ def test_a_run_that_another_process_began_meanwhile(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def begun_elsewhere(**asked: Any) -> None:
-        raise RunIsLive("run calm-heron is going on in another process; see: finetune status")
+        raise RunIsLive("run calm-heron is going on in another process")
 
     monkeypatch.setattr("flows.finetune.finetune", begun_elsewhere)
     monkeypatch.setattr("flows.running.settle.reconcile", lambda workspaces: [])

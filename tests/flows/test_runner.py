@@ -27,6 +27,7 @@ from flows.finetune import finetune
 from flows.launch.process import grace_of
 from flows.records.flock import is_locked, locked
 from flows.runner import patient
+from flows.runner import serve as runners
 from flows.runner.deployments import Deployment
 from flows.runner.patient import PatientRunner
 from flows.runner.requests import Requests
@@ -237,3 +238,20 @@ def test_who_asks_whether_it_serves_does_not_stop_it(tmp_path: Path, monkeypatch
         healthcheck.enter_context(locked(file, fcntl.LOCK_SH))
         assert command._run([], None, Server("http://127.0.0.1:9/api"), tmp_path) == 0
     assert served == [True]
+
+
+def test_a_runner_names_a_trouble_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_another(workspaces: Iterable[Path], on_trouble: Callable[[str], None]) -> list[str]:
+        on_trouble("a run of another person")
+        return []
+
+    monkeypatch.setattr(runners, "reconcile", of_another)
+    said: list[str] = []
+
+    async def settle_twice() -> None:
+        serving = _Serving([tmp_path], said.append)
+        await serving._settle()
+        await serving._settle()
+
+    asyncio.run(settle_twice())
+    assert said == ["a run of another person"]

@@ -15,7 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from processes import children, free_port, wait_until
 
 from flows.launch.environment import hub_environment, stage_environment
@@ -67,7 +68,7 @@ def test_shared_while_used_and_gone_with_the_last_user(
     put_database(tmp_path / "other")
     keeper = use(tmp_path, "keep")
     api = api_of(keeper)
-    stays = servers.going_on(tmp_path)
+    stays = servers.still_used(tmp_path)
     assert stays is not None
     assert stays.api == api
     page = api.replace("/api", "/runs/flow-run/x")
@@ -162,12 +163,22 @@ def test_the_server_gets_no_secrets(tmp_path: Path) -> None:
     assert environment["PREFECT_HOME"] == str(tmp_path)
 
 
-def test_a_network_s_proxy_is_not_asked_for_this_machine(tmp_path: Path, server: Server) -> None:
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_network_s_proxy_is_not_asked_for_this_machine(
+    is_ours: bool, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     proxies = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    client = "from prefect.client.orchestration import get_client; get_client(sync_client=True).hello().raise_for_status()"
-    for named in (server, Server(server.api)):
-        ours = {"PATH": os.environ["PATH"], **proxies} | servers.client_environment(tmp_path, named, proxies)
-        subprocess.run([sys.executable, "-P", "-c", client], env=ours, cwd=tmp_path, check=True, timeout=120)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    named = server if is_ours else Server(server.api)
+    for name, value in (proxies | servers.client_environment(tmp_path, named, proxies)).items():
+        monkeypatch.setenv(name, value)
+    with temporary_settings({PREFECT_API_URL: server.api}), get_client(sync_client=True) as client:
+        client.hello().raise_for_status()
+
+
+def test_a_network_s_proxy_is_asked_for_other_machines(tmp_path: Path) -> None:
+    proxies = {"http_proxy": "http://127.0.0.1:9"}
     assert "no_proxy" not in servers.client_environment(tmp_path, Server("http://prefect.corp/api"), proxies)
 
 
@@ -252,10 +263,14 @@ def test_the_workspace_s_own_server_with_a_password(
     for name in ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / ".env").write_text("PREFECT_API_AUTH_STRING=me:from-a-file\n")
+    reports = tmp_path / "prefect" / servers.UI_ROOT / servers.REPORTS
+    reports.mkdir(parents=True)
     with serving(tmp_path, say=lambda text: None) as server:
         assert server.pid is not None
         for pid in (server.pid, *children(server.pid)):
             assert b"from-a-file" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        assert not reports.exists(), "without the password they can be read"
+        assert "from-a-file" not in (tmp_path / "prefect" / "server.json").read_text()
         assert not asking.is_of(server.api, tmp_path / "prefect"), "nobody else may ask it"
         environment = servers.client_environment(tmp_path, server, {})
         assert environment["PREFECT_API_AUTH_STRING"] == "me:from-a-file"
@@ -273,6 +288,17 @@ def test_the_workspace_s_own_server_with_a_password(
             serving(tmp_path),
         ):
             pass
+
+
+def test_settings_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_bytes(b"PREFECT_API_AUTH_STRING=\xff\n")
+    with (
+        pytest.raises(NoServer, match=rf"^{tmp_path}/.env, of which Prefect's settings are read, cannot be: "),
+        serving(tmp_path),
+    ):
+        pass
 
 
 def test_a_server_that_dies_and_does_not_start_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

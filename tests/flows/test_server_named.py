@@ -1,5 +1,6 @@
 """A server that PREFECT_API_URL names and that is of no use: told at once, or after one wait, before all else is loaded."""
 
+import re
 import socket
 import threading
 import time
@@ -53,7 +54,7 @@ def test_one_that_never_answers(tmp_path: Path, silent: socket.socket, monkeypat
         silent.accept()  # it was not asked again
 
 
-def test_one_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     """As behind a firewall: nobody takes the connection, and nobody refuses it."""
     monkeypatch.setattr(asking, "ANSWER_SECONDS", 2.0)
     with ExitStack() as stack:
@@ -69,7 +70,7 @@ def test_one_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert time.monotonic() < begun + 4 * 2.0, "each of the client's four tries has its share"
 
 
-def test_one_that_is_away_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_is_away_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Busy, "asked", [], raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # which leads nowhere, this machine's own ports in particular
     monkeypatch.delenv("no_proxy", raising=False)
@@ -81,3 +82,25 @@ def test_one_that_is_away_is_asked_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert told is not None
     assert "answers with status 503: no Prefect server is there" in told
     assert Busy.asked == ["/api/health"]
+
+
+@pytest.mark.parametrize("api", ["http://127.0.0.1:42o0/api", "http://[::1/api", "127.0.0.1:4200/api"])
+def test_what_is_no_address(api: str) -> None:
+    told = asking.what_is_wrong_with(api)
+    assert told is not None
+    assert re.match(rf"PREFECT_API_URL={re.escape(api)} is no address \(.+\): set it to one such as http://", told)
+    assert not asking.answers(api)
+
+
+def test_a_program_that_speaks_otherwise(silent: socket.socket) -> None:
+    """The port of a page that was, by now with another program: it has the page no more."""
+
+    def answer() -> None:
+        with silent.accept()[0] as connection:
+            connection.recv(1 << 16)
+            connection.sendall(b"\x15\x03\x01\x00\x02\x02\x16 no HTTP\r\n\r\n")
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    assert asking.page_is_lost(f"http://127.0.0.1:{silent.getsockname()[1]}/runs/flow-run/x", "x")
+    thread.join()

@@ -2,13 +2,18 @@
 
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
-from flows.launch.docker import DockerLauncher
-from flows.launch.process import ProcessLauncher
 from flows.launch.protocol import Caller, Launcher, Progress, StageJob
 
+if TYPE_CHECKING:  # they take a while to load, and tests that start a process of their own load one of them
+    from flows.launch.docker import DockerLauncher
+    from flows.launch.process import ProcessLauncher
 
-def doing(command: list[str], launcher: ProcessLauncher | DockerLauncher) -> ProcessLauncher | DockerLauncher:
+L = TypeVar("L", bound="ProcessLauncher | DockerLauncher")
+
+
+def doing(command: list[str], launcher: L) -> L:
     """The launcher, which runs this instead of a stage."""
     launcher.command = lambda job: command  # type: ignore[method-assign]
     return launcher

@@ -17,12 +17,13 @@ from typing import Literal
 from uuid import UUID
 
 import httpx
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.client.schemas.sorting import ArtifactSort
 from prefect.logging import get_logger
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+from flows.server.client import impatient_client
 
 Kind = Literal["markdown", "progress"]
 Data = str | float | Callable[[], str]  # the last: made when it is sent
@@ -30,7 +31,6 @@ Data = str | float | Callable[[], str]  # the last: made when it is sent
 FIRST_SECONDS = 2.0  # before a page under way is sent: a node that is done by then has its last page at once
 SECONDS = 5.0  # between two refreshes of a page
 SHARE = 0.05  # of the time that refreshes may take; slower ones come less often
-REQUEST_SECONDS = 15.0  # that a request may take
 PATIENCE_SECONDS = 60.0  # after a server did not answer
 LAST_SECONDS = 5.0  # that the end of a run waits for what is not sent yet
 
@@ -109,25 +109,24 @@ class Board:
     def _send(self) -> None:
         """What the thread does, until the end."""
         logger, is_told = get_logger("finetune"), False
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):  # Prefect would ask a server that hangs five times more
-            while (page := self._next()) is not None:
-                began = time.monotonic()
-                try:
-                    self._deliver(page)
-                except Exception as error:  # whatever is wrong with a page, it is not worth a run
-                    told = f"{type(error).__name__}: {error}"
-                    if not _is_away(error):
-                        logger.warning("the page %s is not in the UI: %s", page.key, told)
-                    elif self._is_ending:
-                        return
-                    else:
-                        self._keep(page)
-                        if not is_told:
-                            logger.warning("pages in the UI cannot be refreshed for now: %s", told)
-                        is_told = True
-                with self._changed:
-                    if page.key not in self._final:
-                        self._due[page.key] = time.monotonic() + max(SECONDS, (time.monotonic() - began) / SHARE)
+        while (page := self._next()) is not None:
+            began = time.monotonic()
+            try:
+                self._deliver(page)
+            except Exception as error:  # whatever is wrong with a page, it is not worth a run
+                told = f"{type(error).__name__}: {error}"
+                if not _is_away(error):
+                    logger.warning("the page %s is not in the UI: %s", page.key, told)
+                elif self._is_ending:
+                    return
+                else:
+                    self._keep(page)
+                    if not is_told:
+                        logger.warning("pages in the UI cannot be refreshed for now: %s", told)
+                    is_told = True
+            with self._changed:
+                if page.key not in self._final:
+                    self._due[page.key] = time.monotonic() + max(SECONDS, (time.monotonic() - began) / SHARE)
 
     def _next(self) -> _Page | None:
         """The next page to send, once one is due; None: nothing comes any more."""
@@ -152,7 +151,7 @@ class Board:
 
     def _deliver(self, page: _Page) -> None:
         data = page.data() if callable(page.data) else page.data
-        with get_client(httpx_settings={"timeout": REQUEST_SECONDS}, sync_client=True) as client:
+        with impatient_client() as client:
             if self._takes_up:
                 self._ids |= _pages_of(client, self._flow_run_id)
                 self._takes_up = False

@@ -1,9 +1,9 @@
 """The page of a stage that failed: why, what it said last, and how to go on."""
 
 from flows.launch.protocol import StageFailed
+from flows.records.go_on import ways_to_go_on
 from flows.records.run_record import RunFolder, RunRecord
 from flows.records.story import last_lines
-from flows.show.going_on import ways_to_go_on
 from flows.show.pages.details import of_card
 from flows.show.pages.markdown import block, code, facts, page
 from stages.contracts.specs import refused_of

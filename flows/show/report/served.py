@@ -12,9 +12,7 @@ from pathlib import Path
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
 
 from flows.records.server_home import server_home
-from flows.server.local import UI_FILES
-
-FOLDER = "reports"  # beside the files of the UI: the first part of the address
+from flows.server.local import REPORTS, UI_ROOT
 
 
 def serve_report(report: Path, workspace: Path, flow_run_id: str | None) -> str | None:
@@ -24,15 +22,15 @@ def serve_report(report: Path, workspace: Path, flow_run_id: str | None) -> str 
         Its address there; None where the run is not shown on that server, or not to everybody.
     """
     home = server_home(workspace)
-    ui = home / UI_FILES / "v1"  # its files are at the root of the address, those of v2 below it
+    ui = home / UI_ROOT
     if flow_run_id is None or not ui.is_dir() or not _is_used(home) or PREFECT_API_AUTH_STRING.value():
         return None
-    target = ui / FOLDER / f"{flow_run_id}.html"
+    target = ui / REPORTS / f"{flow_run_id}.html"
     target.parent.mkdir(exist_ok=True)
     draft = target.with_suffix(".new")
     shutil.copyfile(report, draft)
     draft.replace(target)
-    return f"/{FOLDER}/{target.name}"
+    return f"/{REPORTS}/{target.name}"
 
 
 def _is_used(home: Path) -> bool:

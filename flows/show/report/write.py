@@ -6,8 +6,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from flows.records.go_on import ways_to_go_on
 from flows.records.story import Story, flow_of
-from flows.show.going_on import ways_to_go_on
 from flows.show.report import sections
 from flows.show.report.lineage_graph import lineage_graph
 from stages.contracts.words import lines
