@@ -71,6 +71,11 @@ def config(workspace: Path, **train: Any) -> PipelineConfig:
     )
 
 
+def changed(workspace: Path, **sections: Any) -> PipelineConfig:
+    """The same with other sections."""
+    return PipelineConfig.model_validate(config(workspace).model_dump(mode="json") | sections)
+
+
 def fake_run(spec: Spec, ctx: Context) -> a.Artifact:
     """Do what a stage of this node does, in small. What it writes follows from the spec, as in the real ones."""
     (ctx.scratch / "content.txt").write_text(f"{spec.NODE} {spec.key}\n")

@@ -3,17 +3,13 @@
 from pathlib import Path
 
 import pytest
-from fake_stages import config
+from fake_stages import changed, config
 
 from flows import cli
 from flows.launch import docker_engine, doctor
 from flows.launch.problems import NotReady, Problem
 from stages.contracts import launch_settings
 from stages.contracts.config import PipelineConfig
-
-
-def changed(workspace: Path, **sections: object) -> PipelineConfig:
-    return PipelineConfig.model_validate(config(workspace).model_dump(mode="json") | sections)
 
 
 def findings(asked: PipelineConfig | None, **ours: str) -> dict[str, doctor.Finding]:

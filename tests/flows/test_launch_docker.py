@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 from engines import engine_of
-from fake_stages import config as small_config
-from fake_stages import make_results
+from fake_stages import changed, make_results
 
 from flows import cli
 from flows.launch import choose
@@ -18,16 +17,10 @@ from flows.launch.problems import NotReady
 from flows.launch.process import ProcessLauncher
 from flows.records.run_record import RunFolder, RunRecord, now
 from stages.contracts import launch_settings
-from stages.contracts.config import PipelineConfig
 from stages.contracts.launch_settings import Gpus, LaunchSettings
 from stages.contracts.specs import DownloadDataSpec, DownloadModelSpec, PushSpec, TrainSpec
 
 NO_GPUS, ALONE = Gpus(), Place()
-
-
-def config(workspace: Path, launch: dict[str, Any], **sections: Any) -> PipelineConfig:
-    values = small_config(workspace).model_dump(mode="json") | sections
-    return PipelineConfig.model_validate(values | {"launch": launch})
 
 
 # Settings
@@ -75,21 +68,21 @@ def test_hosts_have_gpus_whatever_this_machine_has_and_shows(gpus: str) -> None:
 )
 def test_settings_that_mean_nothing(tmp_path: Path, launch: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
-        config(tmp_path, launch)
+        changed(tmp_path, launch=launch)
     assert told in str(caught.value)
 
 
 def test_which_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(launch_settings, "gpus_of_machine", lambda: 0)
-    assert isinstance(choose.launcher_for(config(tmp_path, {})), ProcessLauncher)
-    assert isinstance(choose.launcher_for(config(tmp_path, {"by": "docker"})), DockerLauncher)
+    assert isinstance(choose.launcher_for(changed(tmp_path)), ProcessLauncher)
+    assert isinstance(choose.launcher_for(changed(tmp_path, launch={"by": "docker"})), DockerLauncher)
     monkeypatch.setattr(launch_settings, "gpus_of_machine", lambda: 8)
-    assert isinstance(choose.launcher_for(config(tmp_path, {"hosts": ["ssh://gpu1"]})), DockerLauncher)
+    assert isinstance(choose.launcher_for(changed(tmp_path, launch={"hosts": ["ssh://gpu1"]})), DockerLauncher)
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
-    assert isinstance(choose.launcher_for(config(tmp_path, {})), ProcessLauncher)
+    assert isinstance(choose.launcher_for(changed(tmp_path)), ProcessLauncher)
     with engine_of(tmp_path / "docker.sock"):
-        assert isinstance(choose.launcher_for(config(tmp_path, {})), DockerLauncher)
-        assert isinstance(choose.launcher_for(config(tmp_path, {"by": "process"})), ProcessLauncher)
+        assert isinstance(choose.launcher_for(changed(tmp_path)), DockerLauncher)
+        assert isinstance(choose.launcher_for(changed(tmp_path, launch={"by": "process"})), ProcessLauncher)
 
 
 def test_auto_is_decided_once_and_says_why_it_is_no_containers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -117,11 +110,11 @@ def test_a_run_says_at_once_what_is_in_the_way(
 ) -> None:
     """Before a server is started, and where all is there but a stage is to be done again."""
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none")
-    asked = config(tmp_path, {"by": "docker"})
+    asked = changed(tmp_path, launch={"by": "docker"})
     (problem,) = choose.in_the_way(asked)
     told = str(problem)
     assert told.startswith(f"no Docker engine answers at {tmp_path}/none (No such file or directory). To mend it: ")
-    assert choose.in_the_way(config(tmp_path, {"by": "process"})) == ()
+    assert choose.in_the_way(changed(tmp_path, launch={"by": "process"})) == ()
     make_results(asked)
     record = RunRecord(name="brisk-otter", state="done", config=asked.model_dump(mode="json"), cwd="/", pid=1, started=now())
     folder = RunFolder(tmp_path, "brisk-otter")
@@ -208,7 +201,7 @@ def test_places_that_are_fine(path: str) -> None:
 
 def test_a_push_folder_is_looked_at_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(NotReady, match=r"the folder that push\.folder is in: /, mounted"):
-        check_places(config(tmp_path, {}, push={"to": "folder", "folder": "/hub"}))
+        check_places(changed(tmp_path, push={"to": "folder", "folder": "/hub"}))
 
 
 def mounted(spec: Any, **ours: str) -> set[tuple[str, str, bool]]:
@@ -224,7 +217,7 @@ def test_what_a_download_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (blobs / "abc").touch()
     (model / "config.json").symlink_to("../../blobs/abc")
     monkeypatch.chdir(tmp_path)
-    local = DownloadModelSpec.of(config(workspace, {}, model={"source": "hub/snapshots/1"}))
+    local = DownloadModelSpec.of(changed(workspace, model={"source": "hub/snapshots/1"}))
     assert mounted(local, SSL_CERT_DIR=str(blobs)) == {
         (str(workspace), str(workspace), True),
         (str(model), str(model), False),
@@ -235,7 +228,7 @@ def test_what_a_download_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         folder.mkdir()
     file.touch()
     (bundle / "1a2b.0").symlink_to("../hub/blobs/abc")  # as c_rehash makes them
-    from_hub = DownloadDataSpec.of(config(workspace, {}, data={"source": "somebody/data"}))
+    from_hub = DownloadDataSpec.of(changed(workspace, data={"source": "somebody/data"}))
     certificates = {
         "SSL_CERT_FILE": str(file), "SSL_CERT_DIR": f"{company}:{tmp_path}/none", "REQUESTS_CA_BUNDLE": str(bundle),
     }  # fmt: skip
@@ -245,12 +238,12 @@ def test_what_a_download_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (str(workspace / "cache" / "hub"), "/caches/huggingface/hub", True),
         (str(workspace / "cache" / "datasets"), "/caches/huggingface/datasets", True),
     }
-    inside = config(workspace, {}, data={"source": str(workspace / "text")})
+    inside = changed(workspace, data={"source": str(workspace / "text")})
     (workspace / "text").mkdir()
     assert len(mounted(DownloadDataSpec.of(inside))) == 1  # the workspace shows it
-    pattern = config(workspace, {}, data={"source": f"{tmp_path}/hub/*/abc"})
+    pattern = changed(workspace, data={"source": f"{tmp_path}/hub/*/abc"})
     assert (str(tmp_path / "hub"), str(tmp_path / "hub"), False) in mounted(DownloadDataSpec.of(pattern))
-    prefix = config(workspace, {}, data={"source": f"{blobs}/corpus", "format": "tokenized"})
+    prefix = changed(workspace, data={"source": f"{blobs}/corpus", "format": "tokenized"})
     assert (str(blobs), str(blobs), False) in mounted(DownloadDataSpec.of(prefix))
 
 
@@ -264,7 +257,7 @@ def test_a_source_that_is_a_link(tmp_path: Path) -> None:
     (more / "a.txt").touch()
     (text / "a.txt").symlink_to("../more/a.txt")
     (text / "b.txt").symlink_to("a.txt")
-    seen = mounted(DownloadDataSpec.of(config(workspace, {}, data={"source": str(workspace / "text")})))
+    seen = mounted(DownloadDataSpec.of(changed(workspace, data={"source": str(workspace / "text")})))
     assert {source for source, target, _ in seen if source == target} == {
         str(workspace), str(tmp_path / "current" / "text"), str(text), str(more),
     }  # fmt: skip
@@ -275,7 +268,7 @@ def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
     (tmp_path / "text" / "a").symlink_to("b")
     (tmp_path / "text" / "b").symlink_to("a")
     (tmp_path / "text" / "c").symlink_to("/nowhere/at/all")
-    spec = DownloadDataSpec.of(config(tmp_path / "w", {}, data={"source": str(tmp_path / "text")}))
+    spec = DownloadDataSpec.of(changed(tmp_path / "w", data={"source": str(tmp_path / "text")}))
     assert len(mounted(spec)) == 2
 
 
@@ -284,7 +277,7 @@ def test_who_talks_to_the_hub(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
 
     def talking(**sections: Any) -> set[str]:
-        asked = config(tmp_path / "w", {}, **sections)
+        asked = changed(tmp_path / "w", **sections)
         return {spec.NODE for spec in (DownloadModelSpec.of(asked), DownloadDataSpec.of(asked)) if spec.talks_to_hub}
 
     here, there = str(tmp_path), "somebody/thing"

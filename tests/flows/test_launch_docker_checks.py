@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from docker.errors import APIError, ImageNotFound
 from engines import SocketEngine, engine_of
+from fake_stages import changed
 from processes import wait_until
 from requests import ConnectionError as RequestsError
-from test_launch_docker import config
 
 from flows.launch import docker, docker_checks, docker_engine
 from flows.launch.docker import DockerLauncher
@@ -167,31 +167,33 @@ def test_no_nvidia_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_workspace_that_would_hide_the_container_s_own() -> None:
     with pytest.raises(NotReady, match="workspace: /usr, mounted in a container, would hide /usr/"):
-        check_settings(config(Path("/usr"), {"by": "docker"}), {})
+        check_settings(changed(Path("/usr"), launch={"by": "docker"}), {})
 
 
 def test_too_little_for_the_processes(tmp_path: Path) -> None:
-    few = config(tmp_path, {"by": "docker", "gpus": 2}, layout={"tp": 4})
+    few = changed(tmp_path, launch={"by": "docker", "gpus": 2}, layout={"tp": 4})
     with pytest.raises(NotReady, match=r"layout has 4 processes on one machine .*, and launch.gpus=2 gives them 2 GPUs"):
         check_settings(few, {})
-    little = config(tmp_path, {"by": "docker", "gpus": 4, "shm_size": "64MB"}, layout={"tp": 4})
+    little = changed(tmp_path, launch={"by": "docker", "gpus": 4, "shm_size": "64MB"}, layout={"tp": 4})
     with pytest.raises(
         NotReady, match=r"launch.shm_size=64.0 MB is too little shared memory for NCCL.* set launch.shm_size: 8GB"
     ):
         check_settings(little, {})
-    check_settings(config(tmp_path, {"by": "docker", "gpus": 4, "shm_size": "64MB", "ipc": "host"}, layout={"tp": 4}), {})
+    check_settings(
+        changed(tmp_path, launch={"by": "docker", "gpus": 4, "shm_size": "64MB", "ipc": "host"}, layout={"tp": 4}), {}
+    )
 
 
 def test_verify_has_all_ranks_on_the_first_machine(tmp_path: Path) -> None:
     """Two machines with two GPUs are enough to train with tp=4, and not to verify."""
     hosts = ["ssh://gpu1", "ssh://gpu2"]
-    asked = config(tmp_path, {"hosts": hosts, "gpus": 2}, layout={"tp": 4})
+    asked = changed(tmp_path, launch={"hosts": hosts, "gpus": 2}, layout={"tp": 4})
     assert asked.processes_per_machine == 2
     assert [processes_on(asked, host=host) for host in hosts] == [4, 2]
     with pytest.raises(NotReady, match=r"tp × pp of verify, all on the first\).*, and launch.gpus=2 gives them 2 GPUs"):
         check_settings(asked, {})
     check_settings(
-        config(tmp_path, {"hosts": hosts, "gpus": 2}, layout={"tp": 2}, train={"steps": 2, "sequence_length": 16}), {}
+        changed(tmp_path, launch={"hosts": hosts, "gpus": 2}, layout={"tp": 2}, train={"steps": 2, "sequence_length": 16}), {}
     )
 
 
@@ -256,7 +258,7 @@ def test_all_hosts_are_looked_at_before_the_first_stage(tmp_path: Path, monkeypa
     monkeypatch.setattr(docker, "check_engine", lambda *asked: image)
     (tmp_path / "text").mkdir()
     hosts, text = [first, second, second, first], str(tmp_path / "text")
-    asked = config(tmp_path / "w", {"hosts": hosts}, layout={"dp": 4}, data={"source": text})
+    asked = changed(tmp_path / "w", launch={"hosts": hosts}, layout={"dp": 4}, data={"source": text})
     launcher, caller = DockerLauncher(asked), Caller(print, print, threading.Event())
 
     def engines(stage: str, node: str) -> list[str]:
@@ -296,7 +298,7 @@ def test_where_containers_of_several_machines_meet(tmp_path: Path) -> None:
     def places(ids: str, **launch: str) -> list[Place]:
         networks = SimpleNamespace(create=create)
         clients = [SimpleNamespace(info=lambda id=id: {"ID": id}, networks=networks) for id in ids]
-        launcher = DockerLauncher(config(tmp_path, {"hosts": hosts, **launch}, layout={"tp": 2}))
+        launcher = DockerLauncher(changed(tmp_path, launch={"hosts": hosts, **launch}, layout={"tp": 2}))
         engines = [DockerEngine(host, client, image) for host, client in zip(hosts, clients, strict=True)]
         with launcher._places(job, spec, engines) as places:
             return places
@@ -351,7 +353,7 @@ def gone(*args: Any, **kwargs: Any) -> Any:
 def test_an_engine_that_goes_away_while_it_is_looked_at(tmp_path: Path) -> None:
     """Each of these ends as a refusal that says so, and not as a defect of ours."""
     here, wanted, stop = "unix:///x", LaunchSettings(gpus="all"), threading.Event()
-    launcher = DockerLauncher(config(tmp_path, {"hosts": [here, here]}, layout={"tp": 2}))
+    launcher = DockerLauncher(changed(tmp_path, launch={"hosts": [here, here]}, layout={"tp": 2}))
     job = StageJob("train", "train", tmp_path / "spec.json", tmp_path / "log", "brisk-otter")
     spec = TrainSpec.model_validate({"workspace": str(tmp_path), "settings": {"steps": 1}})
     image = docker_checks.Image("mine", "sha256:1", "sha256:1")

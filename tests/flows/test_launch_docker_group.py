@@ -1,20 +1,28 @@
 """What becomes of the output and the ends of containers, without an engine; and the shim that is in them."""
 
+import contextlib
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from io import StringIO
+from pathlib import Path
+from typing import Any
 
 import pytest
+from fake_stages import config
 
+from flows.launch.docker import DockerLauncher, Engine
+from flows.launch.docker_checks import Image
 from flows.launch.docker_container import Container, Ending
 from flows.launch.docker_group import Group
 from flows.launch.listener import Listener
 from flows.launch.output import LineSplitter, Redactor
 from flows.launch.process import SHIM
-from flows.launch.protocol import Caller
+from flows.launch.protocol import Caller, StageJob
+from stages.contracts.process import EVENT_PREFIX
+from stages.contracts.specs import SPECS
 
 
 def test_pieces_of_output_become_lines() -> None:
@@ -43,6 +51,9 @@ class Fake:
     def lines(self) -> Iterator[str]:
         yield from self.said
         self.may_end.wait(10)
+
+    def hold(self, descriptors: tuple[int, ...]) -> None:
+        pass
 
     def ended(self, grace: float) -> Ending:
         return self.ending
@@ -113,6 +124,28 @@ def test_what_was_done_when_it_was_stopped_is_done() -> None:
     stop.set()
     group, _ = listen(Fake([], Ending(0), waits=True), stop=stop)
     assert group.failed() is None
+
+
+def test_all_machines_are_heard_in_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the log file as in the UI, each line says where it is from. The second one begins when the first says so."""
+    fakes = Fake(["a", f'{EVENT_PREFIX}{{"event": "join"}}', "b"], Ending(0), waits=True), Fake(["a", "b"], Ending(0))
+    asked = config(tmp_path)
+    job = StageJob("download-model", "download", tmp_path / "spec.json", tmp_path / "logs" / "stage.log", "brisk-otter")
+    job.spec_file.write_text(SPECS[job.node].of(asked).model_dump_json())
+    launcher, lines = DockerLauncher(asked, grace=1.0), list[str]()
+
+    def started(job: StageJob, spec: Any, engine: Engine, place: int, grace: float) -> Fake:
+        if place == 1:
+            fakes[0].may_end.set()
+        return fakes[place]
+
+    engines = [Engine(f"host-{number}", None, Image("i", "i", "i")) for number in range(2)]
+    monkeypatch.setattr(launcher, "_engines", lambda *asked: engines)
+    monkeypatch.setattr(launcher, "_places", lambda *asked: contextlib.nullcontext([0, 1]))
+    monkeypatch.setattr(launcher, "_started", started)
+    launcher.run(job, Caller(lines.append, print, threading.Event()))
+    assert sorted(lines) == ["[node 0] a", "[node 0] b", "[node 1] a", "[node 1] b"]
+    assert job.log_file.read_text().splitlines() == lines
 
 
 # The shim in a container

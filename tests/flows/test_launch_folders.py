@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from engines import SocketEngine
-from test_launch_docker import config
+from fake_stages import changed
 
 from flows.launch import doctor
 from flows.launch.docker_checks import Image, look_around
@@ -69,7 +69,7 @@ def test_a_workspace_that_cannot_be_written_to(tmp_path: Path, shut: Path) -> No
 
 
 def test_doctor_in_a_folder_that_one_may_not_enter(shut: Path) -> None:
-    asked = config(shut / "w", {"by": "process"})
+    asked = changed(shut / "w", launch={"by": "process"})
     with nobody():
         (found,) = [finding for finding in doctor.examine(asked, {}) if finding.subject == "workspace"]
     assert found.text == f"{shut}/w: {shut} cannot be written to"
@@ -84,7 +84,7 @@ def test_what_cannot_be_made(tmp_path: Path) -> None:
     assert refusal(lambda: make_folders(binds_of(push, {}))) == (
         f"the folder that push.folder is in: {file}/mine cannot be made (Not a directory). {MEND}"
     )
-    data = DownloadDataSpec.of(config(workspace, {}))
+    data = DownloadDataSpec.of(changed(workspace))
     assert refusal(lambda: make_folders(binds_of(data, {"HF_HOME": str(file)}))) == (
         f"HF_DATASETS_CACHE: {file}/datasets cannot be made (Not a directory). {MEND}"
     )
@@ -93,7 +93,7 @@ def test_what_cannot_be_made(tmp_path: Path) -> None:
 def test_what_may_not_be_looked_at(tmp_path: Path, shut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source is refused; of what is in one, download passes over what it may not read, and so does the look for links."""
     for section, key in (("model", "model.source"), ("data", "data.source")):
-        asked = config(tmp_path, {}, **{section: {"source": str(shut / "text")}})
+        asked = changed(tmp_path, **{section: {"source": str(shut / "text")}})
         with nobody():
             assert refusal(lambda asked=asked: check_places(asked)) == (
                 f"{key}: {shut}/text cannot be read (Permission denied). {MEND}"
@@ -106,9 +106,9 @@ def test_what_may_not_be_looked_at(tmp_path: Path, shut: Path, monkeypatch: pyte
         folder.mkdir()
         (source / folder.name).symlink_to(folder)
         (source / f"not-{folder.name}").symlink_to(shut / "text")
-    text = DownloadDataSpec.of(config(workspace, {}, data={"source": str(source)}))
-    tokens = DownloadDataSpec.of(config(workspace, {}, data={"source": f"{shut}/text/corpus", "format": "tokenized"}))
-    hub = DownloadDataSpec.of(config(workspace, {}))
+    text = DownloadDataSpec.of(changed(workspace, data={"source": str(source)}))
+    tokens = DownloadDataSpec.of(changed(workspace, data={"source": f"{shut}/text/corpus", "format": "tokenized"}))
+    hub = DownloadDataSpec.of(changed(workspace))
     with nobody():
         assert {bind.source for bind in binds_of(text, {})} == {workspace, source, *elsewhere}
         told = refusal(lambda: binds_of(tokens, {}))

@@ -3,9 +3,7 @@
 from pathlib import Path
 
 import pytest
-from fake_stages import config as small
-from fake_stages import make_results
-from test_launch_docker import config
+from fake_stages import changed, make_results
 
 from flows.asked.load_config import BadConfig
 from flows.asked.parameters import Asked
@@ -14,9 +12,7 @@ from flows.launch.gpus import processes_on
 from flows.launch.problems import Problem
 from flows.running.ready import nodes_to_do, refuse_what_cannot_run
 from stages.contracts import launch_settings
-from stages.contracts.launch_settings import LaunchSettings
 from stages.contracts.specs import SPECS
-from stages.contracts.train_settings import LayoutSettings
 from stages.contracts.words import counted
 
 TOO_FEW = (
@@ -48,7 +44,7 @@ def test_a_gpu_for_every_process(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    asked = config(tmp_path, {"by": "process", "gpus": gpus}, layout={"tp": 2, "dp": 2})
+    asked = changed(tmp_path, launch={"by": "process", "gpus": gpus}, layout={"tp": 2, "dp": 2})
     expected = [] if told is None else [Problem(TOO_FEW.format(counted(told, "GPU")), MEND)]
     assert list(choose.in_the_way(asked)) == expected
     found = [finding for finding in doctor.examine(asked, {}) if finding.subject == "gpus" and finding.mend]
@@ -63,7 +59,7 @@ def test_what_is_not_done_needs_no_gpus(
 ) -> None:
     """What was trained on many is exported, and published, on one."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    asked = config(tmp_path, {"by": "process"}, layout={"tp": 2, "dp": 2})
+    asked = changed(tmp_path, launch={"by": "process"}, layout={"tp": 2, "dp": 2})
     assert processes_on(asked, stages) == processes
     for of_machine in (1, 2, 4):
         monkeypatch.setattr(launch_settings, "gpus_of_machine", lambda number=of_machine: number)
@@ -73,7 +69,7 @@ def test_what_is_not_done_needs_no_gpus(
 def test_a_run_needs_gpus_for_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_settings, "gpus_of_machine", lambda: 1)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    asked = small(tmp_path).model_copy(update={"layout": LayoutSettings(tp=2), "launch": LaunchSettings(by="process")})
+    asked = changed(tmp_path, layout={"tp": 2}, launch={"by": "process"})
     assert nodes_to_do(Asked(asked)) == frozenset(SPECS)
     with pytest.raises(BadConfig, match=r"^launch: layout has 2 processes on .*, and they see 1 GPU\. To mend it: lower"):
         refuse_what_cannot_run(Asked(asked))

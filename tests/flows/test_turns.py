@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_launch_docker import config
+from fake_stages import changed
 
 from flows.records import locks
 from flows.records.run_record import LiveRecord, NodeState, RunFolder, RunRecord, now
@@ -35,8 +35,9 @@ def test_a_stage_takes_the_gpus_of_its_machines(
     monkeypatch.setattr(turns, "get_run_logger", lambda: logging.getLogger("turns"))
     monkeypatch.setattr(launch_settings, "gpus_of_machine", lambda: 8)
     monkeypatch.delenv("DOCKER_HOST", raising=False)
+    asked = changed(tmp_path, launch={"gpus": "device=0", **launch}, layout={"tp": 2})
     run: Any = SimpleNamespace(
-        config=config(tmp_path, {"gpus": "device=0", **launch}, layout={"tp": 2}), workspace=tmp_path, stop=threading.Event(),
+        config=asked, workspace=tmp_path, stop=threading.Event(),
         folder=RunFolder(tmp_path, "brisk-otter"), refresh=frozenset(), fresh=False,
     )  # fmt: skip
     settings: dict[str, Any] = {"settings": {"steps": 1}} if node == "train" else {}
