@@ -29,7 +29,7 @@ from stages.contracts.words import lines, shown_path, size
 NO_SPACE = 10_000_000  # bytes: a disk with less has probably just run full
 
 RUN_HELP = """\
-Check a configuration, then do the whole job: download, preprocess, convert, verify, shard, train, merge, export, push.
+Check a configuration, then do the whole job: download, preprocess, convert, shard, verify, train, merge, export, push.
 
 Stages whose results are in the workspace and intact are not run again, so the same command after a failure, a Ctrl-C or
 a kill goes on where it stopped; training goes on from its last checkpoint.

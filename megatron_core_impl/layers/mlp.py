@@ -37,7 +37,7 @@ class _Gated(torch.autograd.Function):
         ctx.activation = activation
         act, _ = _ACTIVATIONS[activation]
         product = act(gate)
-        # PyTorch 2.11's compiler gives a function no gradient whose result was written in place.
+        # PyTorch 2.11's compiler gives a function no gradient whose result was written in place; that of 2.13 does.
         return product * up if torch.compiler.is_compiling() else product.mul_(up)
 
     @staticmethod

@@ -57,7 +57,7 @@ def frequencies(config: ModelConfig, dtype: torch.dtype) -> Tensor:
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     turned, rolled = x * cos, x.roll(x.shape[-1] // 2, -1)  # rolled: the halves have changed places
-    # PyTorch 2.11's compiler gives a function no gradient whose result was written in place.
+    # PyTorch 2.11's compiler gives a function no gradient whose result was written in place; that of 2.13 does.
     add = turned.addcmul if torch.compiler.is_compiling() else turned.addcmul_
     return add(rolled, sin, value=direction)
 

@@ -13,6 +13,7 @@ from stages.contracts.sizes import Bytes
 
 CPU_IMAGE, GPU_IMAGE = "megatron-flows:cpu", "megatron-flows:gpu"
 GPU_STAGES = frozenset({"verify", "train", "export"})  # the others do not compute
+DRIVER, WSL = Path("/proc/driver/nvidia/gpus"), Path("/dev/dxg")  # where the kernel has GPUs
 PORT = 29400  # of the rendezvous, where launch.rendezvous names none
 HOST = re.compile(r"unix:///\S+|ssh://([^\s/@-][^\s/@]*@)?[^\s/@:-][^\s/@:]*(:\d+)?(/\S*)?|tcp://[^\s/@:]+:\d+")
 HOST_FORMS = "unix:///PATH, ssh://USER@MACHINE or tcp://MACHINE:PORT"
@@ -139,5 +140,5 @@ def machine_has_gpus() -> bool:
 
 def gpus_of_machine() -> int | None:
     """How many it has. None: some; WSL does not tell how many."""
-    number = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-    return None if not number and Path("/dev/dxg").exists() else number
+    number = len(list(DRIVER.glob("*")))
+    return None if not number and WSL.exists() else number

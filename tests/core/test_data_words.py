@@ -176,6 +176,7 @@ SPLITTERS: dict[str, tuple[Any, Any, bool]] = {  # name: splitter, normalizer, w
     "twice-prefixed": (
         sequence(pre_tokenizers.Split(Regex(r"(?<n>\p{L})\k<n>|\p{N}*"), "isolated"), split("gpt-2"), ROBERTA), None, False),
     "spaces-removed": (steps(pre_tokenizers.Split(Regex(" "), "removed")), None, False),
+    "letters-together": (steps(pre_tokenizers.Split(Regex(r"(?>\p{L})"), "contiguous")), None, False),
     "text": (steps(pre_tokenizers.Split("a", "isolated")), None, False),
     "digits-prefixed": (sequence(pre_tokenizers.Digits(True), ROBERTA), None, True),
     "digits-nothing-back": (steps(pre_tokenizers.Digits(True), NOTHING_BACK), None, True),

@@ -3,21 +3,16 @@
 from pathlib import Path
 
 import pytest
+from test_load_config import GOOD, problems
 
 from flows.asked import config_errors
-from flows.asked.load_config import BadConfig, load_config
 from stages.contracts.config import PipelineConfig
 
 ROOT = Path(__file__).parents[2]
-GOOD = "model: {source: somebody/model}\ndata: {source: somebody/data}\ntrain: {steps: 10}\n"
 
 
 def problem(tmp_path: Path, *overrides: str, text: str = GOOD) -> str:
-    file = tmp_path / "mine.yaml"
-    file.write_text(text)
-    with pytest.raises(BadConfig) as caught:
-        load_config(file, overrides)
-    [told] = caught.value.problems
+    [told] = problems(tmp_path, text, *overrides)
     return told
 
 

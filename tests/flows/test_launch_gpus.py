@@ -83,3 +83,16 @@ def test_a_run_needs_gpus_for_what_it_does(tmp_path: Path, monkeypatch: pytest.M
     refuse_what_cannot_run(Asked(asked, stage="export"))
     with pytest.raises(BadConfig, match="layout has 2 processes"):
         refuse_what_cannot_run(Asked(asked, stage="train"))
+
+
+def test_the_gpus_that_a_machine_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its kernel says: NVIDIA's driver, or WSL, which does not tell how many."""
+    driver, wsl = tmp_path / "gpus", tmp_path / "dxg"
+    monkeypatch.setattr(launch_settings, "DRIVER", driver)
+    monkeypatch.setattr(launch_settings, "WSL", wsl)
+    assert (launch_settings.gpus_of_machine(), launch_settings.machine_has_gpus()) == (0, False)
+    wsl.touch()
+    assert (launch_settings.gpus_of_machine(), launch_settings.machine_has_gpus()) == (None, True)
+    for address in ("0000:01:00.0", "0000:02:00.0"):
+        (driver / address).mkdir(parents=True)
+    assert (launch_settings.gpus_of_machine(), launch_settings.machine_has_gpus()) == (2, True)
