@@ -129,7 +129,16 @@ def llama() -> dict[str, Any]:
     return definition | {"pre_tokenizer": WHOLE}
 
 
-UNKNOWN = ["\x01\x02", "a\x01\x02b", "é\nß\n\n\x01é \x01\n a", "x0 ax a0xa 0\n0é\nx", "é)\n\n)\né\n(é e\nee\n"]
+KNOWN = "".join(chr(i) for i in range(128) if chr(i) != "\n")
+UNKNOWN = [
+    "Z;Z Z; ;Z",
+    "a;Z;",
+    "\x01\x02",
+    "a\x01\x02b",
+    "é\nß\n\n\x01é \x01\n a",
+    "x0 ax a0xa 0\n0é\nx",
+    "é)\n\n)\né\n(é e\nee\n",
+]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +166,8 @@ UNKNOWN = ["\x01\x02", "a\x01\x02b", "é\nß\n\n\x01é \x01\n a", "x0 ax a0xa 0\
         ({}, {"byte_fallback": False, "without": "▁"}, False),
         ({}, {"byte_fallback": False, "merge": ("\n", "\n")}, True),
         ({}, {"byte_fallback": False, "without": "ax0"}, True),
+        ({}, {"byte_fallback": False, "known": KNOWN}, True),
+        ({}, {"byte_fallback": False, "without": "'()*+,-.012:=>[]_"}, True),
         ({}, {"ignore_merges": True}, False),
         ({}, {"merge": ("<0x0A>", "e")}, False),
         ({}, {"merge": ("e", "▁")}, False),
@@ -181,6 +192,8 @@ def test_text_that_is_not_split_is_cut_where_no_merge_joins(
     model["merges"] = [merge for merge in model["merges"] if not without & set("".join(merge))]
     for number, piece in enumerate(sorted(without)):  # which has no piece then; ids stay
         model["vocab"][f"unused-{number}"] = model["vocab"].pop(piece)
+    for character in of_model.pop("known", ""):
+        model["vocab"].setdefault(character, len(model["vocab"]))
     model.update(of_model)
     write(tmp_path, "tokenizer.json", definition)
     assert (merge_cuts(definition) is not None) == is_cut
