@@ -72,8 +72,7 @@ def request(ask: Ask, settings: LaunchSettings, ours: Mapping[str, str]) -> dict
         "group_add": [str(group) for group in os.getgroups() if group != os.getgid()],
         "working_dir": str(Path.cwd()),  # relative paths of a configuration start there
         "mounts": [Mount(str(b.target), str(b.source), type="bind", read_only=not b.is_writable) for b in ask.binds],
-        "tmpfs": dict.fromkeys(_in_memory(home, ask.binds), "exec,mode=1777")  # exec: compilers write there what is run
-        | dict.fromkeys(map(str, ask.hidden), "ro"),
+        "tmpfs": dict.fromkeys(_in_memory(home, ask.binds), _memory()) | dict.fromkeys(map(str, ask.hidden), "ro"),
         "read_only": True,
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges"],
@@ -92,6 +91,13 @@ def request(ask: Ask, settings: LaunchSettings, ours: Mapping[str, str]) -> dict
     else:
         wanted["shm_size"] = settings.shm_size
     return wanted | _network(ask.place)
+
+
+def _memory() -> str:
+    """Options of what is written to and kept in memory. Compilers run what they write there; and where the image has the same
+    folder, closed to others, engines keep its mode: so it is the person's.
+    """
+    return f"exec,mode=1777,uid={os.getuid()},gid={os.getgid()}"
 
 
 def container_name(run: str, node: str, attempt: str, number: int = 0) -> str:

@@ -1,4 +1,5 @@
-"""Tests with a real Docker engine and the image megatron-flows:cpu: `make test-containers`. Without these they fail."""
+"""Tests with a real Docker engine, and images that `tests/containers/prepare.sh` makes: `make test-containers`. Without these
+they fail."""
 
 import sys
 import uuid

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fake_stages import config
+from fake_stages import changed
 from watched import Watched, doing
 
 from flows.launch.docker import DockerLauncher
@@ -17,7 +17,7 @@ IN_CONTAINERS = {"by": "docker", "gpus": "none", "shm_size": "64MB"}
 
 def config_of(workspace: Path, **launch: Any) -> PipelineConfig:
     """A small configuration, in containers."""
-    return PipelineConfig.model_validate(config(workspace).model_dump(mode="json") | {"launch": IN_CONTAINERS | launch})
+    return changed(workspace, launch=IN_CONTAINERS | launch)
 
 
 def containers_of(client: Any, workspace: Path) -> list[Any]:
@@ -26,18 +26,21 @@ def containers_of(client: Any, workspace: Path) -> list[Any]:
     return found
 
 
-def job_of(workspace: Path, stage: str) -> StageJob:
-    """A job whose spec is that of a stage, without inputs."""
+def job_of(workspace: Path, node: str) -> StageJob:
+    """A job whose spec is that of a node, without inputs."""
     folder = workspace / "runs" / "brisk-otter"
-    file = folder / "specs" / f"{stage}.json"
+    file = folder / "specs" / f"{node}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"train": {"settings": {"steps": 1}}, "push": {"settings": {"to": "hub", "repo": "me/mine"}}}
-    spec = SPECS[stage].model_validate({"workspace": str(workspace), **settings.get(stage, {})})
+    settings = {
+        "train": {"settings": {"steps": 1}}, "push": {"settings": {"to": "hub", "repo": "me/mine"}},
+        "download-model": {"model": {"source": "me/model"}},
+    }  # fmt: skip
+    spec = SPECS[node].model_validate({"workspace": str(workspace), **settings.get(node, {})})
     file.write_text(spec.model_dump_json())
-    return StageJob(stage, stage, file, folder / "logs" / f"{stage}.log", "brisk-otter", talks_to_hub=spec.talks_to_hub)
+    return StageJob(node, spec.STAGE, file, folder / "logs" / f"{node}.log", "brisk-otter", talks_to_hub=spec.talks_to_hub)
 
 
-def scripted(workspace: Path, code: str, *, stage: str = "train", grace: float = 5.0, **launch: Any) -> Watched:
+def scripted(workspace: Path, code: str, *, node: str = "train", grace: float = 5.0, **launch: Any) -> Watched:
     """A launch of a piece of Python in a container."""
     launcher = DockerLauncher(config_of(workspace, **launch), grace=grace)
-    return Watched(doing(["python", "-c", code], launcher), job_of(workspace, stage))
+    return Watched(doing(["python", "-c", code], launcher), job_of(workspace, node))

@@ -87,13 +87,11 @@ def test_a_workspace_that_the_engine_does_not_see(workspace: Path, monkeypatch: 
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
-def test_a_workspace_that_cannot_be_written_to(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_workspace_that_cannot_be_written_to(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     monkeypatch.setattr(os, "getgid", lambda: 12345)
     monkeypatch.setattr(os, "getgroups", list)
-    for folder in (workspace, *workspace.parents):
-        if folder.is_relative_to(tmp_path.parents[1]):
-            folder.chmod(0o755)
+    workspace.chmod(0o755)
     told = refusal(scripted(workspace, ""))
     assert f"a container of user 12345:12345 may not write to {workspace}" in told
     assert f"To mend it: sudo chown -R 12345:12345 {workspace}" in told
@@ -105,20 +103,26 @@ def ssh_of_ours() -> list[int]:
     return [pid for pid in found if b"fake_ssh.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
+@pytest.fixture
+def ssh_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of this machine's engine over a stand-in for ssh."""
+    fake_ssh.install(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    return f"ssh://me@there{default_host().removeprefix('unix://')}"
+
+
 @pytest.fixture(params=["tls", "ssh"])
 def breakable(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """The address of an engine, and what breaks the connection to it."""
-    engine = default_host().removeprefix("unix://")
     if request.param == "ssh":
-        fake_ssh.install(tmp_path / "bin")
-        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-        yield f"ssh://me@there{engine}", lambda: [os.kill(pid, signal.SIGKILL) for pid in ssh_of_ours()]
+        yield request.getfixturevalue("ssh_host"), lambda: [os.kill(pid, signal.SIGKILL) for pid in ssh_of_ours()]
         return
     write_certificates(tmp_path / "ours")
     monkeypatch.setenv("DOCKER_CERT_PATH", str(tmp_path / "ours"))
     with contextlib.ExitStack() as network:
+        engine = default_host().removeprefix("unix://")
         yield network.enter_context(engine_behind_tls(tmp_path / "ours", engine)), network.close
 
 
@@ -214,12 +218,10 @@ def test_an_engine_behind_tls(client: Any, workspace: Path, tmp_path: Path, monk
         assert containers_of(client, workspace) == []
 
 
-def test_an_engine_over_ssh(client: Any, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_over_ssh(client: Any, workspace: Path, ssh_host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Output, stop and the environment of the Hub go through the socket that ssh forwards, and ssh ends with the run."""
-    fake_ssh.install(tmp_path / "bin")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("HF_TOKEN", "hf_averysecrettokenofsomebody")
-    watched = scripted(workspace, ASKED, node="push", hosts=[f"ssh://me@there{default_host().removeprefix('unix://')}"])
+    watched = scripted(workspace, ASKED, node="push", hosts=[ssh_host])
     programs: list[int] = []
 
     def on_line(line: str) -> None:

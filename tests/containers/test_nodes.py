@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_stages import config
+from fake_stages import changed
 from processes import wait_until
 from scripted import IN_CONTAINERS, containers_of
 from train_inputs import cut_spec
@@ -19,7 +19,6 @@ from flows.launch.process import ProcessLauncher
 from flows.launch.protocol import Caller, Launcher, Progress, StageFailed, StageJob
 from megatron_core_impl.checkpoint.training import finished_steps
 from stages.contracts import artifacts as a
-from stages.contracts.config import PipelineConfig
 from stages.contracts.specs import TrainSpec
 
 pytestmark = pytest.mark.timeout(900)  # half a minute each on two quiet cores
@@ -42,11 +41,11 @@ class Training:
 
     def on_nodes(self) -> DockerLauncher:
         """A launcher with two machines, which are the same one."""
-        asked = config(Path(self.spec.workspace)).model_dump(mode="json") | {
-            "layout": {"tp": 2}, "train": self.spec.settings.model_dump(),
-            "launch": IN_CONTAINERS | {"hosts": [default_host()] * 2},
-        }  # fmt: skip
-        return DockerLauncher(PipelineConfig.model_validate(asked), grace=60)
+        asked = changed(
+            Path(self.spec.workspace), layout={"tp": 2}, train=self.spec.settings.model_dump(),
+            launch=IN_CONTAINERS | {"hosts": [default_host()] * 2},
+        )  # fmt: skip
+        return DockerLauncher(asked, grace=60)
 
     def run(self, launcher: Launcher) -> a.CheckpointArtifact:
         def on_progress(progress: Progress) -> None:
@@ -74,7 +73,7 @@ def in_one_process(spec: TrainSpec, elsewhere: Path) -> a.CheckpointArtifact:
     """The same training on this machine, without containers."""
     other = Training(elsewhere, **spec.settings.model_dump(include={"steps", "checkpoint_interval"}))
     assert other.spec.key == spec.key
-    return other.run(ProcessLauncher())
+    return other.run(ProcessLauncher(visible_gpus=""))  # as the containers
 
 
 def test_two_nodes_one_dies_and_training_goes_on(client: Any, workspace: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from relay import connect
 
 
 def write_certificates(folder: Path) -> None:
@@ -71,17 +72,4 @@ def engine_behind_tls(folder: Path, engine: str) -> Iterator[str]:
 def _connect(raw: socket.socket, context: ssl.SSLContext, ours: socket.socket, engine: str) -> None:
     with contextlib.suppress(OSError), context.wrap_socket(raw, server_side=True) as theirs, ours:
         ours.connect(engine)
-        back = threading.Thread(target=_relay, args=[ours, theirs], daemon=True)
-        back.start()
-        _relay(theirs, ours)
-        back.join()
-
-
-def _relay(source: socket.socket, target: socket.socket) -> None:
-    """Until either side has gone; then both."""
-    with contextlib.suppress(OSError):
-        while data := source.recv(1 << 16):
-            target.sendall(data)
-    for end in (source, target):
-        with contextlib.suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)
+        connect(theirs, ours)

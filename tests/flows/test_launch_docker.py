@@ -1,6 +1,7 @@
 """What the Docker launcher asks for and makes of what it hears, without an engine."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,9 @@ def test_a_request_is_closed_by_default() -> None:
     assert "secret" not in json.dumps(wanted["environment"])
     assert wanted["environment"]["NCCL_DEBUG"] == "INFO"
     assert wanted["environment"]["HOME"] == "/home/me"
-    assert wanted["tmpfs"] == {"/tmp": "exec,mode=1777", "/home/me": "exec,mode=1777"}
-    assert asked(LaunchSettings(), HOME="/")["tmpfs"] == {"/tmp": "exec,mode=1777"}  # of a service
+    ours = f"exec,mode=1777,uid={os.getuid()},gid={os.getgid()}"
+    assert wanted["tmpfs"] == {"/tmp": ours, "/home/me": ours}
+    assert asked(LaunchSettings(), HOME="/")["tmpfs"] == {"/tmp": ours}  # of a service
     (mount,) = wanted["mounts"]
     assert (mount["Source"], mount["Target"], mount["ReadOnly"]) == ("/data/w", "/data/w", False)
 
