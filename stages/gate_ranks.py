@@ -103,7 +103,7 @@ def _failure(outcome: torchrun.Outcome, log: Path) -> BaseException:
                 return OSError(number, message, file or str(log.parent))
             case {"rank": rank, "message": message, "trace": trace}:
                 print(trace, file=sys.stderr, flush=True)
-                return torchrun.WorkerCrashed(f"rank {rank}: {message}. This is a defect of ours; the traceback is above")
+                return torchrun.WorkerCrashed(f"rank {rank}: {message}. This is a defect of ours; its log has the traceback")
     if outcome.is_stopped:
         return Interrupted("stopped; run it again")
     print(printed, file=sys.stderr, flush=True)  # the file goes with the scratch folder

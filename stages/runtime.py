@@ -90,13 +90,13 @@ def _main(
         }.get(error.errno or 0)
         if lack is None:
             traceback.print_exc()
-            return _fail(stage, f"{error}. This is a defect of ours; the traceback is above", ExitCode.CRASH)
+            return _fail(stage, f"{error}. This is a defect of ours; its log has the traceback", ExitCode.CRASH)
         path = error.filename2 or error.filename  # of a copy that fails the second is what is written
         where = f" at {path}" if path else ""
         return _fail(stage, f"{lack[0]}{where}: {lack[1]}, then run again", ExitCode.BAD_INPUT)
     except Exception as error:
         traceback.print_exc()
-        message = f"{type(error).__name__}: {error}. This is a defect of ours; the traceback is above"
+        message = f"{type(error).__name__}: {error}. This is a defect of ours; its log has the traceback"
         return _fail(stage, message, ExitCode.CRASH)
 
 

@@ -202,8 +202,8 @@ def failure(outcome: torchrun.Outcome, spec: TrainSpec, scratch: Path, step: int
             case {"rank": rank, "message": message, "trace": trace}:
                 print(trace, file=sys.stderr, flush=True)
                 return WorkerCrashed(
-                    f"rank {rank}{when and ','}{when}: {message}. This is a defect of ours; the traceback is above, and what "
-                    f"the workers printed in {_log_file(scratch)}. {last}"
+                    f"rank {rank}{when and ','}{when}: {message}. This is a defect of ours; its log has the traceback; what "
+                    f"the workers printed is in {_log_file(scratch)}. {last}"
                 )
     if outcome.is_stopped:
         return Interrupted(f"stopped; saved at step {saved[0]}; {again}" if saved else f"stopped before a step; {again}")

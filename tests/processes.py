@@ -1,8 +1,10 @@
-"""Waiting for processes, and whether they live."""
+"""Waiting for processes, whether they live, and putting them to sleep."""
 
+import os
+import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 
@@ -21,6 +23,17 @@ def lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def asleep(pids: Collection[int], seconds: float) -> None:
+    """Have processes stand still for so long, as all do while a laptop sleeps."""
+    try:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(seconds)  # what is tested is that time passes
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 def free_port() -> int:

@@ -1,4 +1,6 @@
-"""The whole job with real stages and real processes: kill -9 in the middle of training, and run again."""
+"""The whole job with real stages and real processes: kill -9 in the middle of training, and run again; and none of them asks
+anybody outside.
+"""
 
 import contextlib
 import json
@@ -13,13 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from asked_whom import Watch
 from processes import wait_until
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from whole_job import Job, job_text
+from whole_job import ROOT, Job, job_text
 
 from flows.records.run_record import RunFolder, RunRecord
 from megatron_core_impl.metrics import read_metrics
 from stages.contracts.artifacts import CheckpointArtifact
+from stages.contracts.specs import SPECS
 
 RUN = "calm-heron"
 STEPS = 60  # the first checkpoint is there after 10: the kill lands far from the end
@@ -45,10 +49,15 @@ def states(record: RunRecord, state: str) -> set[str]:
 
 
 @pytest.fixture
-def job(tmp_path: Path, put_database: Callable[[Path], None]) -> Iterator[Job]:
+def watch(tmp_path: Path) -> Watch:
+    return Watch(tmp_path)
+
+
+@pytest.fixture
+def job(tmp_path: Path, watch: Watch, put_database: Callable[[Path], None]) -> Iterator[Job]:
     (tmp_path / "tmp").mkdir()
     config = job_text(STEPS, 64, samples=8, batch=8, push="hub", rest="launch: {by: process}")
-    job = Job(tmp_path, config, TMPDIR=str(tmp_path / "tmp"))
+    job = Job(tmp_path, config, TMPDIR=str(tmp_path / "tmp"), PYTHONPATH=os.pathsep.join([str(watch.folder), str(ROOT)]))
     put_database(job.workspace)
     yield job
     while left := processes(job):  # those of a test that failed
@@ -61,7 +70,7 @@ def job(tmp_path: Path, put_database: Callable[[Path], None]) -> Iterator[Job]:
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 @pytest.mark.timeout(900)  # a minute on two quiet cores
-def test_kill_9_in_training_then_run_again(job: Job) -> None:
+def test_kill_9_in_training_then_run_again(job: Job, watch: Watch) -> None:
     # Run, and kill the whole process group in the middle of training: nothing is left alive.
     killed = job.start(RUN)
     job.wait_for_a_checkpoint(killed, RUN)
@@ -105,6 +114,11 @@ def test_kill_9_in_training_then_run_again(job: Job) -> None:
     # The kill left no trace in the numbers: training without one makes the same weights, moments and figures, bit for bit.
     straight = train_without_a_kill(job)
     assert straight.fingerprint == resumed.fingerprint
+
+    # Nobody outside was asked by any of them.
+    modules = {f"stages.{spec.STAGE}" for spec in SPECS.values()} | {"stages.torchrun"}
+    assert modules <= set(re.findall(r"-m (stages\.\w+)", "\n".join(watch.programs())))
+    assert watch.outside() == []
 
 
 def held_out_loss(job: Job, folder: Path) -> float:

@@ -69,7 +69,9 @@ class PatientRunner(Runner):
         self._ending.add(flow_run_id)
         try:
             with suppress(*AWAY, ObjectNotFound):  # it is asked for again: see_cancellations
-                await super()._cancel_run(flow_run, state_msg)
+                state = (await self._client.read_flow_run(flow_run_id)).state
+                if state is None or not state.is_final() or state.is_cancelled():  # else only its process has not quite ended
+                    await super()._cancel_run(flow_run, state_msg)
         finally:
             self._ending.discard(flow_run_id)
 

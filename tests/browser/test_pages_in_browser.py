@@ -1,4 +1,8 @@
-"""Prefect's UI in a browser, against a runner and its server: a run that fails, what one reads of it, the retry, the end."""
+"""Prefect's UI in a browser, against a runner and its server: a run that fails, what one reads of it, the retry, the end; and
+the form in which a run is started.
+
+Prefect has two UIs. The addresses that we print open the older one, `/` the newer.
+"""
 
 import re
 from collections.abc import Iterator
@@ -9,10 +13,17 @@ import pytest
 from browsing import OpenPage
 from playwright.sync_api import Page, expect
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    ArtifactFilterKey,
+    FlowRunFilter,
+    FlowRunFilterId,
+)
 from prefect.client.schemas.sorting import ArtifactSort
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Scheduled
+from processes import wait_until
 from runners import Seen, Serving
 from stories import metrics_lines, write_metrics
 
@@ -27,6 +38,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
 
 STAGES = ["download-model", "download-data", "preprocess", "convert", "shard", "verify", "train", "merge", "export", "push"]
 RUN = "calm-heron"
+TALL = {"width": 1280, "height": 1800}  # of a list the older UI has only what is on the screen
 
 
 class World:
@@ -42,10 +54,9 @@ class World:
             self.seen.client.set_flow_run_state(self.run, Scheduled(name="AwaitingRetry"), force=True)
             self.seen.wait_for(self.run, "Completed")
 
-    @property
-    def page(self) -> str:
-        """Of the run, in the newer UI; the older one is at the same address without v2."""
-        return f"{self.server}/v2/runs/flow-run/{self.run}"
+    def page(self, at: str) -> str:
+        """Of the run, in one of the UIs."""
+        return f"{self.server}{at}/runs/flow-run/{self.run}"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +65,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     try:
         runner.make(until="verify")
         runner.wait_until_said("stop         Ctrl-C", 300)
-        [server] = set(re.findall(r"http://127\.0\.0\.1:\d+", runner.said()))
+        [server] = re.findall(r"Prefect UI   (\S+)", runner.said())
         with temporary_settings({PREFECT_API_URL: f"{server}/api"}), get_client(sync_client=True) as client:
             seen = Seen(client)
             runner.wish("train", "fail")
@@ -66,38 +77,80 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         print(runner.said())  # pytest shows it where something failed
 
 
+def open_tab(page: Page, name: str) -> None:
+    """Of a run's page."""
+    (page.get_by_role("tab", name=name) if "/v2/" in page.url else page.locator("li.p-tab", has_text=name)).click()
+
+
 def open_artifact(page: Page, key: str) -> None:
-    """From a run's page by its tab, over the list of all versions, to the newest."""
-    page.get_by_role("tab", name="Artifacts").click()
-    page.locator(f"a[href$='/artifacts/key/{key}']").click()
-    page.locator("a[href*='/artifacts/artifact/']").first.click()
+    """From a run's page by its tab to the newest one; the newer UI has a list of all versions in between."""
+    open_tab(page, "Artifacts")
+    if "/v2/" in page.url:
+        page.locator(f"a[href$='/artifacts/key/{key}']").first.click()  # one for each attempt
+        page.locator("a[href*='/artifacts/artifact/']").first.click()
+    else:
+        page.get_by_role("link", name=re.compile(f"^markdown {key} ")).click()
+
+
+def retry(page: Page) -> None:
+    """As a person does, on a run's page."""
+    if "/v2/" in page.url:
+        page.get_by_role("button", name="Open menu").click()
+        page.get_by_role("menuitem", name="Retry").click()
+    else:
+        page.get_by_role("button", name="Retry").click()
+    page.get_by_role("alertdialog").or_(page.get_by_role("dialog")).get_by_role("button", name="Retry").click()
 
 
 def test_a_run_that_failed_says_why_and_is_retried(world: World, open_page: OpenPage) -> None:
-    page = open_page(world.page)
-    expect(page.get_by_text("Failed", exact=True).first).to_be_visible()
-    expect(page.get_by_text(RUN).first).to_be_visible()
-    page.get_by_role("tab", name="Task Runs").click()
-    for stage in STAGES[: STAGES.index("merge")]:
-        expect(page.get_by_role("link", name=stage, exact=True)).to_be_visible()
-    for stage in STAGES[STAGES.index("merge") :]:
-        expect(page.get_by_text(re.compile(f"^{stage}"))).to_have_count(0)  # what is not reached is not there
+    """In the older UI, where it fails again, then in the newer one."""
+    for at, attempt in (("", 1), ("/v2", 2)):
+        page = open_page(world.page(at), viewport=TALL)
+        expect(page.get_by_text("Failed", exact=True).first).to_be_visible()
+        expect(page.get_by_text(RUN).first).to_be_visible()
+        open_tab(page, "Task Runs")
+        for stage in STAGES[: STAGES.index("merge")]:
+            expect(page.get_by_role("link", name=stage, exact=True)).to_have_count(attempt)
+        for stage in STAGES[STAGES.index("merge") :]:
+            expect(page.get_by_text(re.compile(f"^{stage}"))).to_have_count(0)  # what is not reached is not there
 
-    open_artifact(page, "train")
-    expect(page.get_by_role("heading", name=re.compile("^train failed after"))).to_be_visible()
-    expect(page.get_by_text("RuntimeError: a defect").first).to_be_visible()
-    expect(page.get_by_role("cell", name="exit code").locator("xpath=following-sibling::td")).to_have_text("1")
+        open_artifact(page, "train")
+        expect(page.get_by_role("heading", name=re.compile("^train failed after"))).to_be_visible()
+        expect(page.get_by_text("RuntimeError: a defect").first).to_be_visible()
+        expect(page.get_by_role("cell", name="exit code").locator("xpath=following-sibling::td")).to_have_text("1")
 
-    world.runner.wish("train", "")
-    page.goto(world.page)
-    page.get_by_role("button", name="Open menu").click()
-    page.get_by_role("menuitem", name="Retry").click()
-    page.get_by_role("alertdialog").or_(page.get_by_role("dialog")).get_by_role("button", name="Retry").click()
-    world.seen.wait_for(world.run, "Completed")
-    expect(page.get_by_text("Completed", exact=True).first).to_be_visible()
+        page.goto(world.page(at))
+        world.runner.wish("train", "fail" if attempt == 1 else "")
+        retry(page)
+        wait_until(lambda attempt=attempt: world.runner.record(RUN).attempt == attempt + 1)  # type: ignore[misc]
+        ends = "Failed" if attempt == 1 else "Completed"
+        world.seen.wait_for(world.run, ends)
+        expect(page.get_by_text(ends, exact=True).first).to_be_visible()
     record = world.runner.record(RUN)
-    assert record.attempt == 2
+    assert record.attempt == 3
     assert [record.nodes[stage].state for stage in STAGES] == ["cached"] * 6 + ["ran"] * 4
+
+
+def test_the_form_of_a_deployment(world: World, open_page: OpenPage) -> None:
+    """It has descriptions, choices, and what the deployment's file says; sent off as it is, it means that."""
+    world.complete()
+    deployment = world.seen.client.read_deployment_by_name("finetune-llama2/served")
+    page = open_page(f"{world.server}/v2/deployments/deployment/{deployment.id}/run")
+    expect(page.get_by_text("length in optimizer updates; or give epochs, or tokens")).to_be_visible()
+    expect(page.get_by_role("textbox", name="Source")).to_have_value("somebody/model")
+    expect(page.get_by_role("spinbutton", name="Sequence Length").last).to_have_value("16")  # train's; before it is verify's
+    by = page.get_by_role("button", name="Select By")
+    expect(by).to_have_text("process")
+    by.click()
+    expect(page.get_by_role("option")).to_have_text(["auto", "process", "docker"])
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Submit").click()
+    page.wait_for_url(re.compile(r"tab=Runs$"))
+    asked = FlowRunFilter(id=FlowRunFilterId(not_any_=[world.run]))
+    wait_until(lambda: len(world.seen.client.read_flow_runs(flow_run_filter=asked)) == 1)
+    [run] = world.seen.client.read_flow_runs(flow_run_filter=asked)
+    world.seen.wait_for(run.id, "Completed")
+    assert run.parameters["config"] == deployment.parameters["config"]
 
 
 @pytest.mark.parametrize("at", ["", "/v2"], ids=["the older UI", "the newer UI"])

@@ -1,7 +1,6 @@
 """The `finetune` command as a process, with stand-in stages that are processes too."""
 
 import io
-import itertools
 import os
 import re
 import shlex
@@ -44,8 +43,8 @@ class Command(Place):
         out, err = process.communicate(timeout=200)
         return process.returncode, out, err
 
-    def record(self) -> RunRecord:
-        """The newest run."""
+    def newest(self) -> RunRecord:
+        """Of the runs."""
         return all_runs(self.workspace)[0]
 
 
@@ -102,10 +101,26 @@ def test_run_status_and_rerun(finetune: Command, told: Callable[..., tuple[int, 
     assert "this is train" in prefect
     assert "hook" not in prefect.lower()
 
-    code, out, err = finetune("rerun", "brisk-otter", "--stage", "export")
-    assert (code, err, ran(finetune.record())) == (0, "", ["export", "push"])
+    made = finetune.newest().nodes["train"]
+    assert made.path is not None
+    left = finetune.workspace / "train" / f".{made.key}.partial" / "of-an-interrupted-training"
+    left.parent.mkdir()
+    left.touch()
+    code, out, err = finetune("rerun", "brisk-otter", "--stage", "train", "--fresh")
+    assert (code, err, ran(finetune.newest())) == (0, "", ["train", "merge", "export", "push"])
+    assert not (finetune.workspace / made.path / left.name).exists()  # where a training that goes on would have it
+
+    again = ["run", "mine.yaml", "--name", "from", "--set", "train.lr=0.5"]  # which is another training
+    code, out, err = finetune(*again, "--from", "brisk-otter/train")
+    assert (code, err, finetune.newest().name, ran(finetune.newest())) == (0, "", "from", [])
+    assert finetune.newest().nodes["train"].path == made.path
+    code, _, err = told(*again, "--from", "nonsense")
+    assert (code, err.startswith("error: --from nonsense: no result is there. Name the folder of one, such as ")) == (2, True)
+    code, _, err = told("rerun", "brisk-otter", "--fresh")
+    assert (code, err) == (2, "error: --fresh says how to do a stage again: name it, e.g. --stage train --fresh\n")
+
     code, out, _ = told("status")
-    assert out.splitlines()[1].split()[0] == "brisk-otter"
+    assert [line.split()[0] for line in out.splitlines()[1:3]] == ["from", "brisk-otter"]
     assert " done " in out
     code, out, _ = told("status", "brisk-otter")
     assert "workspace/train/" in out
@@ -122,14 +137,14 @@ def test_a_stage_that_fails(finetune: Command) -> None:
     assert (code, err.splitlines()) == (
         1,
         [
-            "error: convert: RuntimeError: a defect. This is a defect of ours; the traceback is above",
+            "error: convert: RuntimeError: a defect. This is a defect of ours; its log has the traceback",
             "       Log: workspace/runs/calm-heron/logs/convert.log",
             "       Report: workspace/runs/calm-heron/report.html",
             "       Go on: finetune rerun calm-heron",
         ],
     )
     assert "convert         ✗" in out
-    assert finetune.record().nodes["preprocess"].state == "ran"  # what did not depend on it was finished
+    assert finetune.newest().nodes["preprocess"].state == "ran"  # what did not depend on it was finished
     log = (finetune.workspace / "runs" / "calm-heron" / "logs" / "convert.log").read_text()
     assert "Traceback (most recent call last)" in log
 
@@ -275,7 +290,7 @@ def test_stopping_is_graceful(finetune: Command, number: int, code: int) -> None
     assert "Go on: finetune rerun calm-heron" in err
     assert "Traceback" not in err
     assert not lives(stage)
-    record = finetune.record()
+    record = finetune.newest()
     assert (record.state, record.nodes["download-data"].state) == ("stopped", "stopped")
     assert "stopped by SIGTERM" in (record.nodes["download-data"].error or "")
 
@@ -292,42 +307,11 @@ def test_kill_9(finetune: Command, told: Callable[..., tuple[int, str, str]]) ->
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     wait_until(lambda: not lives(stage))
-    wait_until(lambda: finetune.record().finished is not None)  # its watcher marks it
-    crashed = finetune.record()
+    wait_until(lambda: finetune.newest().finished is not None)  # its watcher marks it
+    crashed = finetune.newest()
     assert (crashed.state, crashed.nodes["train"].state) == ("crashed", "stopped")
     _, out, _ = told("status")
     assert "its process is gone · finetune rerun first" in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [([], "130 Ctrl-C"), (["run"], "HF_TOKEN"), (["rerun"], "goes on where it stopped"), (["plan"], "starts nothing"),
-     (["status"], "newest first"), (["rerun"], "--fresh"), (["run"], "--from RESULT"), (["serve"], "stops them"),
-     (["ui"], "nothing is asked of any other machine"), (["doctor"], "the command that mends what is missing")],
-)  # fmt: skip
-def test_help_is_worth_reading(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main([*arguments, "--help"])
-    assert told in " ".join(capsys.readouterr().out.split())
-
-
-def shown_commands() -> list[str]:
-    """The `finetune` commands with `--set` that the help and the README show."""
-    texts = [cli.parser().format_help(), (ROOT / "README.md").read_text()]
-    return [found.strip() for text in texts for found in re.findall(r"finetune (?:run|plan)[^|`#\n]*--set[^|`#\n]*", text)]
-
-
-@pytest.mark.parametrize("command", shown_commands())
-def test_the_examples_of_help_and_readme_are_good(command: str) -> None:
-    words = shlex.split(re.split(r"\s{3,}", command)[0].replace("[", "").replace("]", ""))
-    file = "configs/demo.yaml" if words[2] == "CONFIG.yaml" else words[2]
-    overrides = [value for option, value in itertools.pairwise(words) if option == "--set"]
-    assert overrides
-    load_config(ROOT / file, overrides)
-
-
-def test_there_are_examples() -> None:
-    assert len(shown_commands()) >= 3
 
 
 def test_the_same_work_is_waited_for_and_trainings_take_turns(
@@ -342,7 +326,7 @@ def test_the_same_work_is_waited_for_and_trainings_take_turns(
     other = finetune.start("run", "mine.yaml", "--name", "other", "--set", "train.lr=0.5")
 
     def doing(run: str) -> str:
-        record = RunFolder(finetune.workspace, run).read()
+        record = RunFolder(finetune.workspace, run).read()  # None: it has not begun
         return (record.nodes["train"].doing or "") if record is not None else ""
 
     wait_until(lambda: doing("same") == "waiting: run first is making this result")
@@ -355,16 +339,14 @@ def test_the_same_work_is_waited_for_and_trainings_take_turns(
     third.send_signal(signal.SIGINT)
     _, err = third.communicate(timeout=60)
     assert (third.returncode, "Traceback" in err) == (130, False)
-    assert RunFolder(finetune.workspace, "third").read().state == "stopped"  # type: ignore[union-attr]
+    assert finetune.record("third").state == "stopped"
 
     finetune.wish("train", "")
     for process in (first, same, other):
         process.communicate(timeout=90)
         assert process.returncode == 0
-    records = {name: RunFolder(finetune.workspace, name).read() for name in ("first", "same", "other")}
-    assert {name: record.nodes["train"].state for name, record in records.items() if record is not None} == {
-        "first": "ran", "same": "cached", "other": "ran",
-    }  # fmt: skip
+    states = {name: finetune.record(name).nodes["train"].state for name in ("first", "same", "other")}
+    assert states == {"first": "ran", "same": "cached", "other": "ran"}
     log = (finetune.workspace / "runs" / "other" / "logs" / "prefect.log").read_text()
     assert turn in log
 

@@ -19,7 +19,7 @@ import pytest
 from fake_stages import config
 from prefect.runner import Runner
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelled, Failed, Running, State
+from prefect.states import Cancelled, Completed, Failed, Running, State
 
 from flows import cli
 from flows.commands import serve as command
@@ -49,8 +49,35 @@ def test_a_run_is_cancelled_once_and_a_server_that_hangs_ends_nothing(monkeypatc
 
     monkeypatch.setattr(Runner, "_cancel_run", cancel)
     run = uuid4()
-    asyncio.run(ask_twice(PatientRunner(), run))
+    asyncio.run(ask_twice(knowing(Running()), run))
     assert asked == [run, run], "at once it is one, afterwards it is asked for again"
+
+
+def knowing(state: State) -> PatientRunner:
+    """A runner whose server says that all runs are in this state."""
+
+    async def read_flow_run(flow_run: UUID) -> SimpleNamespace:
+        return SimpleNamespace(state=state)
+
+    runner = PatientRunner()
+    runner._client = SimpleNamespace(read_flow_run=read_flow_run)
+    return runner
+
+
+@pytest.mark.parametrize(
+    ("state", "is_asked"), [(Running(), True), (Cancelled(), True), (Completed(), False), (Failed(), False)]
+)
+def test_a_run_that_has_just_ended_keeps_its_end(monkeypatch: pytest.MonkeyPatch, state: State, is_asked: bool) -> None:
+    """What is called cancelled may go on: after some minutes Prefect calls it so by itself."""
+    asked: list[UUID] = []
+
+    async def cancel(self: Runner, flow_run: UUID, state_msg: str | None = None) -> None:
+        asked.append(flow_run)
+
+    monkeypatch.setattr(Runner, "_cancel_run", cancel)
+    run = uuid4()
+    asyncio.run(knowing(state)._cancel_run(run))
+    assert asked == [run] * is_asked
 
 
 class Left(Exception):

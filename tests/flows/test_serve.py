@@ -191,34 +191,54 @@ def test_runner_and_run_are_killed(tmp_path: Path, server: Server, seen: Seen) -
         runner.end()
 
 
-def test_the_runner_drains(serving: Serving, seen: Seen) -> None:
-    """Asked to stop, the runner waits; run and runner end well. It is the last test of this runner."""
-    serving.wish("train", "hang")
-    run = seen.start("finetune-llama2/demo", run_name="slow", overrides=["train.lr=5e-4"])
-    serving.wait_until_hangs("train")
-    os.killpg(serving.process.pid, signal.SIGINT)  # as a terminal does: to all that it started
-    serving.wait_until_said("takes no more runs, and waits for the run that goes on")
+def test_the_terminal_of_the_runner_is_closed(serving: Serving, seen: Seen) -> None:
+    """Runner and run end at once, the stage when it has saved its work. It is the last test of this runner."""
+    serving.wish("train", "hang and save")
+    run = seen.start("finetune-llama2/demo", run_name="hung-up", overrides=["train.lr=5e-4"])
+    stage = serving.wait_until_hangs("train")
+    process = serving.record("hung-up").pid
+    os.killpg(serving.process.pid, signal.SIGHUP)  # as a terminal does: to all that it started
+    assert serving.process.wait(timeout=60) == -signal.SIGHUP
+    wait_until((serving.workspace / "train.saves").exists)
+    assert not lives(process)
+    assert lives(stage)
     serving.wish("train", "")
-    assert serving.process.wait(timeout=90) == 0
-    assert seen.state(run.id) == "Completed"
-    assert serving.record("slow").state == "done"
+    wait_until(lambda: not lives(stage))
+    assert (serving.workspace / "train.saved").exists()
+    seen.wait_for(run.id, "Crashed")
+    wait_until(lambda: seen.unfinished(run.id) == [])
+    wait_until(lambda: serving.record("hung-up").finished is not None)
+    record = serving.record("hung-up")
+    assert (record.state, record.nodes["train"].state) == ("crashed", "stopped")
 
 
-def test_the_runner_is_asked_twice(tmp_path: Path, server: Server, seen: Seen) -> None:
-    """It stops what goes on, which saves its work first, however often it is asked. And the UI takes any text for a name."""
+def test_the_runner_is_asked_to_stop_and_once_more(tmp_path: Path, server: Server, seen: Seen) -> None:
+    """First it waits for what goes on, which ends well. Then it stops that, which saves its work first, however often it is
+    asked. And the UI takes any text for a name.
+    """
     runner = Serving(tmp_path, server.api, "twice")
     try:
         runner.make(until="verify")
-        runner.wish("train", "hang and save")
+        runner.wish("train", "hang")
         runner.wait_until_said("stop         Ctrl-C")
+        first = seen.start("finetune-llama2/twice", run_name="slow")
+        runner.wait_until_hangs("train")
         run = seen.client.create_flow_run_from_deployment(
-            seen.client.read_deployment_by_name("finetune-llama2/twice").id, name="../../My 2nd try"
-        )
-        stage = runner.wait_until_hangs("train")
-        [folder] = (runner.workspace / "runs").iterdir()
+            seen.client.read_deployment_by_name("finetune-llama2/twice").id,
+            name="../../My 2nd try", parameters={"overrides": ["train.lr=6e-4"]},
+        )  # fmt: skip
+        wait_until(lambda: len(runner.flow_processes()) == 2)
+        [folder] = [folder for folder in (runner.workspace / "runs").iterdir() if folder.name != "slow"]
         assert seen.client.read_flow_run(run.id).name == folder.name
-        runner.process.send_signal(signal.SIGTERM)
-        runner.wait_until_said("takes no more runs, and waits for the run that goes on")
+        wait_until(lambda: (runner.record(folder.name).nodes["train"].doing or "").startswith("waiting for its turn"))
+        os.killpg(runner.process.pid, signal.SIGINT)  # as a terminal does: to all that it started
+        runner.wait_until_said("takes no more runs, and waits for the 2 runs that go on")
+        runner.wish("train", "hang and save")  # which only the second begins with
+        seen.wait_for(first.id, "Completed")
+        runner.wait_until_said("slow  Completed")
+        assert runner.record("slow").state == "done"
+
+        stage = runner.wait_until_hangs("train")
         runner.process.send_signal(signal.SIGTERM)
         wait_until((runner.workspace / "train.saves").exists)
         process = runner.record(folder.name).pid

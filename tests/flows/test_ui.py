@@ -4,17 +4,16 @@ outside is asked.
 
 import os
 import re
-import shutil
 import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from asked_whom import Watch
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from processes import children, wait_until
+from processes import asleep, children, wait_until
 from runners import ROOT, Seen, Serving
 
 from flows.records.flock import is_locked
@@ -22,30 +21,14 @@ from flows.runner.deployments import deployments
 from flows.server import local as servers
 from flows.server.asking import answers
 
-HERE = re.compile(r"(127\.0\.0\.1|localhost|::1|0\.0\.0\.0|None)(:\d+)?|unix:.*")
-
-
 ASLEEP_SECONDS = 6.0  # longer than all looks of runner and server, and than the server keeps a connection open (5)
 
 
-@contextmanager
-def stopped(pids: list[int]) -> Iterator[None]:
-    """As all processes are while a laptop sleeps."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
-
-
 def test_server_and_runner(tmp_path: Path, put_database: Callable[[Path], None]) -> None:
-    watching = tmp_path / "watching"
-    shutil.copytree(Path(__file__).with_name("watching"), watching)
+    watch = Watch(tmp_path)
     put_database(tmp_path / "workspace")
     home = tmp_path / "workspace" / "prefect"
-    runner = Serving(tmp_path, None, "mine", "ui", watching)
+    runner = Serving(tmp_path, None, "mine", "ui", watch.folder)
     try:
         runner.make(until="verify")
         runner.wish("train", "hang")
@@ -66,8 +49,7 @@ def test_server_and_runner(tmp_path: Path, put_database: Callable[[Path], None])
             shim = servers._running(home)
             assert shim is not None
             assert shim.pid is not None
-            with stopped([runner.process.pid, *runner.flow_processes(), stage, shim.pid, *children(shim.pid)]):
-                time.sleep(ASLEEP_SECONDS)  # what is tested is that time passes
+            asleep([runner.process.pid, *runner.flow_processes(), stage, shim.pid, *children(shim.pid)], ASLEEP_SECONDS)
             for pid in children(shim.pid):
                 os.kill(pid, signal.SIGKILL)
             # The runner starts it again, or the run does, which may have no runner any more.
@@ -77,14 +59,21 @@ def test_server_and_runner(tmp_path: Path, put_database: Callable[[Path], None])
             assert runner.record("through-it-all").state == "done"
             wait_until(lambda: seen.unfinished(run.id) == [])
 
-            # The same deployments for a work pool; none of this asks anybody outside either.
+            # The same deployments for a work pool, whose worker tells as the runner does what is wrong with a run; none of this
+            # asks anybody outside either.
             client.create_work_pool(WorkPoolCreate(name="finetune", type="process"))
             runner.environment["PREFECT_API_URL"] = api
             deployed = runner.cli("--no-prompt", "deploy", "--all", folder=ROOT)
             assert deployed.returncode == 0, deployed.stdout + deployed.stderr
             for each in deployments([], None):
                 found = client.read_deployment_by_name(each.full_name)
-                assert (found.work_pool_name, found.parameters) == ("finetune", each.parameters)
+                assert found.work_pool_name == "finetune"
+                assert but_for_the_place(found.parameters) == but_for_the_place(each.parameters)
+            wrong = seen.start("finetune-llama2/demo", overrides=["model.source=/nowhere", f"workspace={home.parent}"])
+            worked = runner.cli("worker", "start", "--pool", "finetune", "--run-once", folder=ROOT)
+            assert worked.returncode == 0, worked.stdout + worked.stderr
+            seen.wait_for(wrong.id, "Failed")
+            assert "config: model.source: /nowhere: no such file" in seen.message(wrong.id)
 
         os.killpg(runner.process.pid, signal.SIGINT)
         assert runner.process.wait(timeout=60) == 0
@@ -94,6 +83,12 @@ def test_server_and_runner(tmp_path: Path, put_database: Callable[[Path], None])
     finally:
         runner.end()
 
-    lines = [line.split(maxsplit=2) for line in (watching / "connects.log").read_text().splitlines()]
-    assert {program for _, _, program in lines if "prefect" in program or "fake" in program}, "nothing was watched"
-    assert [line for line in lines if not HERE.fullmatch(line[1])] == []
+    assert [program for program in watch.programs() if "prefect server start" in program], "the server was not watched"
+    assert [program for program in watch.programs() if "fake_stages.py" in program], "stages were not watched"
+    assert watch.outside() == []
+
+
+def but_for_the_place(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Of a deployment: where the workspace is follows from the folder that a worker is told to go to, and a runner stays in."""
+    config = {key: value for key, value in parameters.get("config", {}).items() if key != "workspace"}
+    return {**{key: value for key, value in parameters.items() if key != "workspace"}, "config": config}

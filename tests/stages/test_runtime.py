@@ -174,7 +174,7 @@ def test_damage_with_an_old_time_is_found_by_a_thorough_check(spec: DownloadData
         ("", 0, ""),
         ("bad", 2, "error: download: data.source: is wrong; change it"),
         ("gate", 3, "error: download: layer 14 differs"),
-        ("crash", 1, "error: download: RuntimeError: boom. This is a defect of ours; the traceback is above"),
+        ("crash", 1, "error: download: RuntimeError: boom. This is a defect of ours; its log has the traceback"),
         ("full", 2, "error: download: no space left at data.jsonl: make room or choose another workspace, then run again"),
         ("full copy", 2, "error: download: no space left at data.jsonl: make room or choose another workspace, then run again"),
         ("read-only", 2, "error: download: read-only file system at data.jsonl: choose another workspace, then run again"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import asleep
 from tiny_training import MODEL
 from train_inputs import cut_spec, put_conversations, put_weights, spec_of
 
@@ -25,6 +26,8 @@ from stages.contracts.process import ExitCode
 from stages.contracts.specs import TrainSpec
 from stages.contracts.training_job import INDEX
 from stages.outcomes import GateFailed, Interrupted, StageError
+
+ASLEEP_SECONDS = 17.0  # longer than 15, after which torchrun takes a machine for gone whose torchrun is silent
 
 
 def scratch_of(spec: TrainSpec) -> Path:
@@ -87,7 +90,7 @@ def start() -> Iterator[Callable[[TrainSpec], Stage]]:
 
 
 def test_stops_when_asked_and_goes_on_under_another_layout(tmp_path: Path, start: Callable[[TrainSpec], Stage]) -> None:
-    """The stage as the pipeline starts it, then with shards of the other layout."""
+    """The stage as the pipeline starts it, then with shards of the other layout, and asleep in the middle."""
     spec = cut_spec(tmp_path, tp=2, steps=160)  # more than it does before the signal arrives
     stage = start(spec)
     stage.wait_for("2 processes, dp 1 × tp 2 × pp 1")
@@ -109,6 +112,10 @@ def test_stops_when_asked_and_goes_on_under_another_layout(tmp_path: Path, start
     assert spec.inputs["weights"].path != shards
     stage = start(spec)
     stage.wait_for(f"going on from the checkpoint at step {step}")
+    stage.wait_for("step ")
+    processes = stage.processes()
+    assert processes.keys() == {"", "0", "1"}
+    asleep([stage.process.pid, *processes.values()], ASLEEP_SECONDS)
     code, out, err = stage.end()
     assert (code, err) == (0, "")
     assert "train: held-out loss " in out
@@ -275,7 +282,7 @@ def test_a_defect_shows_its_traceback(tmp_path: Path, capsys: pytest.CaptureFixt
     kind, text = outcome_text(tmp_path, outcome)
     assert kind is train.WorkerCrashed
     assert train.WorkerCrashed.code == ExitCode.CRASH
-    assert text.startswith("rank 1, in step 41: KeyError: 'x'. This is a defect of ours; the traceback is above")
+    assert text.startswith("rank 1, in step 41: KeyError: 'x'. This is a defect of ours; its log has the traceback")
     assert str(tmp_path / "logs" / "workers.log") in text
     assert capsys.readouterr().err == "Traceback …\nKeyError: 'x'\n"
 

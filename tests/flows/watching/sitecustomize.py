@@ -1,10 +1,13 @@
-"""On PYTHONPATH, watches every Python process that starts: the addresses it connects to or asks for, in `connects.log` here."""
+"""On PYTHONPATH, watches every Python process that starts: its command line goes to `began.log` here, and the addresses it
+connects to or asks for to `connects.log`.
+"""
 
 import sys
 from pathlib import Path
 from typing import Any
 
-LOG = Path(__file__).with_name("connects.log")
+FOLDER = Path(__file__).parent
+CONNECTS = FOLDER / "connects.log"
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -15,8 +18,10 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
         where = str(arguments[0])
     else:
         return
-    with LOG.open("a") as log:
-        log.write(f"{event} {where} {' '.join(sys.argv[:4])}\n")
+    with CONNECTS.open("a") as log:
+        log.write(f"{event} {where} {' '.join(sys.orig_argv[:5])}\n")
 
 
+with (FOLDER / "began.log").open("a") as log:
+    log.write(f"{' '.join(sys.orig_argv)!r}\n")  # a line each, whatever is in it
 sys.addaudithook(_watch)
