@@ -16,9 +16,9 @@ What is compared:
 Tokenizers: Llama-2's where it can be found (--llama, by default that of the golden files), else a BPE model like it, trained on
 the spot; a unigram model of sentencepiece; byte-level BPE of tokenizers, trained on the spot, with GPT-2's words, Llama 3's,
 GPT-4o's, those behind a normalizer that Python does not do (normalized), and in a pattern that is not translated
-(library-words); one that splits at numbers alone, as SuperBPE's, so that pieces go beyond words and the library does all
-(superwords); one like Gemma's, with its added tokens for rows of newlines and spaces; and a list of words, for which the
-library has least to do.
+(library-words); one that splits at numbers alone, as SuperBPE's, so that pieces go beyond words (superwords); one with a single
+step of which nothing is known, so that the library does all (unknown); one like Gemma's, with its added tokens for rows of
+newlines and spaces; and a list of words, for which the library has least to do.
 
 The text is Python source: that of the golden files where there, and the files of this Python's library and packages, up to
 --megabytes.
@@ -61,6 +61,7 @@ NAMES = (
     "normalized",
     "library-words",
     "superwords",
+    "unknown",
     "gemma",
     "word-list",
 )
@@ -140,6 +141,7 @@ def make_tokenizers(folder: Path, llama: Path) -> dict[str, Path]:
         "normalized": OTHER_WORDS,
         "library-words": f"(?>{OTHER_WORDS})",
     }
+    splitters["unknown"] = splits.UnicodeScripts()
     splitters["superwords"] = splits.Sequence([numbers, thousands, after])
     for name, words in patterns.items():
         splitters[name] = splits.Sequence([splits.Split(tokenizers.Regex(words), "isolated"), after])

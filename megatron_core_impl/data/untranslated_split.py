@@ -11,7 +11,13 @@ from tokenizers import NormalizedString, Regex
 
 from megatron_core_impl.data.words import are_alike, steps_of
 
-BEHAVIORS = ("Isolated", "Removed", "Contiguous")
+BEHAVIORS = {  # what becomes of what the pattern matches, as tokenizer.json and the library call it
+    "Isolated": "isolated",
+    "Removed": "removed",
+    "Contiguous": "contiguous",
+    "MergedWithPrevious": "merged_with_previous",
+    "MergedWithNext": "merged_with_next",
+}
 
 
 def untranslated_split(definition: dict[str, Any]) -> Callable[[str], Iterable[str]] | None:
@@ -23,8 +29,8 @@ def untranslated_split(definition: dict[str, Any]) -> Callable[[str], Iterable[s
     """
     first, *left = steps_of(definition) or [{}]
     is_plain = first.get("type") == "Split" and "Regex" in first["pattern"] and not first["invert"]
-    if not left or not is_plain or first["behavior"] not in BEHAVIORS or not are_alike(definition, left):
+    if not left or not is_plain or not are_alike(definition, left):
         return None
-    pattern, behavior, text_of = Regex(first["pattern"]["Regex"]), first["behavior"].lower(), attrgetter("normalized")
+    pattern, behavior, text_of = Regex(first["pattern"]["Regex"]), BEHAVIORS[first["behavior"]], attrgetter("normalized")
     # An empty match gives an empty word, which has no ids.
     return lambda text: map(text_of, NormalizedString(text).split(pattern, behavior))

@@ -187,6 +187,7 @@ SPLITTERS: dict[str, tuple[Any, Any, bool]] = {  # name: splitter, normalizer, w
     "scripts": (pre_tokenizers.UnicodeScripts(), None, False),
     "removed": (steps(split("gpt-2", "removed")), None, False),
     "merged": (steps(split("gpt-2", "merged_with_previous")), None, False),
+    "merged-next": (steps(split("llama-3", "merged_with_next")), None, False),
     "metaspace": (pre_tokenizers.Metaspace(), None, True),
     "metaspace-ascii": (pre_tokenizers.Metaspace(replacement="_"), None, False),
     "metaspace-never": (pre_tokenizers.Metaspace(prepend_scheme="never"), None, True),
@@ -203,7 +204,7 @@ SPLITTERS: dict[str, tuple[Any, Any, bool]] = {  # name: splitter, normalizer, w
     "delimiter-letter": (pre_tokenizers.CharDelimiterSplit("s"), None, True),
     "delimiter-other": (pre_tokenizers.CharDelimiterSplit("é"), None, False),
 }  # fmt: skip
-UNCUT = {"merged", "metaspace-ascii", "delimiter-other", "xlm-first", "xlm-nested", "scripts", "text"}
+UNCUT = {"metaspace-ascii", "delimiter-other", "xlm-first", "xlm-nested", "scripts", "text"}
 
 
 def model_of(kind: str) -> tuple[Any, Any]:
