@@ -5,16 +5,21 @@ import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from distributed import GlooPool
+from xdist.scheduler import LoadFileScheduling
 
 from flows.server.local import Server, serving
 
 # A thread per process, also of those that tests start. Where there are more threads than cores, OpenMP's wait for each other
 # in loops: tests then took five times the cores' time. Torch is imported after this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).parents[1]
 
 # Files of half a minute and more. They begin first, so that none is left alone at the end when files run side by side.
 LONG = (
@@ -39,6 +44,25 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if not re.search(r"(?<!not )\b(gpu|docker)\b", config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    """Files are shared out whole; those with tests of many ranks go to one of those who test side by side.
+
+    Ranks that wait for each other take the cores' time: twice as many of them take more than twice of it.
+    """
+    return _RanksTogether(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+class _RanksTogether(LoadFileScheduling):  # type: ignore[misc]
+    def _split_scope(self, nodeid: str) -> str:
+        file = str(super()._split_scope(nodeid))
+        return "ranks" if _has_ranks(file) else file
+
+
+@cache
+def _has_ranks(file: str) -> bool:
+    return "GlooPool" in (ROOT / file).read_text()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
