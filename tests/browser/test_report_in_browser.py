@@ -51,6 +51,7 @@ def test_tables_are_read_on_a_phone(report: str, open_page: OpenPage, width: int
     page = open_page(report, viewport={"width": width, "height": 800})
     for details in page.locator("details").all():
         details.evaluate("element => element.open = true")
+    assert page.locator(".scroll").count() > 3
     cut = page.evaluate("[...document.querySelectorAll('.scroll')].filter(it => it.scrollWidth > it.clientWidth).length")
     assert cut == 0, "nothing of a row is cut off"
     narrowest = page.evaluate("Math.min(...[...document.querySelectorAll('tbody th')].map(it => it.clientWidth))")
@@ -81,6 +82,7 @@ def test_tables_are_read_on_paper(report: str, open_page: OpenPage) -> None:
 
 def broken_values(page: Page) -> list[str]:
     """The numbers and digests in tables that have several lines."""
+    assert page.locator(".numbers td").count() > 10
     found = page.evaluate("""
         [...document.querySelectorAll(".numbers td")].filter(cell => {
             const text = document.createRange();

@@ -92,6 +92,7 @@ def test_what_cannot_be_made(tmp_path: Path) -> None:
 
 def test_what_may_not_be_looked_at(tmp_path: Path, shut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source is refused; of what is in one, download passes over what it may not read, and so does the look for links."""
+    monkeypatch.chdir(shut.parent)  # where everybody may look for what may be a source here
     for section, key in (("model", "model.source"), ("data", "data.source")):
         asked = changed(tmp_path, **{section: {"source": str(shut / "text")}})
         with nobody():
