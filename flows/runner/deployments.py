@@ -61,7 +61,7 @@ def deployments(files: Sequence[Path], workspace: str | None) -> list[Deployment
         if name in found:
             raise BadConfig([f"{file}: its deployment would be called {name}, as another is: rename the file"])
         found[name] = Deployment(finetune, name, _absolute(parameters_of(str(file), overrides)), file.name)
-    place = {"workspace": str(workspace_folder(workspace or "workspace"))}
+    place = {"workspace": workspace} if workspace is not None else {}  # else that of the runner which does it
     stages = [Deployment(stage, stage.fn.__name__, place, _first_line(stage)) for stage in STAGES]
     return [*found.values(), *stages]
 
