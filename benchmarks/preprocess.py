@@ -11,8 +11,8 @@ the library. The figure of each side is its best round.
 What is compared:
     ours       the engine with 2 workers: reading and parsing JSON lines, tokenizing, writing parts, joining them.
     library    `encode` of sentencepiece, or `encode_batch_fast` of tokenizers, on a list of all texts, one thread.
-    library-2  the same with two threads, so that it shares the machine with itself as our two workers do, and as it does its own
-               batches on two cores unless told otherwise.
+    library-2  the same with two threads, so that it shares the machine with itself as our two workers do, and as it does
+               its own batches on two cores unless told otherwise.
 
 Tokenizers: Llama-2's where it can be found (--llama, by default that of the golden files), else a BPE model like it, trained on
 the spot; a unigram model of sentencepiece; byte-level BPE of tokenizers, trained on the spot, with GPT-2's words, Llama 3's,
