@@ -176,7 +176,7 @@ def test_a_connection_to_a_container_that_breaks(workspace: Path, monkeypatch: p
     assert (workspace / "saved").exists()
 
 
-# Tells that it has the token, and that it was asked to end.
+# Tells that it has the token, and that it was asked to end: a stage that would take longer than any test, unless it is.
 ASKED = """
 import os, signal, sys, time
 signal.signal(15, lambda *_: (print("asked", flush=True), sys.exit(4)))
